@@ -1,0 +1,66 @@
+# Two commands: `make run` and `make test`. Both do all of their set-up.
+SHELL := /bin/sh
+.SHELLFLAGS := -ec
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+PATH := $(BIN):$(PATH)
+export PATH
+
+# Telemetry of every tool is off; each variable can be overridden from outside.
+export DO_NOT_TRACK ?= 1
+export DVC_NO_ANALYTICS ?= 1
+export MLFLOW_DISABLE_TELEMETRY ?= true
+export BENTOML_DO_NOT_TRACK ?= True
+export GX_ANALYTICS_ENABLED ?= false
+export AIRFLOW__USAGE_DATA_COLLECTION__ENABLED ?= false
+
+# The first interpreter that runs and is new enough, unless PYTHON names one.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
+
+.PHONY: help run test check up down clean setup system
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+setup: $(VENV)/.installed ## make .venv with everything in it
+
+# pip's find-links are handed to uv, which does not read pip's configuration. uv wants commas.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo "Forecart needs Python 3.11, 3.12 or 3.13; none was found. Set PYTHON=..." >&2; exit 2; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 2; }
+	@[ -x $(BIN)/uv ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	@echo "Installing the pinned dependencies into $(VENV) (a few minutes the first time, none the next)"
+	@links="$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || echo "$${PIP_FIND_LINKS:-}")"; \
+	[ -z "$$links" ] || export UV_FIND_LINKS="$$(echo $$links | tr ' ' ',')"; \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt \
+		-e '.[orchestrate,serve,spark,dev]'
+	@touch $@
+
+run: $(VENV)/.installed ## events -> validated data, trained and compared models, verdict, Bento
+	@dvc repro --quiet
+	@forecart summary
+
+test: $(VENV)/.installed system ## every test, integration tests with the real components included
+	@pytest -m "not integration" -n 2 -q
+	@pytest -m integration -q
+
+check: $(VENV)/.installed ## lint, types, layers and unit tests: under two minutes
+	@ruff check . && ruff format --check . && mypy && lint-imports
+	@pytest -m "not integration" -n 2 -q
+
+system: ## Debian packages that some integration tests need, where apt is allowed
+	@sh tests/system_packages.sh
+
+up: $(VENV)/.installed ## start Airflow, MLflow and the service
+	@forecart up
+
+down: ## stop what `make up` started
+	@[ ! -x $(BIN)/forecart ] || forecart down
+
+clean: down ## remove everything that the targets made
+	@rm -rf $(VENV) data models reports build mlflow.db* mlartifacts mlruns .forecart .dvc/cache .dvc/tmp dvc.lock \
+		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info

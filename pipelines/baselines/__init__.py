@@ -1,0 +1,1 @@
+"""What the model must beat, fitted in the same run."""

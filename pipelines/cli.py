@@ -1,0 +1,173 @@
+"""The `forecart` command: one subcommand per DVC stage, and the acts outside the graph.
+
+Every subcommand says what it did, where the result is and what to do next. A mistake in the
+input gets one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.config import PARAMS_FILE, load_params
+from pipelines.errors import UserError
+
+# Tools that report home are told not to before any of them is imported.
+TELEMETRY_OFF = {
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "BENTOML_DO_NOT_TRACK": "True",
+    "GX_ANALYTICS_ENABLED": "false",
+    "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "false",
+}
+
+STAGES = {
+    "fingerprint": "Take the content hash of the event source.",
+    "ingest": "Read events from the source into day partitions.",
+    "validate": "Check the events with Great Expectations.",
+    "features": "Build sequences, snapshot features and labels.",
+    "train": "Train, calibrate and refit the behaviour model.",
+    "baselines": "Fit what the model must beat.",
+    "evaluate": "Compare all models out of time; write the report.",
+    "gate": "Decide whether the candidate may become champion.",
+    "package": "Build the Bento and check it.",
+}
+
+app = typer.Typer(
+    name="forecart",
+    help="Predicts for every shopper whether they will buy, search, spend or leave.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ParamsOption = Annotated[
+    Path, typer.Option("--params", help="The settings file.", show_default=True)
+]
+
+
+def _add_stage(name: str, text: str) -> None:
+    def command(params: ParamsOption = PARAMS_FILE) -> None:
+        started = time.perf_counter()
+        settings = load_params(params)
+        message = import_module(f"pipelines.stages.{name}").run(settings)
+        typer.echo(f"{name}: {message} ({time.perf_counter() - started:.1f} s)")
+
+    app.command(name=name, help=text)(command)
+
+
+for _name, _text in STAGES.items():
+    _add_stage(_name, _text)
+
+
+@app.command()
+def summary() -> None:
+    """Show the comparison table, the verdict and the next command."""
+    from pipelines.evaluation.summary import format_summary
+    from pipelines.io import read_json
+
+    reports = Path("reports")
+    verdict = read_json(reports / "verdict.json")
+    typer.echo(format_summary(read_json(reports / "evaluation.json"), verdict))
+    typer.echo(f"\nReport: {(reports / 'index.html').resolve()}")
+    if verdict["passed"]:
+        typer.echo("Next:   .venv/bin/forecart promote && .venv/bin/forecart serve")
+    else:
+        failed = "; ".join(c["why"] for c in verdict["checks"] if not c["passed"])
+        typer.echo(f"Next:   not to be promoted: {failed}")
+
+
+@app.command()
+def register() -> None:
+    """Put the trained model into the MLflow registry as candidate."""
+    from pipelines.registry.promotion import register as act
+
+    typer.echo(act(Path()))
+
+
+@app.command()
+def promote() -> None:
+    """Make the registered candidate champion, if its verdict allows it."""
+    from pipelines.registry.promotion import promote as act
+
+    typer.echo(act(Path()))
+
+
+@app.command()
+def rollback() -> None:
+    """Return to the previous champion."""
+    from pipelines.registry.promotion import rollback as act
+
+    typer.echo(act(Path()))
+
+
+@app.command()
+def status() -> None:
+    """Show candidate, champion and history."""
+    from pipelines.registry.promotion import status as act
+
+    typer.echo(act(Path()))
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="The address to bind.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to bind.", min=1, max=65535)] = 3000,
+) -> None:
+    """Serve the champion's predictions over HTTP until interrupted."""
+    from pipelines.registry.champion import fetch_champion
+    from serving.run import serve as act
+
+    champion = fetch_champion(Path())
+    if champion is None:
+        raise UserError("there is no champion to serve; run: forecart promote")
+    act(champion, host=host, port=port)
+
+
+@app.command()
+def up() -> None:
+    """Start Airflow, the MLflow pages and the service, and wait until they are healthy."""
+    from pipelines.platform import start
+
+    typer.echo(start(Path()))
+
+
+@app.command()
+def down() -> None:
+    """Stop what `forecart up` started."""
+    from pipelines.platform import stop
+
+    typer.echo(stop(Path()))
+
+
+def main() -> None:
+    """Run the command line; mistakes of the user end with one line and exit code 2."""
+    for name, value in TELEMETRY_OFF.items():
+        os.environ.setdefault(name, value)
+    try:
+        app()
+    except UserError as error:
+        print(f"forecart: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("forecart: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        # A full disk or a missing permission is the machine's state, not a defect to trace.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        print(f"forecart: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

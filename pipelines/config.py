@@ -1,0 +1,348 @@
+"""params.yaml, typed and validated, with errors that name the key.
+
+The models below are the only list of settings; a key that is not a field is refused, so
+that a misspelt setting cannot silently keep its default.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from pipelines.errors import UserError
+from pipelines.events import EVENT_SCHEMA, EventType
+
+PARAMS_FILE = Path("params.yaml")
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, no unknown keys, no silent coercion of text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Simulator(Section):
+    """The simulated shop (pipelines.sources.simulator)."""
+
+    users: Annotated[int, Field(gt=0, le=5_000_000)] = 6000
+    days: Annotated[int, Field(ge=1, le=3650)] = 180
+    seed: Annotated[int, Field(ge=0)] = 7
+    start: str = "2025-01-01"
+
+    @field_validator("start")
+    @classmethod
+    def _check_start(cls, value: str) -> str:
+        datetime.strptime(value, "%Y-%m-%d").replace(tzinfo=UTC)
+        return value
+
+
+class ColumnMapping(Section):
+    """Where one event column comes from: a source column, or one value for all rows."""
+
+    column: str | None = None
+    value: str | float | None = None
+    # Source value -> event value. For event_type it is the complete list, and null leaves
+    # events of that type out on purpose; elsewhere a value not listed stays as it is.
+    values: dict[str, str | None] | None = None
+    format: str | None = None  # strptime format of text timestamps; null = ISO 8601
+    unit: Literal["s", "ms", "us"] | None = None  # of epoch numbers
+    timezone: str = "UTC"  # of timestamps that carry none
+    only: tuple[EventType, ...] | None = None  # filled for these event types alone; null = all
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _name_numbers(cls, value: Any) -> Any:
+        # YAML reads the key of `4: purchase` as a number; sources often code types so.
+        return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _check_one_origin(self) -> ColumnMapping:
+        if (self.column is None) == (self.value is None):
+            raise ValueError("give either column or value")
+        if self.format is not None and self.unit is not None:
+            raise ValueError("give either format (text) or unit (epoch numbers)")
+        return self
+
+
+class FileFormat(StrEnum):
+    """File formats that the files source reads."""
+
+    CSV = "csv"
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+
+
+class Files(Section):
+    """Events from files: path, folder, glob or fsspec URL."""
+
+    path: str | None = None
+    format: FileFormat | None = None
+    mapping: dict[str, ColumnMapping] = {}
+    users: str | None = None  # optional table in the users schema, same formats
+    items: str | None = None  # optional table in the items schema
+    # False: a line that repeats another one in every event column is dropped as a duplicate.
+    keep_repeats: bool = False
+
+    @field_validator("mapping", mode="before")
+    @classmethod
+    def _expand_short_form(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: {"column": v} if isinstance(v, str) else v for k, v in value.items()}
+
+    @field_validator("mapping")
+    @classmethod
+    def _check_targets(cls, value: dict[str, ColumnMapping]) -> dict[str, ColumnMapping]:
+        unknown = sorted(set(value) - set(EVENT_SCHEMA.names))
+        if unknown:
+            raise ValueError(f"no such event column: {', '.join(unknown)}")
+        required = [c for c, m in value.items() if m.only and not EVENT_SCHEMA.field(c).nullable]
+        if required:
+            raise ValueError(f"{required[0]} is needed by every event: `only` is not for it")
+        if "event_type" in value:
+            _check_event_types(value["event_type"])
+        return value
+
+
+def _check_event_types(mapping: ColumnMapping) -> None:
+    given = [*(mapping.values or {}).values(), mapping.value]
+    unknown = [v for v in given if v is not None and v not in set(EventType)]
+    if unknown:
+        raise ValueError(f"no event type {unknown[0]!r}; there are {', '.join(EventType)}")
+
+
+class Source(StrEnum):
+    """Where events come from."""
+
+    SIMULATOR = "simulator"
+    FILES = "files"
+
+
+class Ingest(Section):
+    """The ingest stage."""
+
+    source: Source = Source.SIMULATOR
+    until: datetime | None = None
+    max_quarantine_share: Share = 0.05
+    simulator: Simulator = Simulator()
+    files: Files = Files()
+
+    @field_validator("until")
+    @classmethod
+    def _default_to_utc(cls, value: datetime | None) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+    @model_validator(mode="after")
+    def _check_path(self) -> Ingest:
+        if self.source is Source.FILES and self.files.path is None:
+            raise ValueError("source: files needs files.path")
+        return self
+
+
+class Validate(Section):
+    """The validate stage."""
+
+    suite: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "events"
+    max_row_failure_share: Share = 0.02
+    max_staleness_days: Annotated[float, Field(gt=0)] | None = None
+    volume_sigmas: Annotated[float, Field(gt=0)] = 6.0
+
+
+class Population(Section):
+    """Who is predicted at a cut."""
+
+    active_within_days: Annotated[float, Field(gt=0)] | None = 28
+
+
+class TargetsConfig(Section):
+    """What is predicted, and how far ahead."""
+
+    horizons_days: Annotated[list[Positive], Field(min_length=1, max_length=8)] = [7, 14, 28]
+    primary_horizon_days: Positive = 14
+    events: Annotated[list[EventType], Field(min_length=1)] = [EventType.PURCHASE, EventType.SEARCH]
+    churn: bool = True
+    spend: bool = True
+
+    @model_validator(mode="after")
+    def _check_horizons(self) -> TargetsConfig:
+        if sorted(set(self.horizons_days)) != self.horizons_days:
+            raise ValueError("horizons_days must be ascending and without repeats")
+        if self.primary_horizon_days not in self.horizons_days:
+            raise ValueError("primary_horizon_days must be one of horizons_days")
+        return self
+
+
+class Cuts(Section):
+    """Global cut times: train < calibration < test."""
+
+    train: Positive = 6
+    step_days: Positive = 7
+    test: Positive = 1
+    min_history_days: Annotated[int, Field(ge=0)] = 14
+
+
+class Engine(StrEnum):
+    """Which Ibis backend builds features."""
+
+    DUCKDB = "duckdb"
+    SPARK = "spark"
+
+
+class Features(Section):
+    """The features stage."""
+
+    windows_days: Annotated[list[Positive], Field(min_length=1)] = [1, 3, 7, 14, 28, 90]
+    max_vocabulary: Positive = 20_000
+    item_buckets: Positive = 4096
+    query_buckets: Positive = 2048
+    engine: Engine = Engine.DUCKDB
+
+
+class Train(Section):
+    """The train stage."""
+
+    backbone: Literal["gpt"] = "gpt"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    width: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 64
+    layers: Annotated[int, Field(ge=1, le=64)] = 2
+    heads: Annotated[int, Field(ge=1, le=64)] = 4
+    context: Annotated[int, Field(ge=8, le=8192)] = 128
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 6
+    refit_epochs: Annotated[int, Field(ge=0, le=1000)] = 1
+    cuts_per_user: Annotated[int, Field(ge=1, le=64)] = 8
+    tokens_per_batch: Annotated[int, Field(ge=256)] = 8192
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    next_event_weight: Annotated[float, Field(ge=0)] = 0.2
+    seed: Annotated[int, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Train:
+        if self.width % (2 * self.heads):
+            raise ValueError("width must be a multiple of 2 x heads (rotary pairs)")
+        return self
+
+
+class LightGBMConfig(Section):
+    """Settings of the LightGBM baseline."""
+
+    rounds: Positive = 400
+    early_stopping: Positive = 30
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
+    num_leaves: Annotated[int, Field(ge=2)] = 31
+    min_child_samples: Positive = 40
+
+
+class Baselines(Section):
+    """The baselines stage."""
+
+    seed: Annotated[int, Field(ge=0)] = 1
+    lightgbm: LightGBMConfig = LightGBMConfig()
+
+
+class Evaluation(Section):
+    """The evaluate stage."""
+
+    bootstrap_samples: Annotated[int, Field(ge=50, le=100_000)] = 500
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    threshold: Literal["f1", "youden"] = "f1"
+    seed: Annotated[int, Field(ge=0)] = 1
+
+
+class Gate(Section):
+    """The policy that a candidate must pass."""
+
+    primary_target: str = "purchase_14d"
+    primary_metric: Literal["roc_auc", "pr_auc", "log_loss", "brier"] = "roc_auc"
+    margin: Annotated[float, Field(ge=0)] = 0.01
+    max_ece: Share = 0.05
+    min_users: Positive = 200
+    min_positives: Positive = 20
+
+
+class Package(Section):
+    """The package stage."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = "forecart"
+    golden_users: Positive = 32
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    ingest: Ingest = Ingest()
+    validate_: Annotated[Validate, Field(alias="validate")] = Validate()
+    population: Population = Population()
+    targets: TargetsConfig = TargetsConfig()
+    cuts: Cuts = Cuts()
+    features: Features = Features()
+    train: Train = Train()
+    baselines: Baselines = Baselines()
+    evaluation: Evaluation = Evaluation()
+    gate: Gate = Gate()
+    package: Package = Package()
+
+
+def parse_params(raw: Any, where: str = "params") -> Params:
+    """Validate a parsed YAML document.
+
+    Raises:
+        UserError: naming the first offending key, its value and what is expected.
+    """
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: expected a mapping of sections, found {type(raw).__name__}")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_describe(e) for e in error.errors())) from None
+
+
+def _describe(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"]) or "(top level)"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key}"
+    message = error["msg"].removeprefix("Value error, ")
+    if isinstance(error["input"], dict | list):
+        return f"{key}: {message}"
+    return f"{key}: {message} (found {error['input']!r})"
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and validate a params file.
+
+    Args:
+        path: a YAML file.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or has a wrong key or value.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run in the project's folder") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML") from None
+    return parse_params(raw, str(path))

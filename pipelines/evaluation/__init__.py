@@ -1,0 +1,1 @@
+"""Time cuts, metrics, paired bootstrap and the report."""

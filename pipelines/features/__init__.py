@@ -1,0 +1,1 @@
+"""Event sequences, snapshot features and labels."""

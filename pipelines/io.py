@@ -1,0 +1,136 @@
+"""Reading and writing artefacts: atomic, deterministic, quiet where nobody looks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.errors import UserError
+
+T = TypeVar("T")
+
+_CHUNK = 1 << 20
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield a sibling path to write to; rename it over ``path`` when the block succeeds.
+
+    A reader therefore sees the old file or the whole new one, also after a kill.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty sibling directory; put it in place of ``path`` when the block succeeds.
+
+    What a killed predecessor left is removed first. Between removing the old directory and
+    the rename there is a moment with neither, never one with a mixture.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with replace_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, keys sorted, so that equal values give equal bytes."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the stage that writes it") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON") from None
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file atomically (zstd)."""
+    with replace_file(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
+
+
+def digest_file(path: Path) -> str:
+    """Return ``sha256:<hex>`` of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def digest_directory(path: Path) -> str:
+    """Return ``sha256:<hex>`` over the relative names and contents of a directory's files.
+
+    Raises:
+        UserError: the directory is missing or empty.
+    """
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    if not files:
+        raise UserError(f"{path}: no such directory, or it is empty")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+        digest.update(digest_file(file).encode() + b"\0")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def progress(
+    iterable: Iterable[T], desc: str, *, total: int | None = None, unit: str = "it"
+) -> Iterator[T]:
+    """Iterate with a progress bar on standard error; silent when that is no terminal."""
+    from tqdm import tqdm
+
+    bar: Iterator[T] = iter(
+        tqdm(
+            iterable,
+            desc=desc,
+            total=total,
+            unit=unit,
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            leave=False,
+        )
+    )
+    return bar

@@ -1,0 +1,1 @@
+"""The behaviour model: tokens, network, heads, training, calibration."""

@@ -1,0 +1,1 @@
+"""Gate policy, promotion and lineage."""

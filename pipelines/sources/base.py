@@ -1,0 +1,85 @@
+"""What a source of events is, so that stages know none by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final, Protocol
+
+import pyarrow as pa
+
+from pipelines.events import EVENT_SCHEMA, ITEM_SCHEMA, USER_SCHEMA
+
+
+class Kind(StrEnum):
+    """The tables that a source may hold."""
+
+    EVENTS = "events"
+    USERS = "users"
+    ITEMS = "items"
+
+
+def _nullable(schema: pa.Schema, name: str) -> pa.Schema:
+    index = schema.get_field_index(name)
+    return schema.set(index, schema.field(index).with_nullable(True))
+
+
+# A source leaves event_id empty where it has none; the ingest stage then takes a content hash,
+# so that the rule is the same for every source.
+SCHEMAS: Final[dict[Kind, pa.Schema]] = {
+    Kind.EVENTS: _nullable(EVENT_SCHEMA, "event_id"),
+    Kind.USERS: USER_SCHEMA,
+    Kind.ITEMS: ITEM_SCHEMA,
+}
+
+# Rows that break the schema. `row` counts the rows of `source` from 1, headers not included.
+QUARANTINE_SCHEMA: Final = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("record", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some rows of one table of a source.
+
+    Attributes:
+        table: rows that keep to the schema of their kind (``SCHEMAS``).
+        quarantined: rows that break it (``QUARANTINE_SCHEMA``).
+        rows: rows read, those set aside included.
+        anonymous: rows without a user id. They are no damage, and no use either.
+        ignored: rows of an event type that the mapping leaves out on purpose.
+    """
+
+    table: pa.Table
+    quarantined: pa.Table
+    rows: int
+    anonymous: int = 0
+    ignored: int = 0
+
+
+class Source(Protocol):
+    """Where events come from."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describe the content as JSON that changes when, and only when, the content does.
+
+        Light: reads bytes or metadata and imports no data frame library.
+
+        Raises:
+            UserError: there is nothing to read.
+        """
+        ...
+
+    def read(self, kind: Kind) -> Iterator[Batch]:
+        """Read a table in a stable order and bounded memory; nothing where it is not given.
+
+        Raises:
+            UserError: naming the file, and the row or column.
+        """
+        ...

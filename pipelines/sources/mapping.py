@@ -1,0 +1,404 @@
+"""From a source's own columns to the schema, row by row, with a reason for each row refused.
+
+The mapping is compiled once per file into one DuckDB expression per column; rows then pass
+through it in chunks, so that memory stays bounded and the order of rows is kept.
+
+Rules:
+    * Text is stripped; empty text is null. A whole number stored as a float (an id column
+      that once held nulls) is written without its fraction.
+    * Timestamps with an offset or zone keep it; others are local times of ``timezone``. A
+      local time that happens twice (clocks going back) is the earlier of the two; one that
+      never happens (clocks going forward) is moved forward by the gap.
+    * ``values`` of event_type is the complete list; elsewhere what is not listed stays.
+    * NaN is null; an infinite number is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.config import ColumnMapping
+from pipelines.errors import UserError
+from pipelines.events import EVENT_TYPES, MAX_ID_LENGTH, MAX_QUERY_LENGTH
+from pipelines.sources.base import QUARANTINE_SCHEMA, SCHEMAS, Batch, Kind
+
+ROW: Final = "row"  # column of every chunk: the row's number in its file, from 1
+
+# A timestamp outside is damage or a wrong unit (milliseconds read as seconds are far in the
+# future, seconds read as milliseconds are in January 1970), and each wrong day would become
+# a partition of its own.
+_FIRST_TS: Final = "1971-01-01 00:00:00+00"
+_END_TS: Final = "2200-01-01 00:00:00+00"
+
+_ANONYMOUS: Final = "anonymous"
+_IGNORED: Final = "ignored"
+_MICROSECONDS: Final = {"s": 1e6, "ms": 1e3, "us": 1.0}
+
+# ISO text that carries its own offset: a time of day, then Z, UTC, GMT or +hh[[:]mm].
+_OFFSET: Final = r"(?i):\d\d(\.\d+)?\s*(z|utc|gmt|[+-]\d\d(:?\d\d)?)$"
+
+
+def connect() -> duckdb.DuckDBPyConnection:
+    """Open a DuckDB in memory that reads and shows times in UTC."""
+    connection = duckdb.connect()
+    connection.execute("SET TimeZone = 'UTC'")
+    return connection
+
+
+class Mapper:
+    """Turns chunks of one file into batches of one table.
+
+    Args:
+        kind: the table to make.
+        mapping: column of the schema -> origin; columns without an entry are taken from the
+            source column of the same name where there is one, else they are null.
+        source: the file's name, for messages and the quarantine.
+        columns: the file's columns with their types.
+
+    Raises:
+        UserError: a mapped or required column is missing, or an option does not suit it.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        mapping: Mapping[str, ColumnMapping],
+        source: str,
+        columns: pa.Schema,
+        connection: duckdb.DuckDBPyConnection,
+    ) -> None:
+        """Compile the mapping."""
+        self._schema = SCHEMAS[kind]
+        self._kind = kind
+        self._source = source
+        self._connection = connection
+        self._origins = choose_origins(kind, mapping, source, columns.names)
+        self.columns = list(
+            dict.fromkeys(o.column for o in self._origins.values() if o.column is not None)
+        )
+        for name in self.columns:
+            if columns.names.count(name) > 1:
+                raise UserError(f"{source}: there are two columns {name}")
+        self._types = {name: columns.field(name).type for name in self.columns}
+        self._query = self._compile()
+        self._check_options()
+
+    def convert(self, chunk: pa.Table) -> Batch:
+        """Convert a chunk.
+
+        Args:
+            chunk: ``row`` (int64) and ``self.columns``.
+        """
+        # Positions for names: DuckDB's names know no case, a source's may.
+        raw = chunk.select([ROW, *self.columns]).rename_columns(
+            [ROW, *(f"c{i}" for i in range(len(self.columns)))]
+        )
+        self._connection.register("raw", raw)
+        result = self._connection.sql(self._query).to_arrow_table()
+        self._connection.unregister("raw")
+
+        reason = result.column("reason")
+        refused = result.filter(pc.is_valid(reason))
+        kept = result if refused.num_rows == 0 else result.filter(pc.is_null(reason))
+        anonymous = _count(refused, _ANONYMOUS)
+        ignored = _count(refused, _IGNORED)
+        if anonymous or ignored:
+            aside = pc.is_in(refused.column("reason"), pa.array([_ANONYMOUS, _IGNORED]))
+            refused = refused.filter(pc.invert(aside))
+        return Batch(
+            table=kept.select(self._schema.names).cast(self._schema),
+            quarantined=quarantine(
+                self._source,
+                refused.column(ROW),
+                refused.column("reason"),
+                refused.column("record"),
+            ),
+            rows=chunk.num_rows,
+            anonymous=anonymous,
+            ignored=ignored,
+        )
+
+    def _check_options(self) -> None:
+        """Try the query on no rows and the options of time on one, so that mistakes show early."""
+        origin = self._origins.get("ts")
+        if origin is None:
+            return
+        key = "ingest.files.mapping.ts"
+        try:
+            self._connection.execute(
+                "SELECT timezone($zone, TIMESTAMP '2000-01-01')", {"zone": origin.timezone}
+            )
+        except duckdb.Error:
+            raise UserError(f"{key}.timezone: no time zone {origin.timezone!r}") from None
+        if origin.format is not None:
+            try:
+                self._connection.execute(
+                    "SELECT try_strptime('', $format)", {"format": origin.format}
+                )
+            except duckdb.Error:
+                raise UserError(f"{key}.format: not a strptime format: {origin.format!r}") from None
+
+    # -- compilation ---------------------------------------------------------------------
+
+    def _compile(self) -> str:
+        """Return the query over ``raw``: schema columns, row, reason (null = fine), record."""
+        values: list[str] = []
+        for field in self._schema:
+            values.append(f"{self._value(field)} AS v_{field.name}")
+            values.append(f"{self._given(field.name)} AS g_{field.name}")
+        columns = [f"{self._limit_to_types(field.name)} AS {field.name}" for field in self._schema]
+        reason = self._reason()
+        record = ", ".join(f"{_literal(name)}, c{index}" for index, name in enumerate(self.columns))
+        raw = ", ".join([ROW, *(f"c{index}" for index in range(len(self.columns)))])
+        return "\n".join(  # made of the schema's names, positions and quoted literals alone
+            [
+                f"WITH mapped AS (SELECT {raw}, {', '.join(values)} FROM raw),",
+                f"judged AS (SELECT *, {reason} AS reason FROM mapped)",
+                f"SELECT {', '.join(columns)}, {ROW}, reason,",
+                f"CASE WHEN reason IS NOT NULL THEN CAST(json_object({record}) AS VARCHAR) END"
+                " AS record",
+                "FROM judged",
+            ]
+        )
+
+    def _value(self, field: pa.Field) -> str:
+        if field.name not in self._origins:
+            return "NULL"
+        if pa.types.is_timestamp(field.type):
+            return self._time(field.name)
+        if pa.types.is_floating(field.type):
+            return self._number(field.name)
+        return self._text_value(field.name)
+
+    def _column(self, name: str) -> tuple[str, pa.DataType] | None:
+        """Return a field's source column as SQL and its type; None for a constant."""
+        column = self._origins[name].column
+        if column is None:
+            return None
+        return f"c{self.columns.index(column)}", self._types[column]
+
+    def _text(self, name: str) -> str:
+        """Return the source value of a field as stripped text, empty as null."""
+        column = self._column(name)
+        if column is None:
+            value = self._origins[name].value
+            return _literal(f"{value:g}" if isinstance(value, float) else str(value))
+        sql, kind = column
+        if pa.types.is_floating(kind):
+            # 2^53: beyond it a double no longer tells whole numbers apart.
+            return (
+                f"CASE WHEN isnan({sql}) THEN NULL"
+                f" WHEN {sql} = trunc({sql}) AND abs({sql}) < 9007199254740992"
+                f" THEN CAST(CAST({sql} AS BIGINT) AS VARCHAR) ELSE CAST({sql} AS VARCHAR) END"
+            )
+        return f"nullif(trim(CAST({sql} AS VARCHAR)), '')"
+
+    def _text_value(self, name: str) -> str:
+        text = self._text(name)
+        values = self._origins[name].values
+        if values is None:
+            return text
+        cases = " ".join(f"WHEN {_literal(k)} THEN {_literal(v)}" for k, v in values.items())
+        otherwise = "NULL" if name == "event_type" else text
+        return f"CASE {text} {cases} ELSE {otherwise} END" if cases else otherwise
+
+    def _number(self, name: str) -> str:
+        column = self._column(name)
+        if column is None or _is_text(column[1]):
+            number = f"TRY_CAST({self._text(name)} AS DOUBLE)"
+        else:
+            number = f"TRY_CAST({column[0]} AS DOUBLE)"
+        # The value is kept where it is infinite, so that the row can be refused for it.
+        return f"CASE WHEN isnan({number}) THEN NULL ELSE {number} END"
+
+    def _time(self, name: str) -> str:
+        origin = self._origins[name]
+        column = self._column(name)
+        if column is None or _is_text(column[1]):
+            return self._time_of_text(name, origin)
+        sql, kind = column
+        if pa.types.is_timestamp(kind):
+            if kind.tz is not None:
+                return f"CAST({sql} AS TIMESTAMPTZ)"
+            return _local_time(f"CAST({sql} AS TIMESTAMP)", origin.timezone)
+        if pa.types.is_date(kind):
+            return _local_time(f"CAST({sql} AS TIMESTAMP)", origin.timezone)
+        if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+            if origin.unit is None:
+                raise UserError(
+                    f"{self._source}: column {origin.column} holds numbers; say in"
+                    f" ingest.files.mapping.{name}.unit whether they are s, ms or us"
+                )
+            return _epoch_time(f"TRY_CAST({sql} AS DOUBLE)", origin.unit)
+        raise UserError(
+            f"{self._source}: column {origin.column} is of type {kind}, which holds no time"
+        )
+
+    def _time_of_text(self, name: str, origin: ColumnMapping) -> str:
+        text = self._text(name)
+        if origin.unit is not None:
+            return _epoch_time(f"TRY_CAST({text} AS DOUBLE)", origin.unit)
+        if origin.format is not None:
+            parsed = f"try_strptime({text}, {_literal(origin.format)})"
+            zoned = "%z" in origin.format or "%Z" in origin.format
+            return parsed if zoned else _local_time(parsed, origin.timezone)
+        instant = f"TRY_CAST({text} AS TIMESTAMPTZ)"
+        if origin.timezone == "UTC":
+            return instant
+        local = _local_time(f"TRY_CAST({text} AS TIMESTAMP)", origin.timezone)
+        return (
+            f"CASE WHEN regexp_matches({text}, {_literal(_OFFSET)}) THEN {instant} ELSE {local} END"
+        )
+
+    def _given(self, name: str) -> str:
+        """Return whether the source gives anything for a field."""
+        if name not in self._origins:
+            return "FALSE"
+        return f"({self._text(name)}) IS NOT NULL"
+
+    def _limit_to_types(self, name: str) -> str:
+        origin = self._origins.get(name)
+        if origin is None or origin.only is None:
+            return f"v_{name}"
+        types = ", ".join(_literal(kind) for kind in origin.only)
+        return f"CASE WHEN v_event_type IN ({types}) THEN v_{name} END"
+
+    def _reason(self) -> str:
+        """Return the first reason why a row is refused; null where there is none."""
+        checks: list[tuple[str, str]] = []
+        if self._kind is Kind.EVENTS:
+            checks += self._event_checks()
+        for field in self._schema:
+            name = field.name
+            value = self._limit_to_types(name)
+            if not field.nullable:
+                checks.append((f"NOT g_{name}", f"missing {name}"))
+            if name not in self._origins:
+                continue
+            if pa.types.is_timestamp(field.type):
+                checks.append((f"g_{name} AND v_{name} IS NULL", f"{name} cannot be read"))
+                checks.append(
+                    (
+                        f"v_{name} < TIMESTAMPTZ '{_FIRST_TS}'"
+                        f" OR v_{name} >= TIMESTAMPTZ '{_END_TS}'",
+                        f"{name} is not between 1971 and 2199",
+                    )
+                )
+            elif pa.types.is_floating(field.type):
+                bad = f"g_{name} AND v_{name} IS NULL AND NOT {self._is_nan(name)}"
+                checks.append((f"({bad}) OR isinf({value})", f"{name} is not a number"))
+            else:
+                limit = MAX_QUERY_LENGTH if name == "query" else MAX_ID_LENGTH
+                checks.append(
+                    (f"length({value}) > {limit}", f"{name} is longer than {limit} characters")
+                )
+        cases = " ".join(f"WHEN {test} THEN {_literal(reason)}" for test, reason in checks)
+        return f"CASE {cases} END"
+
+    def _event_checks(self) -> list[tuple[str, str]]:
+        checks = []
+        origin = self._origins["event_type"]
+        left_out = [k for k, v in (origin.values or {}).items() if v is None]
+        if left_out:
+            names = ", ".join(_literal(name) for name in left_out)
+            checks.append((f"({self._text('event_type')}) IN ({names})", _IGNORED))
+        types = ", ".join(_literal(kind) for kind in EVENT_TYPES)
+        checks.append(("v_user_id IS NULL", _ANONYMOUS))
+        checks.append(
+            (
+                f"g_event_type AND (v_event_type IS NULL OR v_event_type NOT IN ({types}))",
+                "unknown event_type",
+            )
+        )
+        return checks
+
+    def _is_nan(self, name: str) -> str:
+        # Text 'nan' is how some tools write a null; a NaN of a float column is not "given".
+        return f"coalesce(isnan(TRY_CAST({self._text(name)} AS DOUBLE)), FALSE)"
+
+
+def choose_origins(
+    kind: Kind, mapping: Mapping[str, ColumnMapping], source: str, found: list[str]
+) -> dict[str, ColumnMapping]:
+    """Return where each column of a table comes from; columns without an origin are left out.
+
+    Args:
+        kind: the table.
+        mapping: the user's mapping.
+        source: the file's name.
+        found: the file's columns.
+
+    Raises:
+        UserError: a column that is mapped or required is not in the file.
+    """
+    origins: dict[str, ColumnMapping] = {}
+    for field in SCHEMAS[kind]:
+        name = field.name
+        origin = mapping.get(name)
+        if origin is not None:
+            if origin.column is not None and origin.column not in found:
+                raise UserError(
+                    f"{source}: no column {origin.column} (ingest.files.mapping.{name});"
+                    f" found {', '.join(found)}"
+                )
+            origins[name] = origin
+        elif name in found:
+            origins[name] = ColumnMapping(column=name)
+        elif not field.nullable:
+            advice = f"; map it in ingest.files.mapping.{name}" if kind is Kind.EVENTS else ""
+            raise UserError(f"{source}: no column {name}{advice}; found {', '.join(found)}")
+    return origins
+
+
+def quarantine(
+    source: str, rows: pa.ChunkedArray, reasons: pa.ChunkedArray, records: pa.ChunkedArray
+) -> pa.Table:
+    """Return a quarantine table of one source."""
+    sources = pa.array([source] * len(rows), pa.string())
+    return pa.table([sources, rows, reasons, records], names=QUARANTINE_SCHEMA.names).cast(
+        QUARANTINE_SCHEMA
+    )
+
+
+def _count(refused: pa.Table, reason: str) -> int:
+    total: int | None = pc.sum(pc.equal(refused.column("reason"), reason)).as_py()
+    return total or 0
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _literal(text: str | None) -> str:
+    """Return text as an SQL literal."""
+    return "NULL" if text is None else "'" + text.replace("'", "''") + "'"
+
+
+def _epoch_time(number: str, unit: str) -> str:
+    microseconds = f"({number}) * {_MICROSECONDS[unit]}"
+    # Out of the range of a timestamp, but inside that of an integer: refused by the range check.
+    bounded = f"greatest(least({microseconds}, 9e15), -9e15)"
+    return (
+        f"CASE WHEN isfinite({number})"
+        f" THEN timezone('UTC', make_timestamp(CAST(round({bounded}) AS BIGINT))) END"
+    )
+
+
+def _local_time(timestamp: str, zone: str) -> str:
+    """Return a local timestamp as an instant; of two, the earlier."""
+    if zone == "UTC":
+        return f"timezone('UTC', {timestamp})"
+    name = _literal(zone)
+    # ICU takes the later of two; an hour before is the earlier one if it reads the same.
+    instant = f"timezone({name}, {timestamp})"
+    earlier = f"({instant} - INTERVAL 1 HOUR)"
+    return f"CASE WHEN timezone({name}, {earlier}) = {timestamp} THEN {earlier} ELSE {instant} END"

@@ -1,0 +1,1 @@
+"""The DVC stages: each file reads its inputs, calls pure functions and writes its outputs."""

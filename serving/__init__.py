@@ -1,0 +1,1 @@
+"""The BentoML service, its request and response schema."""

@@ -1,0 +1,22 @@
+#!/bin/sh
+# Installs the Debian packages that integration tests use, where apt may be used; says what is
+# missing and how to get it where it may not. Never fails: a test that lacks one says so itself.
+set -u
+missing=""
+need() { # COMMAND PACKAGE
+    command -v "$1" >/dev/null 2>&1 || missing="$missing $2"
+}
+need java default-jre-headless
+need chromium chromium
+[ -z "$missing" ] && exit 0
+if [ "$(id -u)" = 0 ]; then sudo=""; elif sudo -n true 2>/dev/null; then sudo="sudo -n"; else sudo="none"; fi
+if command -v apt-get >/dev/null 2>&1 && [ "$sudo" != none ]; then
+    echo "Installing for the integration tests:$missing"
+    $sudo apt-get update -qq >/dev/null 2>&1
+    # shellcheck disable=SC2086
+    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $missing >/dev/null 2>&1 ||
+        echo "apt-get could not install:$missing" >&2
+else
+    echo "Integration tests want these packages:$missing (for example: sudo apt-get install$missing)" >&2
+fi
+exit 0

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import Params, load_params, parse_params
+from pipelines.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_shipped_file_equals_the_defaults() -> None:
+    assert load_params(ROOT / "params.yaml") == Params()
+
+
+@pytest.mark.parametrize(
+    ("raw", "named"),
+    [
+        ({"train": {"epocs": 3}}, "unknown key train.epocs"),
+        ({"trian": {}}, "unknown key trian"),
+        ({"train": {"epochs": "many"}}, "train.epochs"),
+        ({"train": {"epochs": 0}}, "train.epochs"),
+        ({"train": {"width": 24, "heads": 5}}, "train"),
+        ({"ingest": {"source": "files"}}, "files.path"),
+        ({"ingest": {"source": "ftp"}}, "ingest.source"),
+        ({"ingest": {"simulator": {"start": "soon"}}}, "ingest.simulator.start"),
+        ({"ingest": {"files": {"mapping": {"user": "u"}}}}, "no such event column: user"),
+        ({"ingest": {"files": {"mapping": {"ts": {"timezone": "UTC"}}}}}, "column or value"),
+        ({"targets": {"horizons_days": [14, 7]}}, "ascending"),
+        ({"targets": {"primary_horizon_days": 5}}, "primary_horizon_days"),
+        ({"targets": {"events": ["dance"]}}, "targets.events"),
+        ([], "expected a mapping"),
+    ],
+)
+def test_a_mistake_is_named(raw: object, named: str) -> None:
+    with pytest.raises(UserError, match=named.replace(".", r"\.")):
+        parse_params(raw)
+
+
+def test_until_without_an_offset_is_utc() -> None:
+    params = parse_params({"ingest": {"until": "2011-08-01T00:00:00"}})
+    assert params.ingest.until == datetime(2011, 8, 1, tzinfo=UTC)
+
+
+def test_a_column_may_be_named_in_short() -> None:
+    params = parse_params({"ingest": {"files": {"path": "x.csv", "mapping": {"user_id": "uid"}}}})
+    assert params.ingest.files.mapping["user_id"].column == "uid"
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text("train:\n  epochs: [1\n")
+    with pytest.raises(UserError, match="line 3: not valid YAML"):
+        load_params(file)
