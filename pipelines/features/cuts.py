@@ -1,0 +1,121 @@
+"""Global cut times: what is trained on, calibrated on and tested on, in this order in time.
+
+The history of a cut is what happened before it; the label window of horizon H is
+[cut, cut + H days). With the longest horizon L, the last test cut is L before the end of the
+data, the calibration cut L before the first test cut, the last training cut L before that: so
+every label window closes before the next kind of cut begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any, Final
+
+from pipelines.config import Cuts
+from pipelines.errors import UserError
+
+DAY: Final = timedelta(days=1)
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Split(StrEnum):
+    """What a cut is for."""
+
+    TRAIN = "train"
+    CALIBRATION = "calibration"
+    TEST = "test"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A point in time at which everybody is predicted.
+
+    Attributes:
+        index: position in time, from 0.
+        ts: UTC.
+        split: what it is for.
+    """
+
+    index: int
+    ts: datetime
+    split: Split
+
+    @property
+    def us(self) -> int:
+        """Microseconds since the epoch."""
+        return to_us(self.ts)
+
+
+def to_us(ts: datetime) -> int:
+    """Microseconds since the epoch of an aware datetime."""
+    return (ts - EPOCH) // timedelta(microseconds=1)
+
+
+def from_us(us: int) -> datetime:
+    """The UTC datetime of microseconds since the epoch."""
+    return EPOCH + timedelta(microseconds=us)
+
+
+def find_end(last: datetime, until: datetime | None) -> datetime:
+    """Return when the data end: ``until``, else the start of the UTC day after the last event."""
+    day_after = last.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0) + DAY
+    return day_after if until is None else min(until, day_after)
+
+
+def plan_cuts(
+    first: datetime, end: datetime, *, horizon_days: int, params: Cuts
+) -> tuple[Cut, ...]:
+    """Place the cuts.
+
+    Args:
+        first: time of the first event.
+        end: when the data end.
+        horizon_days: the longest horizon.
+        params: how many cuts.
+
+    Returns:
+        Cuts in order of time. There may be fewer training cuts than asked for, where the data
+        are short, but never none.
+
+    Raises:
+        UserError: not even one training cut fits.
+    """
+    horizon = horizon_days * DAY
+    step = params.step_days * DAY
+    tests = [end - horizon - k * step for k in reversed(range(params.test))]
+    calibration = tests[0] - horizon
+    last_train = calibration - horizon
+    earliest = first + params.min_history_days * DAY
+    trains = [last_train - k * step for k in reversed(range(params.train))]
+    trains = [ts for ts in trains if ts >= earliest]
+    if not trains:
+        have = (end - first) / DAY
+        need = have + (earliest - last_train) / DAY
+        raise UserError(
+            f"the events span {have:.1f} days; cuts with horizons up to {horizon_days} days need "
+            f"{need:.1f}: shorten targets.horizons_days, cuts.min_history_days or cuts.test"
+        )
+    splits = [Split.TRAIN] * len(trains) + [Split.CALIBRATION] + [Split.TEST] * len(tests)
+    return tuple(
+        Cut(index=index, ts=ts, split=split)
+        for index, (ts, split) in enumerate(
+            zip([*trains, calibration, *tests], splits, strict=True)
+        )
+    )
+
+
+def describe_cuts(
+    cuts: tuple[Cut, ...], *, first: datetime, last: datetime, end: datetime
+) -> dict[str, Any]:
+    """The content of cuts.json."""
+    return {
+        "first_ts": first.isoformat(),
+        "last_ts": last.isoformat(),
+        "end_ts": end.isoformat(),
+        "cuts": [
+            {"index": c.index, "ts": c.ts.isoformat(), "ts_us": c.us, "split": str(c.split)}
+            for c in cuts
+        ],
+    }

@@ -1,0 +1,275 @@
+"""Event sequences as flat columns: what the model reads in training and in serving.
+
+The features stage writes these columns, the service encodes requests into them, so a model
+sees one form of history wherever it runs. Texts are stored as CRC-32 hashes: a sequence then
+depends on no model's vocabulary, and a model maps hashes to codes of its own.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.errors import UserError
+from pipelines.events import EVENT_CODES, SESSION_GAP_SECONDS
+
+MISSING_TIME: Final = int(np.iinfo(np.int64).min)
+MICROSECONDS: Final = 1_000_000
+
+_WORD: Final = re.compile(r"\w+")
+_EPOCH: Final = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
+
+_DTYPES: Final[dict[str, Any]] = {
+    "offsets": np.int64,
+    "ts": np.int64,
+    "type": np.uint8,
+    "item": np.uint32,
+    "category": np.uint32,
+    "brand": np.uint32,
+    "price": np.float32,
+    "quantity": np.float32,
+    "query": np.int32,
+    "session_start": np.uint8,
+    "query_offsets": np.int64,
+    "query_tokens": np.uint32,
+    "age": np.float32,
+    "gender": np.uint32,
+    "region": np.uint32,
+    "signup_ts": np.int64,
+}
+_EVENT_COLUMNS: Final = (
+    "ts",
+    "type",
+    "item",
+    "category",
+    "brand",
+    "price",
+    "quantity",
+    "query",
+    "session_start",
+)
+_PROFILE_COLUMNS: Final = ("age", "gender", "region", "signup_ts")
+
+
+def hash_text(text: str | None) -> int:
+    """Return the CRC-32 of the UTF-8 text; 0 for a missing text (a hash of 0 becomes 1)."""
+    if not text:
+        return 0
+    return zlib.crc32(text.encode("utf-8")) or 1
+
+
+def hash_query(text: str | None) -> list[int]:
+    """Return the hashes of the word unigrams, then bigrams, of a search text.
+
+    The text is case-folded and split at whatever is no letter, digit or underscore; a bigram
+    is two neighbouring words joined by one space.
+    """
+    words = _WORD.findall(text.casefold()) if text else []
+    bigrams = [f"{first} {second}" for first, second in zip(words, words[1:], strict=False)]
+    return [hash_text(gram) for gram in (*words, *bigrams)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """Events of U users, N in all, sorted by user, time and event id.
+
+    Attributes:
+        offsets: int64 (U + 1,), events of user u are ``offsets[u]:offsets[u + 1]``.
+        ts: int64 (N,), microseconds since the epoch, UTC.
+        type: uint8 (N,), ``EVENT_CODES``.
+        item, category, brand: uint32 (N,), ``hash_text``; 0 = missing.
+        price, quantity: float32 (N,), NaN = missing.
+        query: int32 (N,), row of the query table, 0 = none.
+        session_start: uint8 (N,), 1 at the first event of a session.
+        query_offsets: int64 (Q + 1,), tokens of query q are ``query_offsets[q]:...[q + 1]``;
+            query 0 is empty.
+        query_tokens: uint32 (T,), ``hash_query``.
+        age: float32 (U,), NaN = missing.
+        gender, region: uint32 (U,), ``hash_text``.
+        signup_ts: int64 (U,), microseconds, ``MISSING_TIME`` = missing.
+    """
+
+    offsets: NDArray[np.int64]
+    ts: NDArray[np.int64]
+    type: NDArray[np.uint8]
+    item: NDArray[np.uint32]
+    category: NDArray[np.uint32]
+    brand: NDArray[np.uint32]
+    price: NDArray[np.float32]
+    quantity: NDArray[np.float32]
+    query: NDArray[np.int32]
+    session_start: NDArray[np.uint8]
+    query_offsets: NDArray[np.int64]
+    query_tokens: NDArray[np.uint32]
+    age: NDArray[np.float32]
+    gender: NDArray[np.uint32]
+    region: NDArray[np.uint32]
+    signup_ts: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        for name, dtype in _DTYPES.items():
+            if getattr(self, name).dtype != dtype:
+                found = getattr(self, name).dtype
+                raise UserError(f"sequences: column {name} is {found}, expected {np.dtype(dtype)}")
+        events = int(self.offsets[-1])
+        for name in _EVENT_COLUMNS:
+            if len(getattr(self, name)) != events:
+                raise UserError(f"sequences: column {name} does not hold {events} events")
+        for name in _PROFILE_COLUMNS:
+            if len(getattr(self, name)) != self.users:
+                raise UserError(f"sequences: column {name} does not hold {self.users} users")
+
+    @property
+    def users(self) -> int:
+        """Number of users."""
+        return len(self.offsets) - 1
+
+    @property
+    def events(self) -> int:
+        """Number of events."""
+        return int(self.offsets[-1])
+
+    @classmethod
+    def load(cls, directory: Path) -> Sequences:
+        """Memory-map the columns that ``save`` or the features stage wrote.
+
+        Raises:
+            UserError: a column is missing or damaged.
+        """
+        columns: dict[str, Any] = {}
+        for field in fields(cls):
+            path = directory / f"{field.name}.npy"
+            try:
+                # An empty file cannot be mapped, so short columns are read.
+                small = path.stat().st_size < 4096
+                columns[field.name] = np.load(
+                    path, mmap_mode=None if small else "r", allow_pickle=False
+                )
+            except FileNotFoundError:
+                raise UserError(f"{path}: no such file; run the features stage") from None
+            except ValueError as error:
+                raise UserError(f"{path}: not a readable column ({error})") from None
+        return cls(**columns)
+
+    def save(self, directory: Path) -> None:
+        """Write one ``.npy`` file a column into an existing directory."""
+        for field in fields(self):
+            np.save(directory / f"{field.name}.npy", getattr(self, field.name), allow_pickle=False)
+
+    def take(self, users: NDArray[np.integer[Any]]) -> Sequences:
+        """Return the sequences of some users, in the order given (the query table is shared)."""
+        lengths = (self.offsets[1:] - self.offsets[:-1])[users]
+        rows = ranges(self.offsets[:-1][users], lengths)
+        columns: dict[str, Any] = {name: getattr(self, name)[rows] for name in _EVENT_COLUMNS}
+        columns |= {name: getattr(self, name)[users] for name in _PROFILE_COLUMNS}
+        return Sequences(
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            query_offsets=self.query_offsets,
+            query_tokens=self.query_tokens,
+            **columns,
+        )
+
+
+def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Concatenate ``arange(start, start + length)`` over all pairs, without a loop."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def encode_events(
+    users: Sequence[Sequence[Mapping[str, Any]]],
+    profiles: Sequence[Mapping[str, Any] | None] | None = None,
+) -> Sequences:
+    """Encode the events of a request.
+
+    Args:
+        users: for every user the events, each a mapping with the columns of ``EVENT_SCHEMA``
+            (missing or None where not known). ``ts`` is an aware datetime or microseconds
+            since the epoch.
+        profiles: for every user a mapping with the columns of ``USER_SCHEMA``, or None.
+
+    Returns:
+        Sequences of ``len(users)`` users; events are sorted by time and event id.
+    """
+    queries: dict[str, int] = {}
+    grams: list[list[int]] = [[]]
+    rows: list[tuple[Any, ...]] = []
+    lengths: list[int] = []
+    for events in users:
+        ordered = sorted(events, key=lambda e: (_microseconds(e["ts"]), str(e.get("event_id", ""))))
+        lengths.append(len(ordered))
+        before: tuple[int, str | None] | None = None
+        for event in ordered:
+            ts = _microseconds(event["ts"])
+            session = event.get("session_id")
+            text = event.get("query")
+            query = 0
+            if text:
+                if text not in queries:
+                    queries[text] = len(grams)
+                    grams.append(hash_query(text))
+                query = queries[text]
+            rows.append(
+                (
+                    ts,
+                    EVENT_CODES[str(event["event_type"])],
+                    hash_text(event.get("item_id")),
+                    hash_text(event.get("category")),
+                    hash_text(event.get("brand")),
+                    _number(event.get("price")),
+                    _number(event.get("quantity")),
+                    query,
+                    _starts_session(before, ts, session),
+                )
+            )
+            before = (ts, session)
+    columns: dict[str, Any] = {
+        name: np.array([row[i] for row in rows], dtype=_DTYPES[name])
+        for i, name in enumerate(_EVENT_COLUMNS)
+    }
+    people = [p or {} for p in profiles] if profiles is not None else [{} for _ in users]
+    if len(people) != len(users):
+        raise ValueError(f"{len(people)} profiles for {len(users)} users")
+    return Sequences(
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        query_offsets=np.cumsum([0, *(len(g) for g in grams)]).astype(np.int64),
+        query_tokens=np.array([token for g in grams for token in g], dtype=np.uint32),
+        age=np.array([_number(p.get("age")) for p in people], dtype=np.float32),
+        gender=np.array([hash_text(p.get("gender")) for p in people], dtype=np.uint32),
+        region=np.array([hash_text(p.get("region")) for p in people], dtype=np.uint32),
+        signup_ts=np.array(
+            [
+                MISSING_TIME if p.get("signup_ts") is None else _microseconds(p["signup_ts"])
+                for p in people
+            ],
+            dtype=np.int64,
+        ),
+        **columns,
+    )
+
+
+def _starts_session(before: tuple[int, str | None] | None, ts: int, session: str | None) -> int:
+    if before is None:
+        return 1
+    if session and before[1]:
+        return int(session != before[1])
+    return int(ts - before[0] > SESSION_GAP_SECONDS * MICROSECONDS)
+
+
+def _microseconds(value: datetime | int) -> int:
+    if isinstance(value, datetime):
+        return (value - _EPOCH) // timedelta(microseconds=1)
+    return int(value)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

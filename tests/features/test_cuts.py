@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from pipelines.config import Cuts
+from pipelines.errors import UserError
+from pipelines.features.cuts import Split, find_end, from_us, plan_cuts, to_us
+
+FIRST = datetime(2025, 1, 1, 9, tzinfo=UTC)
+
+
+def test_every_window_closes_before_the_next_kind_of_cut() -> None:
+    end = FIRST.replace(hour=0) + timedelta(days=200)
+    cuts = plan_cuts(FIRST, end, horizon_days=28, params=Cuts(train=5, step_days=7, test=2))
+    by_split = {s: [c.ts for c in cuts if c.split is s] for s in Split}
+    longest = timedelta(days=28)
+    assert [len(v) for v in by_split.values()] == [5, 1, 2]
+    assert max(by_split[Split.TRAIN]) + longest == by_split[Split.CALIBRATION][0]
+    assert by_split[Split.CALIBRATION][0] + longest == min(by_split[Split.TEST])
+    assert max(by_split[Split.TEST]) + longest == end
+    assert [c.index for c in cuts] == list(range(8))
+
+
+def test_short_data_get_fewer_training_cuts() -> None:
+    end = FIRST + timedelta(days=28 * 3 + 14 + 8)
+    cuts = plan_cuts(FIRST, end, horizon_days=28, params=Cuts(train=6, step_days=7))
+    assert sum(c.split is Split.TRAIN for c in cuts) == 2
+
+
+def test_too_short_data_are_told_with_what_to_change() -> None:
+    with pytest.raises(UserError, match=r"span 60\.0 days.*need 98\.0.*targets\.horizons_days"):
+        plan_cuts(FIRST, FIRST + timedelta(days=60), horizon_days=28, params=Cuts())
+
+
+def test_the_end_is_the_day_after_or_until() -> None:
+    last = datetime(2025, 3, 4, 13, tzinfo=UTC)
+    assert find_end(last, None) == datetime(2025, 3, 5, tzinfo=UTC)
+    assert find_end(last, datetime(2025, 3, 4, 20, tzinfo=UTC)) == datetime(
+        2025, 3, 4, 20, tzinfo=UTC
+    )
+    # A snapshot asked for later than the data reach does not invent silent days.
+    assert find_end(last, datetime(2026, 1, 1, tzinfo=UTC)) == datetime(2025, 3, 5, tzinfo=UTC)
+
+
+def test_microseconds_round_trip() -> None:
+    ts = datetime(2025, 3, 4, 13, 1, 2, 345678, tzinfo=UTC)
+    assert from_us(to_us(ts)) == ts
