@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 import pyarrow as pa
 
+from pipelines.config import ColumnMapping
 from pipelines.events import EVENT_SCHEMA, ITEM_SCHEMA, USER_SCHEMA
 
 
@@ -33,15 +34,22 @@ SCHEMAS: Final[dict[Kind, pa.Schema]] = {
     Kind.ITEMS: ITEM_SCHEMA,
 }
 
+ROW: Final = "row"
+
 # Rows that break the schema. `row` counts the rows of `source` from 1, headers not included.
 QUARANTINE_SCHEMA: Final = pa.schema(
     [
         pa.field("source", pa.string(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),
+        pa.field(ROW, pa.int64(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("record", pa.string(), nullable=False),
     ]
 )
+
+
+# Column of the schema -> where it comes from; None for nowhere.
+Mapping: TypeAlias = dict[str, ColumnMapping | None]
+Column: TypeAlias = pa.Array | pa.ChunkedArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,3 +91,11 @@ class Source(Protocol):
             UserError: naming the file, and the row or column.
         """
         ...
+
+
+def quarantine(source: str, rows: Column, reasons: Column, records: Column) -> pa.Table:
+    """Return a quarantine table of one source."""
+    sources = pa.array([source] * len(rows), pa.string())
+    return pa.table([sources, rows, reasons, records], names=QUARANTINE_SCHEMA.names).cast(
+        QUARANTINE_SCHEMA
+    )

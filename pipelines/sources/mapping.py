@@ -15,7 +15,6 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Final
 
 import duckdb
@@ -25,15 +24,16 @@ import pyarrow.compute as pc
 from pipelines.config import ColumnMapping
 from pipelines.errors import UserError
 from pipelines.events import EVENT_TYPES, MAX_ID_LENGTH, MAX_QUERY_LENGTH
-from pipelines.sources.base import QUARANTINE_SCHEMA, SCHEMAS, Batch, Kind
-
-ROW: Final = "row"  # column of every chunk: the row's number in its file, from 1
+from pipelines.sources.base import ROW, SCHEMAS, Batch, Kind, Mapping, quarantine
 
 # A timestamp outside is damage or a wrong unit (milliseconds read as seconds are far in the
 # future, seconds read as milliseconds are in January 1970), and each wrong day would become
 # a partition of its own.
 _FIRST_TS: Final = "1971-01-01 00:00:00+00"
 _END_TS: Final = "2200-01-01 00:00:00+00"
+
+# DuckDB gives each thread a batch at a time.
+_ROWS_PER_TASK: Final = 1 << 14
 
 _ANONYMOUS: Final = "anonymous"
 _IGNORED: Final = "ignored"
@@ -46,7 +46,7 @@ _OFFSET: Final = r"(?i):\d\d(\.\d+)?\s*(z|utc|gmt|[+-]\d\d(:?\d\d)?)$"
 def connect() -> duckdb.DuckDBPyConnection:
     """Open a DuckDB in memory that reads and shows times in UTC."""
     connection = duckdb.connect()
-    connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET TimeZone = 'UTC'").fetchall()
     return connection
 
 
@@ -67,7 +67,7 @@ class Mapper:
     def __init__(
         self,
         kind: Kind,
-        mapping: Mapping[str, ColumnMapping],
+        mapping: Mapping,
         source: str,
         columns: pa.Schema,
         connection: duckdb.DuckDBPyConnection,
@@ -98,7 +98,8 @@ class Mapper:
         raw = chunk.select([ROW, *self.columns]).rename_columns(
             [ROW, *(f"c{i}" for i in range(len(self.columns)))]
         )
-        self._connection.register("raw", raw)
+        tasks = raw.combine_chunks().to_batches(_ROWS_PER_TASK)
+        self._connection.register("raw", pa.Table.from_batches(tasks, raw.schema))
         result = self._connection.sql(self._query).to_arrow_table()
         self._connection.unregister("raw")
 
@@ -124,22 +125,23 @@ class Mapper:
         )
 
     def _check_options(self) -> None:
-        """Try the query on no rows and the options of time on one, so that mistakes show early."""
+        """Try the options of time, so that a mistake shows before any row is read."""
         origin = self._origins.get("ts")
         if origin is None:
             return
         key = "ingest.files.mapping.ts"
         try:
             self._connection.execute(
-                "SELECT timezone($zone, TIMESTAMP '2000-01-01')", {"zone": origin.timezone}
-            )
+                "SELECT CAST(timezone($zone, TIMESTAMP '2000-01-01') AS VARCHAR)",
+                {"zone": origin.timezone},
+            ).fetchall()
         except duckdb.Error:
             raise UserError(f"{key}.timezone: no time zone {origin.timezone!r}") from None
         if origin.format is not None:
             try:
                 self._connection.execute(
-                    "SELECT try_strptime('', $format)", {"format": origin.format}
-                )
+                    "SELECT CAST(try_strptime('', $format) AS VARCHAR)", {"format": origin.format}
+                ).fetchall()
             except duckdb.Error:
                 raise UserError(f"{key}.format: not a strptime format: {origin.format!r}") from None
 
@@ -149,22 +151,17 @@ class Mapper:
         """Return the query over ``raw``: schema columns, row, reason (null = fine), record."""
         values: list[str] = []
         for field in self._schema:
-            values.append(f"{self._value(field)} AS v_{field.name}")
-            values.append(f"{self._given(field.name)} AS g_{field.name}")
-        columns = [f"{self._limit_to_types(field.name)} AS {field.name}" for field in self._schema]
-        reason = self._reason()
+            value = self._only(field.name, self._value(field))
+            values.append(f"CAST({value} AS {_sql_type(field.type)}) AS v_{field.name}")
+            values.append(f"({self._only(field.name, self._given(field.name))}) AS g_{field.name}")
+        columns = ", ".join(f"v_{name} AS {name}" for name in self._schema.names)
         record = ", ".join(f"{_literal(name)}, c{index}" for index, name in enumerate(self.columns))
         raw = ", ".join([ROW, *(f"c{index}" for index in range(len(self.columns)))])
-        return "\n".join(  # made of the schema's names, positions and quoted literals alone
-            [
-                f"WITH mapped AS (SELECT {raw}, {', '.join(values)} FROM raw),",
-                f"judged AS (SELECT *, {reason} AS reason FROM mapped)",
-                f"SELECT {', '.join(columns)}, {ROW}, reason,",
-                f"CASE WHEN reason IS NOT NULL THEN CAST(json_object({record}) AS VARCHAR) END"
-                " AS record",
-                "FROM judged",
-            ]
-        )
+        # Made of the schema's names, positions and quoted literals alone.
+        mapped = f"(SELECT {raw}, {', '.join(values)} FROM raw)"  # noqa: S608
+        judged = f"(SELECT *, {self._reason()} AS reason FROM {mapped})"  # noqa: S608
+        shown = f"CASE WHEN reason IS NOT NULL THEN CAST(json_object({record}) AS VARCHAR) END"
+        return f"SELECT {columns}, {ROW}, reason, {shown} AS record FROM {judged}"  # noqa: S608
 
     def _value(self, field: pa.Field) -> str:
         if field.name not in self._origins:
@@ -187,7 +184,9 @@ class Mapper:
         column = self._column(name)
         if column is None:
             value = self._origins[name].value
-            return _literal(f"{value:g}" if isinstance(value, float) else str(value))
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
+            return _literal(str(value))
         sql, kind = column
         if pa.types.is_floating(kind):
             # 2^53: beyond it a double no longer tells whole numbers apart.
@@ -196,7 +195,12 @@ class Mapper:
                 f" WHEN {sql} = trunc({sql}) AND abs({sql}) < 9007199254740992"
                 f" THEN CAST(CAST({sql} AS BIGINT) AS VARCHAR) ELSE CAST({sql} AS VARCHAR) END"
             )
-        return f"nullif(trim(CAST({sql} AS VARCHAR)), '')"
+        text = f"CAST({sql} AS VARCHAR)"
+        # Stripping a set of characters is slow, and the comparisons show that most need none.
+        return (
+            f"CASE WHEN {text} >= '!' AND {text}[-1] > ' ' THEN {text}"
+            f" ELSE nullif(trim({text}, E' \\t\\r\\n'), '') END"
+        )
 
     def _text_value(self, name: str) -> str:
         text = self._text(name)
@@ -225,14 +229,15 @@ class Mapper:
         if pa.types.is_timestamp(kind):
             if kind.tz is not None:
                 return f"CAST({sql} AS TIMESTAMPTZ)"
-            return _local_time(f"CAST({sql} AS TIMESTAMP)", origin.timezone)
+            return _local_time(f"TRY_CAST({sql} AS TIMESTAMP)", origin.timezone)
         if pa.types.is_date(kind):
-            return _local_time(f"CAST({sql} AS TIMESTAMP)", origin.timezone)
+            return _local_time(f"TRY_CAST({sql} AS TIMESTAMP)", origin.timezone)
         if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
             if origin.unit is None:
+                advice = f"; say in ingest.files.mapping.{name}.unit whether they are s, ms or us"
                 raise UserError(
-                    f"{self._source}: column {origin.column} holds numbers; say in"
-                    f" ingest.files.mapping.{name}.unit whether they are s, ms or us"
+                    f"{self._source}: column {origin.column} holds numbers, not times"
+                    + (advice if self._kind is Kind.EVENTS else "")
                 )
             return _epoch_time(f"TRY_CAST({sql} AS DOUBLE)", origin.unit)
         raise UserError(
@@ -259,14 +264,20 @@ class Mapper:
         """Return whether the source gives anything for a field."""
         if name not in self._origins:
             return "FALSE"
-        return f"({self._text(name)}) IS NOT NULL"
+        column = self._column(name)
+        if column is None or _is_text(column[1]):
+            return f"({self._text(name)}) IS NOT NULL"
+        sql, kind = column
+        number = f" AND NOT isnan({sql})" if pa.types.is_floating(kind) else ""
+        return f"{sql} IS NOT NULL{number}"
 
-    def _limit_to_types(self, name: str) -> str:
+    def _only(self, name: str, value: str) -> str:
+        """Return a value of a field, null for event types that it is not for."""
         origin = self._origins.get(name)
         if origin is None or origin.only is None:
-            return f"v_{name}"
+            return value
         types = ", ".join(_literal(kind) for kind in origin.only)
-        return f"CASE WHEN v_event_type IN ({types}) THEN v_{name} END"
+        return f"CASE WHEN ({self._text_value('event_type')}) IN ({types}) THEN {value} END"
 
     def _reason(self) -> str:
         """Return the first reason why a row is refused; null where there is none."""
@@ -275,7 +286,7 @@ class Mapper:
             checks += self._event_checks()
         for field in self._schema:
             name = field.name
-            value = self._limit_to_types(name)
+            value = f"v_{name}"
             if not field.nullable:
                 checks.append((f"NOT g_{name}", f"missing {name}"))
             if name not in self._origins:
@@ -323,7 +334,7 @@ class Mapper:
 
 
 def choose_origins(
-    kind: Kind, mapping: Mapping[str, ColumnMapping], source: str, found: list[str]
+    kind: Kind, mapping: Mapping, source: str, found: list[str]
 ) -> dict[str, ColumnMapping]:
     """Return where each column of a table comes from; columns without an origin are left out.
 
@@ -340,6 +351,8 @@ def choose_origins(
     for field in SCHEMAS[kind]:
         name = field.name
         origin = mapping.get(name)
+        if name in mapping and origin is None:
+            continue
         if origin is not None:
             if origin.column is not None and origin.column not in found:
                 raise UserError(
@@ -355,16 +368,6 @@ def choose_origins(
     return origins
 
 
-def quarantine(
-    source: str, rows: pa.ChunkedArray, reasons: pa.ChunkedArray, records: pa.ChunkedArray
-) -> pa.Table:
-    """Return a quarantine table of one source."""
-    sources = pa.array([source] * len(rows), pa.string())
-    return pa.table([sources, rows, reasons, records], names=QUARANTINE_SCHEMA.names).cast(
-        QUARANTINE_SCHEMA
-    )
-
-
 def _count(refused: pa.Table, reason: str) -> int:
     total: int | None = pc.sum(pc.equal(refused.column("reason"), reason)).as_py()
     return total or 0
@@ -376,6 +379,12 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     )
+
+
+def _sql_type(kind: pa.DataType) -> str:
+    if pa.types.is_timestamp(kind):
+        return "TIMESTAMPTZ"
+    return "DOUBLE" if pa.types.is_floating(kind) else "VARCHAR"
 
 
 def _literal(text: str | None) -> str:

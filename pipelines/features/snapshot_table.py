@@ -1,0 +1,104 @@
+"""The snapshot table that the features stage wrote, in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines.errors import UserError
+from pipelines.features.cuts import Split
+from pipelines.features.labels import Kind, Target
+from pipelines.io import read_json
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotTable:
+    """Rows are (cut, user) pairs, sorted by cut, then user.
+
+    Attributes:
+        user: (R,) user numbers.
+        cut: (R,) cut numbers.
+        features: (R, F), NaN = unknown.
+        feature_names: F names.
+        labels: target name -> (R,).
+        targets: what is predicted.
+        omitted: {"name", "why"} of targets that were left out.
+        splits: cut number -> split.
+        cut_times: cut number -> ISO time.
+    """
+
+    user: NDArray[np.int32]
+    cut: NDArray[np.int32]
+    features: Floats
+    feature_names: list[str]
+    labels: dict[str, Floats]
+    targets: tuple[Target, ...]
+    omitted: list[dict[str, str]]
+    splits: dict[int, Split]
+    cut_times: dict[int, str]
+
+    @classmethod
+    def load(cls, folder: Path) -> SnapshotTable:
+        """Read data/features.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        schema = read_json(folder / "schema.json")
+        cuts = read_json(folder / "cuts.json")["cuts"]
+        path = folder / "snapshots.parquet"
+        try:
+            table = pq.read_table(path)
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path}: not readable; run the features stage ({error})") from None
+        names = schema["features"]
+        targets = tuple(
+            Target(
+                name=t["name"],
+                kind=Kind(t["kind"]),
+                event=t["event"],
+                horizon_days=t["horizon_days"],
+            )
+            for t in schema["targets"]
+        )
+        return cls(
+            user=table["user"].to_numpy(),
+            cut=table["cut"].to_numpy(),
+            features=np.column_stack([table[n].to_numpy() for n in names]),
+            feature_names=names,
+            labels={t.name: table[f"y_{t.name}"].to_numpy() for t in targets},
+            targets=targets,
+            omitted=schema["omitted"],
+            splits={c["index"]: Split(c["split"]) for c in cuts},
+            cut_times={c["index"]: c["ts"] for c in cuts},
+        )
+
+    def rows_of(self, *splits: Split) -> Mask:
+        """(R,) rows of the cuts of some kinds."""
+        wanted = [index for index, split in self.splits.items() if split in splits]
+        rows: Mask = np.isin(self.cut, wanted)
+        return rows
+
+    def predictions_table(self, predictions: dict[str, Any]) -> pa.Table:
+        """Make the table of a predictions file.
+
+        Args:
+            predictions: target name -> values for the calibration and test rows, in order.
+        """
+        rows = self.rows_of(Split.CALIBRATION, Split.TEST)
+        return pa.table(
+            {
+                "user": self.user[rows],
+                "cut": self.cut[rows],
+                **{n: np.asarray(v, dtype=np.float32) for n, v in predictions.items()},
+            }
+        )

@@ -1,0 +1,612 @@
+"""Events from files: CSV, JSON Lines and Parquet, by path, folder, glob or fsspec URL.
+
+Readers stream: a block of a CSV or JSON Lines file, a slice of a Parquet row group, one at a
+time, in the order of the file; files come in the order of their names. A damaged file stops
+the run by name; a damaged line is a row of the quarantine.
+
+CSV files have a header; the separator is the one of comma, semicolon, tab and bar that the
+header holds most of. Text is UTF-8. JSON Lines hold one object a line; a key may be missing
+from a line, which is a null, but a mapped key must occur in some line of the source.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.config import FileFormat, Files
+from pipelines.errors import UserError
+from pipelines.sources.base import ROW, SCHEMAS, Batch, Kind, Mapping, quarantine
+
+_ENDINGS: Final[dict[str, FileFormat]] = {
+    ".csv": FileFormat.CSV,
+    ".tsv": FileFormat.CSV,
+    ".jsonl": FileFormat.JSONL,
+    ".ndjson": FileFormat.JSONL,
+    ".parquet": FileFormat.PARQUET,
+    ".pq": FileFormat.PARQUET,
+}
+_COMPRESSIONS: Final[dict[str, str]] = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+
+_BLOCK_BYTES: Final = 16 << 20
+_ROWS_PER_CHUNK: Final = 1 << 17
+
+# A longer value is a quotation mark that nobody closed: it has swallowed the lines after it.
+_MAX_VALUE_BYTES: Final = 1 << 16
+
+_DELIMITERS: Final = ",;\t|"
+
+# Cannot occur in JSON text, where control characters are escaped.
+_NO_DELIMITER: Final = "\x01"
+
+_OPEN_QUOTE: Final = "a quotation mark seems not to be closed"
+
+# Stands for bytes that are not UTF-8 while they are read: a Unicode noncharacter, which text
+# for interchange never holds.
+_DAMAGE_MARK: Final = "\ufdd0"
+_SURROGATES: Final = re.compile("[\udc80-\udcff]+")
+
+# What object stores and servers call a content hash or, failing that, a version.
+_VERSION_KEYS: Final = (
+    "etag",
+    "md5hash",
+    "content_md5",
+    "md5",
+    "checksum",
+    "crc32c",
+    "versionid",
+    "generation",
+    "lastmodified",
+    "last_modified",
+    "mtime",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """One file: its path in the file system, and its name in messages and fingerprints."""
+
+    path: str
+    name: str
+    format: FileFormat
+    compression: str | None
+
+
+class _Refused(NamedTuple):
+    """A line that gives no row."""
+
+    row: int
+    reason: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """Some rows of a file: ``row`` and source columns; and lines refused."""
+
+    table: pa.Table
+    refused: list[_Refused] = field(default_factory=list)
+
+
+class FilesSource:
+    """Events, and perhaps users and items, from files."""
+
+    def __init__(self, params: Files, root: Path = Path()) -> None:
+        """Remember where to look; nothing is opened yet.
+
+        Args:
+            params: the ``ingest.files`` section.
+            root: folder that relative paths start from.
+        """
+        self._params = params
+        self._root = root
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See ``Source``: names with content hashes (local) or versions (remote)."""
+        tables: dict[str, Any] = {}
+        for kind in Kind:
+            if self._path(kind) is not None:
+                fs, files = self._find(kind)
+                tables[kind.value] = [
+                    {"name": file.name, **_describe_content(fs, file)} for file in files
+                ]
+        return {"source": "files", **tables}
+
+    def read(self, kind: Kind) -> Iterator[Batch]:
+        """See ``Source``."""
+        if self._path(kind) is None:
+            return
+        from pipelines.sources.mapping import Mapper, connect
+
+        mapping: Mapping = self._params.mapping if kind is Kind.EVENTS else {}
+        fs, files = self._find(kind)
+        keys = _SeenKeys(kind, mapping, files)
+        connection = connect()
+        for file in files:
+            try:
+                reader = _open_reader(fs, file, connection, keys)
+                mapper = Mapper(kind, mapping, file.name, reader.columns, connection)
+                for chunk in reader.read(mapper.columns):
+                    yield _add_refused(mapper.convert(chunk.table), file, chunk.refused)
+            except FileNotFoundError:
+                raise UserError(f"{file.name}: the file has gone") from None
+            except PermissionError:
+                raise UserError(f"{file.name}: no permission to read it") from None
+            except (pa.ArrowException, OSError) as error:
+                # With a number it is the machine's (a full disk, a lost connection).
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                raise UserError(f"{file.name}: {_explain_damage(file, error)}") from None
+        keys.check()
+
+    def _path(self, kind: Kind) -> str | None:
+        return {
+            Kind.EVENTS: self._params.path,
+            Kind.USERS: self._params.users,
+            Kind.ITEMS: self._params.items,
+        }[kind]
+
+    def _find(self, kind: Kind) -> tuple[Any, list[_File]]:
+        path = self._path(kind) or ""
+        if kind is Kind.EVENTS:
+            return _find_files(path, self._params.format, "ingest.files.path", self._root)
+        return _find_files(path, None, f"ingest.files.{kind}", self._root)
+
+
+# -- finding ---------------------------------------------------------------------------------
+
+
+def _find_files(
+    path: str, given: FileFormat | None, key: str, root: Path
+) -> tuple[Any, list[_File]]:
+    """Return the file system and the files behind a path, in the order of their names.
+
+    Raises:
+        UserError: naming the setting and the path, where there is nothing to read.
+    """
+    import fsspec
+
+    try:
+        if "://" in path:
+            fs, place = fsspec.core.url_to_fs(path)
+        else:
+            fs = fsspec.filesystem("file")
+            place = fs._strip_protocol(str(root / path))
+        if fs.isdir(place):
+            base, found = place, [p for p in fs.find(place) if not _is_hidden(p, place)]
+            if given is not None or any(_split_name(p)[0] for p in found):
+                found = [p for p in found if _split_name(p)[0] in ({given} if given else _KNOWN)]
+            if not found:
+                raise UserError(f"{key}: {path}: no {given or 'event'} files in this folder")
+        elif fs.isfile(place):
+            base, found = str(PurePosixPath(place).parent), [place]
+        elif any(c in place for c in "*?["):
+            base, found = _fixed_part(place), [p for p in fs.glob(place) if fs.isfile(p)]
+            if not found:
+                raise UserError(f"{key}: {path}: no file matches")
+        else:
+            raise UserError(f"{key}: {path}: no such file or folder")
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{key}: {path}: {_first_line(error)}") from None
+    files = []
+    for name in sorted(found):
+        ending, compression = _split_name(name)
+        file_format = given or ending
+        if file_format is None:
+            raise UserError(
+                f"{key}: {name}: the ending tells no format; set ingest.files.format to"
+                f" {', '.join(FileFormat)}"
+            )
+        relative = _relative(name, fs._strip_protocol(base))
+        files.append(_File(path=name, name=relative, format=file_format, compression=compression))
+    return fs, files
+
+
+_KNOWN: Final = set(FileFormat)
+
+
+def _split_name(path: str) -> tuple[FileFormat | None, str | None]:
+    """Return the format and compression that a file's ending tells."""
+    suffixes = ["", *(suffix.lower() for suffix in PurePosixPath(path).suffixes)]
+    compression = _COMPRESSIONS.get(suffixes[-1])
+    return _ENDINGS.get(suffixes[-1 if compression is None else -2]), compression
+
+
+def _is_hidden(path: str, base: str) -> bool:
+    # Spark and others leave _SUCCESS, .crc files and the like beside the data.
+    return any(part.startswith((".", "_")) for part in PurePosixPath(_relative(path, base)).parts)
+
+
+def _relative(path: str, base: str) -> str:
+    return path.removeprefix(base.rstrip("/")).lstrip("/")
+
+
+def _fixed_part(pattern: str) -> str:
+    """Return the folder above the first part of a glob that holds a wildcard."""
+    parts = PurePosixPath(pattern).parts
+    fixed = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
+    return str(PurePosixPath(*parts[:fixed])) if fixed else ""
+
+
+def _describe_content(fs: Any, file: _File) -> dict[str, Any]:
+    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+        with fs.open(file.path, "rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256")
+        return {"bytes": fs.size(file.path), "digest": f"sha256:{digest.hexdigest()}"}
+    info = {str(k).lower().replace("-", ""): v for k, v in fs.info(file.path).items()}
+    versions = {key: str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None}
+    return {
+        "bytes": info.get("size"),
+        "version": versions or str(fs.checksum(file.path)),
+    }
+
+
+# -- reading ---------------------------------------------------------------------------------
+
+
+class _SeenKeys:
+    """Keeps account of needed JSON keys that no line has held so far.
+
+    Only where all files are JSON Lines: with columns, a missing one shows in each file.
+    """
+
+    def __init__(self, kind: Kind, mapping: Mapping, files: list[_File]) -> None:
+        names = set(SCHEMAS[kind].names) - set(mapping)
+        mapped = {m.column for m in mapping.values() if m is not None and m.column is not None}
+        required = {name for name in names if not SCHEMAS[kind].field(name).nullable}
+        self.wanted = sorted(mapped | names)
+        self.missing = mapped | required
+        self._found: set[str] = set()
+        self._where = files[0].name
+        if any(file.format is not FileFormat.JSONL for file in files):
+            self.missing = set()
+
+    def see(self, keys: list[str]) -> None:
+        """Note keys of some lines."""
+        self._found.update(keys)
+        self.missing -= self._found
+
+    def check(self) -> None:
+        """Fail when a needed key never came though lines did.
+
+        Raises:
+            UserError: naming the keys, and those found.
+        """
+        if self.missing and self._found:
+            raise UserError(
+                f"{self._where}: no column {', '.join(sorted(self.missing))} in any line;"
+                f" found {', '.join(sorted(self._found))}"
+            )
+
+
+class _ParquetReader:
+    """Yields slices of row groups."""
+
+    def __init__(self, fs: Any, file: _File) -> None:
+        import pyarrow.parquet as pq
+
+        self._parquet = pq.ParquetFile(_open(fs, file))
+        self.columns = pa.schema([_unmask_text(c) for c in self._parquet.schema_arrow])
+
+    def read(self, columns: list[str]) -> Iterator[_Chunk]:
+        first = 1
+        for batch in self._parquet.iter_batches(_ROWS_PER_CHUNK, columns=columns):
+            numbers = np.arange(first, first + batch.num_rows)
+            table = pa.Table.from_batches([batch])
+            table = table.cast(pa.schema([_unmask_text(column) for column in table.schema]))
+            yield _Chunk(table=_number_rows(table, numbers))
+            first += batch.num_rows
+        self._parquet.close(force=True)
+
+
+class _CsvReader:
+    """Yields blocks of lines."""
+
+    def __init__(self, fs: Any, file: _File) -> None:
+        self._fs = fs
+        self._file = file
+        with _open(fs, file) as stream:
+            header = _read_first_line(file, stream)
+        self._delimiter = max(_DELIMITERS, key=header.count)
+        names = next(csv.reader([header], delimiter=self._delimiter), [])
+        names = [name.strip() for name in names]
+        if not any(names):
+            raise UserError(f"{file.name}: the first line is empty; it should name the columns")
+        self.columns = pa.schema([pa.field(name, pa.string()) for name in names])
+
+    def read(self, columns: list[str]) -> Iterator[_Chunk]:
+        places = [self.columns.names.index(name) for name in columns]
+        names = [f"c{index}" for index in range(len(self.columns))]
+        with _open(self._fs, self._file) as stream:
+            for chunk in _read_blocks(
+                self._file, stream, names, delimiter=self._delimiter, quote='"', header=1
+            ):
+                table = chunk.table.select([ROW, *(f"c{place}" for place in places)])
+                yield replace(chunk, table=table.rename_columns([ROW, *columns]))
+
+
+class _JsonReader:
+    """Yields blocks of JSON lines, of which it takes the wanted keys as text."""
+
+    def __init__(self, fs: Any, file: _File, connection: Any, keys: _SeenKeys) -> None:
+        self._fs = fs
+        self._file = file
+        self._connection = connection
+        self._keys = keys
+        self.columns = pa.schema([pa.field(name, pa.string()) for name in keys.wanted])
+
+    def read(self, columns: list[str]) -> Iterator[_Chunk]:
+        with _open(self._fs, self._file) as stream:
+            if not stream.read(1):
+                return  # an hour without events
+        with _open(self._fs, self._file) as stream:
+            for chunk in _read_blocks(
+                self._file, stream, ["line"], delimiter=_NO_DELIMITER, quote=False, header=0
+            ):
+                yield self._extract(chunk, columns)
+
+    def _extract(self, chunk: _Chunk, columns: list[str]) -> _Chunk:
+        # The inner CASE keeps text that is no JSON away from json_type, which fails on it.
+        valid = self._query(
+            chunk.table,
+            "SELECT coalesce(CASE WHEN json_valid(line) THEN json_type(line) END = 'OBJECT',"
+            " FALSE) AS valid FROM lines",
+        ).column("valid")
+        lines, refused = chunk.table, chunk.refused
+        if not pc.all(valid, min_count=0).as_py():
+            bad = lines.filter(pc.invert(valid)).to_pydict()
+            rows = zip(bad[ROW], bad["line"], strict=True)
+            refused = refused + [_Refused(row, "not a JSON object", text) for row, text in rows]
+            lines = lines.filter(valid)
+        if self._keys.missing:
+            keys = self._query(lines, "SELECT DISTINCT unnest(json_keys(line)) AS key FROM lines")
+            self._keys.see(keys.column("key").to_pylist())
+        pointers = ", ".join(_pointer(name) for name in columns)
+        items = ", ".join(f"found[{i}] AS c{i}" for i in range(1, len(columns) + 1))
+        found = f"(SELECT {ROW}, json_extract_string(line, [{pointers}]) AS found FROM lines)"  # noqa: S608
+        table = self._query(lines, f"SELECT {ROW}, {items} FROM {found}")  # noqa: S608
+        return _Chunk(table=table.rename_columns([ROW, *columns]), refused=refused)
+
+    def _query(self, lines: pa.Table, query: str) -> pa.Table:
+        self._connection.register("lines", lines)
+        result = self._connection.sql(query).to_arrow_table()
+        self._connection.unregister("lines")
+        return result
+
+
+def _pointer(key: str) -> str:
+    """Return the JSON pointer (RFC 6901) of a key as an SQL literal."""
+    return "'/" + key.replace("~", "~0").replace("/", "~1").replace("'", "''") + "'"
+
+
+def _open_reader(
+    fs: Any, file: _File, connection: Any, keys: _SeenKeys
+) -> _ParquetReader | _CsvReader | _JsonReader:
+    if file.format is FileFormat.PARQUET:
+        return _ParquetReader(fs, file)
+    if file.format is FileFormat.CSV:
+        return _CsvReader(fs, file)
+    return _JsonReader(fs, file, connection, keys)
+
+
+def _open(fs: Any, file: _File) -> pa.NativeFile:
+    """Open a file for reading, decompressed; closing it closes what is below."""
+    raw = pa.PythonFile(fs.open(file.path, "rb"), mode="r")
+    return raw if file.compression is None else pa.CompressedInputStream(raw, file.compression)
+
+
+def _read_first_line(file: _File, stream: pa.NativeFile) -> str:
+    start = stream.read(_MAX_VALUE_BYTES)
+    if not start:
+        raise UserError(f"{file.name}: the file is empty")
+    line = start.splitlines()[0]
+    try:
+        text: str = line.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{file.name}: the first line is not UTF-8 text") from None
+    if "\0" in text:
+        raise UserError(f"{file.name}: the first line is not UTF-8 text (UTF-16 perhaps)")
+    return text
+
+
+def _read_blocks(
+    file: _File,
+    stream: pa.NativeFile,
+    names: list[str],
+    *,
+    delimiter: str,
+    quote: str | bool,
+    header: int,
+) -> Iterator[_Chunk]:
+    """Split text into columns, block by block.
+
+    Args:
+        file: for messages.
+        stream: decompressed bytes, at their start.
+        names: columns that every line must have.
+        delimiter: one character.
+        quote: the quotation mark; False for none.
+        header: lines to skip at the start.
+    """
+    from pyarrow import csv as arrow_csv
+
+    refused: list[_Refused] = []
+
+    def refuse(row: Any) -> str:
+        reason = "fewer values than columns"
+        if row.actual_columns > row.expected_columns:
+            reason = "more values than columns"
+        refused.append(_Refused(row.number - header, reason, row.text))
+        return "skip"
+
+    text = _Utf8Stream(stream)
+    reader = arrow_csv.open_csv(
+        pa.PythonFile(text, mode="r"),
+        # Threads would leave the rows without numbers.
+        read_options=arrow_csv.ReadOptions(
+            use_threads=False,
+            block_size=_BLOCK_BYTES,
+            column_names=names,
+            skip_rows_after_names=header,
+        ),
+        parse_options=arrow_csv.ParseOptions(
+            delimiter=delimiter,
+            quote_char=quote,
+            double_quote=bool(quote),
+            newlines_in_values=bool(quote),
+            ignore_empty_lines=False,
+            invalid_row_handler=refuse,
+        ),
+        convert_options=arrow_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
+    )
+    following = 1
+    end = _Refused(0, "", "")
+    for batch in reader:
+        # The parser is ahead of the conversion: all refused rows before the last of this block
+        # are known here, and perhaps some of later blocks.
+        gaps = np.array([r.row for r in refused], dtype=np.int64)
+        numbers = _number(following, batch.num_rows, gaps)
+        table = pa.Table.from_batches([batch])
+        _check_lengths(file, table, numbers)
+        if batch.num_rows:
+            following = int(numbers[-1]) + 1
+            (values,) = table.slice(batch.num_rows - 1).to_pylist()
+            end = _Refused(following - 1, "", "".join(values.values()))
+        filled = _find_filled(table)
+        table = _number_rows(table.filter(filled), numbers[filled])
+        done = [r for r in refused if r.row < following]
+        refused[:] = [r for r in refused if r.row >= following]
+        if text.damaged:
+            table, damaged = _split_damaged(table)
+            done += damaged
+        yield _Chunk(table=table, refused=done)
+    end = refused[-1] if refused else end
+    if quote and text.quotes % 2 and "\n" in end.text:
+        raise UserError(f"{file.name}, row {end.row}: {_OPEN_QUOTE}")
+    if refused:
+        nothing = pa.schema([(name, pa.string()) for name in names]).empty_table()
+        yield _Chunk(table=_number_rows(nothing, np.arange(0)), refused=refused)
+
+
+class _Utf8Stream:
+    """A byte stream whose bytes that are not UTF-8 are replaced by a mark.
+
+    The CSV parser would fail on the whole file, or lose the text of a line it refuses.
+    """
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._held = b""
+        self.damaged = False
+        self.quotes = 0  # quotation marks read
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._stream.closed)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def read(self, size: int) -> bytes:
+        """Return up to ``size`` bytes; none at the end alone."""
+        while not self._held:
+            raw = self._stream.read(size)
+            self.quotes += raw.count(b'"')
+            text = self._decoder.decode(raw, final=not raw)
+            try:
+                self._held = text.encode()
+            except UnicodeEncodeError:  # a lone surrogate stands for a byte that is not UTF-8
+                self.damaged = True
+                self._held = _SURROGATES.sub(_DAMAGE_MARK, text).encode()
+            if not raw:
+                break
+        part, self._held = self._held[:size], self._held[size:]
+        return part
+
+
+def _split_damaged(table: pa.Table) -> tuple[pa.Table, list[_Refused]]:
+    """Take out rows with a mark of bytes that are not UTF-8."""
+    damaged = np.zeros(table.num_rows, dtype=bool)
+    for name in table.column_names:
+        if name != ROW:
+            damaged |= pc.match_substring(table.column(name), _DAMAGE_MARK).to_numpy()
+    refused = []
+    for row in table.filter(damaged).to_pylist():
+        number = row.pop(ROW)
+        refused.append(_Refused(number, "not UTF-8", "|".join(row.values())))
+    return table.filter(~damaged), refused
+
+
+def _number(first: int, count: int, gaps: np.ndarray) -> np.ndarray:
+    """Return the ``count`` lowest numbers from ``first`` on that are not in ``gaps`` (sorted)."""
+    gaps = gaps[gaps >= first]
+    plain = first + np.arange(count, dtype=np.int64)
+    return plain + np.searchsorted(gaps - np.arange(len(gaps)), plain, side="right")
+
+
+def _check_lengths(file: _File, table: pa.Table, numbers: np.ndarray) -> None:
+    for column in table.columns:
+        lengths = pc.binary_length(column)
+        if (pc.max(lengths).as_py() or 0) > _MAX_VALUE_BYTES:
+            row = numbers[pc.index(pc.greater(lengths, _MAX_VALUE_BYTES), True).as_py()]
+            raise UserError(
+                f"{file.name}, row {row}: a value of over {_MAX_VALUE_BYTES} bytes; {_OPEN_QUOTE}"
+            )
+
+
+def _find_filled(table: pa.Table) -> np.ndarray:
+    """Return which rows hold anything: an empty line is not a row."""
+    filled = np.zeros(table.num_rows, dtype=bool)
+    for column in table.columns:
+        filled |= pc.greater(pc.binary_length(column), 0).to_numpy()
+    return filled
+
+
+def _number_rows(table: pa.Table, numbers: np.ndarray) -> pa.Table:
+    return table.add_column(0, ROW, pa.array(numbers, pa.int64()))
+
+
+def _unmask_text(column: pa.Field) -> pa.Field:
+    """Return byte columns as text: old writers of Parquet leave text unmarked."""
+    binary = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+    return column.with_type(pa.string()) if binary else column
+
+
+def _add_refused(batch: Batch, file: _File, refused: list[_Refused]) -> Batch:
+    if not refused:
+        return batch
+    lines = quarantine(
+        file.name,
+        pa.array([r.row for r in refused], pa.int64()),
+        pa.array([r.reason for r in refused], pa.string()),
+        pa.array([_show_line(r.text) for r in refused], pa.string()),
+    )
+    both = pa.concat_tables([batch.quarantined, lines]).sort_by(ROW)
+    return replace(batch, quarantined=both, rows=batch.rows + len(refused))
+
+
+def _show_line(text: str) -> str:
+    return json.dumps({"line": text.replace(_DAMAGE_MARK, "\ufffd")}, ensure_ascii=False)
+
+
+def _explain_damage(file: _File, error: Exception) -> str:
+    if "straddling" in str(error):
+        return f"a row of over {_BLOCK_BYTES >> 20} MiB; {_OPEN_QUOTE}"
+    what = file.format if file.compression is None else f"{file.compression} {file.format}"
+    return f"not a readable {what} file, damaged or cut off ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,449 @@
+"""Read events from the source into day partitions; set aside what breaks the schema.
+
+Rules, the same for every source:
+    * Only events before ``ingest.until`` are kept.
+    * A purchase with a negative quantity is a refund of as much; a refund's quantity is
+      positive however the source signs it. Prices stay as they are.
+    * An event without an event_id gets a content hash: the MD5 of all other columns (after
+      the rules above) as a JSON array, times in microseconds. Lines that repeat each other in
+      every column thus share an id.
+    * Of events with one id the first by time is kept, of equal times the first read. With
+      ``ingest.files.keep_repeats``, repeats of a hashed event get the suffix -2, -3, ... and
+      are kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.config import Params, Source
+from pipelines.errors import UserError
+from pipelines.events import EVENT_SCHEMA, ITEM_SCHEMA, TIMESTAMP, USER_SCHEMA, EventType
+from pipelines.io import progress, read_json, replace_directory, write_json, write_table
+from pipelines.sources import base
+from pipelines.sources.base import QUARANTINE_SCHEMA, ROW, Batch, Kind
+from pipelines.sources.catalog import open_source
+from pipelines.stages import fingerprint
+
+EVENTS: Final = Path("data/events")
+ENTITIES: Final = Path("data/entities")
+QUARANTINE: Final = Path("data/quarantine/ingest")
+REPORT: Final = Path("reports/ingest.json")
+
+# What DuckDB cannot hold goes here; the name is fixed so that a killed run's is found again.
+_SPILL: Final = Path("data/.ingest.spill")
+_MEMORY_LIMIT: Final = "4GB"
+
+_ROWS_PER_GROUP: Final = 1 << 17
+_ROWS_PER_INSERT: Final = 1 << 19
+_MICROSECONDS_PER_DAY: Final = 86_400_000_000
+_EXAMPLES: Final = 3
+_MANY_DUPLICATES: Final = 0.05
+
+_COLUMNS: Final = ", ".join(EVENT_SCHEMA.names)
+_CONTENT: Final = EVENT_SCHEMA.names[1:]  # all but event_id
+_HASHED: Final = ", ".join(f"epoch_us({name})" if name == "ts" else name for name in _CONTENT)
+
+# Statements are made of the schema's names alone.
+_SIGN: Final = """
+    SELECT * REPLACE (
+        CASE WHEN event_type = 'purchase' AND quantity < 0 THEN 'refund' ELSE event_type END
+            AS event_type,
+        CASE WHEN event_type IN ('purchase', 'refund') THEN abs(quantity) ELSE quantity END
+            AS quantity
+    ) FROM batch
+"""
+_INSERT: Final = f"""
+    INSERT INTO staged
+    SELECT place, event_id IS NULL, coalesce(event_id, md5(CAST(json_array({_HASHED}) AS VARCHAR))),
+        {", ".join(_CONTENT)}
+    FROM ({_SIGN})
+"""  # noqa: S608
+_SORTED: Final = f"SELECT {_COLUMNS} FROM staged ORDER BY ts, event_id"  # noqa: S608
+
+# Ids that occur once, nearly all, never reach the window function.
+_FIND_REPEATS: Final = """
+    CREATE TABLE repeats AS
+    SELECT place, hashed, row_number() OVER (PARTITION BY event_id ORDER BY ts, place) AS number
+    FROM staged
+    SEMI JOIN (SELECT event_id FROM staged GROUP BY event_id HAVING count(*) > 1) USING (event_id)
+    QUALIFY number > 1
+"""
+_NUMBER_REPEATS: Final = """
+    UPDATE staged SET event_id = event_id || '-' || number
+    FROM repeats WHERE repeats.place = staged.place AND repeats.hashed
+"""
+_DROP_REPEATS: Final = """
+    DELETE FROM staged USING repeats
+    WHERE repeats.place = staged.place AND NOT (repeats.hashed AND $keep)
+"""
+_SUM: Final = """
+    SELECT count(*) AS events, count(DISTINCT user_id) AS users, min(ts) AS first, max(ts) AS last
+    FROM staged
+"""
+_COUNT_TYPES: Final = "SELECT event_type, count(*) FROM staged GROUP BY event_type"
+
+
+@dataclass(kw_only=True)
+class _Counts:
+    """What became of the rows read."""
+
+    rows: int = 0
+    anonymous: int = 0
+    ignored: int = 0
+    after_until: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def quarantined(self) -> int:
+        return self.reasons.total()
+
+    @property
+    def share(self) -> float:
+        return self.quarantined / self.rows if self.rows else 0.0
+
+    def add(self, batch: Batch) -> None:
+        self.rows += batch.rows
+        self.anonymous += batch.anonymous
+        self.ignored += batch.ignored
+        for entry in pc.value_counts(batch.quarantined.column("reason")).to_pylist():
+            self.reasons[entry["values"]] += entry["counts"]
+            if entry["values"] not in self.examples:
+                found = pc.equal(batch.quarantined.column("reason"), entry["values"])
+                row = batch.quarantined.filter(found).slice(0, 1).to_pylist()[0]
+                self.examples[entry["values"]] = (
+                    f"{row['source']} row {row[ROW]}: {_shorten(row['record'])}"
+                )
+
+    def explain(self) -> str:
+        """Return the most frequent reasons, each with an example."""
+        return "; ".join(
+            f"{reason} ({count:,}, e.g. {self.examples[reason]})"
+            for reason, count in _by_frequency(self.reasons)[:_EXAMPLES]
+        )
+
+
+def run(params: Params, root: Path = Path()) -> str:
+    """Ingest the source.
+
+    Reads ``data/source.json`` (only to insist on the order of stages) and the source; writes
+    ``data/events/day=YYYY-MM-DD/part-0.parquet`` (sorted by ts, event_id), ``data/entities``
+    (users, items), ``data/quarantine/ingest`` and ``reports/ingest.json``.
+
+    Args:
+        params: all settings; the ``ingest`` section is used.
+        root: the project's folder.
+
+    Returns:
+        One line for people.
+
+    Raises:
+        UserError: the source cannot be read, too many rows break the schema (these are then
+            in the quarantine to look at), or no event is left.
+    """
+    read_json(root / fingerprint.OUTPUT)
+    source = open_source(params.ingest, root)
+    counts, entity_counts = _Counts(), _Counts()
+    with ExitStack() as stack:
+        connection = _open_store(root, stack)
+        with (
+            replace_directory(root / QUARANTINE) as folder,
+            pq.ParquetWriter(
+                folder / "part-0.parquet", QUARANTINE_SCHEMA, compression="zstd"
+            ) as quarantine,
+        ):
+            batches = progress(source.read(Kind.EVENTS), "ingest", unit="batch")
+            _store_events(batches, connection, quarantine, counts, params.ingest.until)
+            users = _read_entities(source, Kind.USERS, quarantine, entity_counts)
+            items = _read_entities(source, Kind.ITEMS, quarantine, entity_counts)
+        _check_share(counts, params.ingest.max_quarantine_share, "rows")
+        _check_share(entity_counts, params.ingest.max_quarantine_share, "rows of users and items")
+
+        keep_repeats = params.ingest.source is Source.FILES and params.ingest.files.keep_repeats
+        duplicates = _resolve_repeats(connection, keep_repeats)
+        sums = _summarise(connection)
+        if not sums["events"]:
+            raise UserError(_explain_nothing(counts, params))
+
+        last_seen = _LastSeen()
+        with replace_directory(root / EVENTS) as folder:
+            _write_days(last_seen.watch(_sorted_events(connection)), folder)
+    user_table = _last_rows(users, USER_SCHEMA)
+    item_table = last_seen.items() if items is None else _last_rows(items, ITEM_SCHEMA)
+    with replace_directory(root / ENTITIES) as folder:
+        write_table(folder / "users.parquet", user_table)
+        write_table(folder / "items.parquet", item_table)
+    report = {
+        "rows": counts.rows,
+        "anonymous": counts.anonymous,
+        "ignored": counts.ignored,
+        "after_until": counts.after_until,
+        "quarantined": {
+            "rows": counts.quarantined,
+            "share": round(counts.share, 6),
+            "reasons": dict(counts.reasons),
+            "entities": dict(entity_counts.reasons),
+        },
+        "duplicates": duplicates,
+        "items": item_table.num_rows,
+        **sums,
+    }
+    write_json(root / REPORT, report)
+    return _tell(report)
+
+
+def _tell(report: dict[str, Any]) -> str:
+    advice = ""
+    if report["duplicates"] > _MANY_DUPLICATES * report["rows"]:
+        advice = " (many: if they are no mistake, map event_id or set ingest.files.keep_repeats)"
+    return (
+        f"ingest: {report['events']:,} events of {report['users']:,} users,"
+        f" {report['first_ts'][:10]} to {report['last_ts'][:10]}, in {EVENTS};"
+        f" of {report['rows']:,} rows {report['quarantined']['rows']:,} quarantined,"
+        f" {report['anonymous']:,} anonymous, {report['duplicates']:,} duplicates{advice}"
+    )
+
+
+# -- reading ---------------------------------------------------------------------------------
+
+
+def _open_store(root: Path, stack: ExitStack) -> Any:
+    """Open the DuckDB that sorts; it and what it spills go when the stack closes."""
+    import duckdb
+
+    spill = root / _SPILL
+    spill.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(spill, ignore_errors=True)
+    stack.callback(shutil.rmtree, spill, ignore_errors=True)
+    connection = stack.enter_context(
+        duckdb.connect(config={"temp_directory": str(spill), "memory_limit": _MEMORY_LIMIT})
+    )
+    connection.execute("SET TimeZone = 'UTC'")
+    columns = ", ".join(f"{column.name} {_sql_type(column.type)}" for column in EVENT_SCHEMA)
+    connection.execute(f"CREATE TABLE staged (place BIGINT, hashed BOOLEAN, {columns})")
+    return connection
+
+
+def _sql_type(kind: pa.DataType) -> str:
+    if pa.types.is_timestamp(kind):
+        return "TIMESTAMPTZ"
+    return "DOUBLE" if pa.types.is_floating(kind) else "VARCHAR"
+
+
+def _store_events(
+    batches: Iterator[Batch],
+    connection: Any,
+    quarantine: pq.ParquetWriter,
+    counts: _Counts,
+    until: datetime | None,
+) -> None:
+    """Take in the source's events, numbered in the order read."""
+    first = 0
+    for events in _gather(_keep_events(batches, quarantine, counts, until)):
+        places = pa.array(np.arange(first, first + events.num_rows))
+        first += events.num_rows
+        connection.register("batch", events.append_column("place", places))
+        connection.execute(_INSERT).fetchall()
+        connection.unregister("batch")
+
+
+def _keep_events(
+    batches: Iterator[Batch],
+    quarantine: pq.ParquetWriter,
+    counts: _Counts,
+    until: datetime | None,
+) -> Iterator[pa.Table]:
+    """Count batches, write what they refuse, and yield events before ``until``."""
+    for batch in batches:
+        counts.add(batch)
+        quarantine.write_table(batch.quarantined)
+        events = batch.table
+        if until is not None:
+            events = events.filter(pc.less(events.column("ts"), pa.scalar(until, TIMESTAMP)))
+            counts.after_until += batch.table.num_rows - events.num_rows
+        yield events
+
+
+def _gather(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Join small tables: DuckDB is several times slower to insert less than a row group."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(t.num_rows for t in held) >= _ROWS_PER_INSERT:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _read_entities(
+    source: base.Source, kind: Kind, quarantine: pq.ParquetWriter, counts: _Counts
+) -> pa.Table | None:
+    """Read users or items whole; None where the source has none."""
+    tables = []
+    for batch in source.read(kind):
+        counts.add(batch)
+        quarantine.write_table(batch.quarantined)
+        tables.append(batch.table)
+    return pa.concat_tables(tables) if tables else None
+
+
+def _check_share(counts: _Counts, limit: float, what: str) -> None:
+    if counts.share > limit:
+        raise UserError(
+            f"ingest: {counts.quarantined:,} of {counts.rows:,} {what} ({counts.share:.1%}) break"
+            f" the schema, more than ingest.max_quarantine_share ({limit:.1%}):"
+            f" {counts.explain()}; all of them are in {QUARANTINE}"
+        )
+
+
+def _explain_nothing(counts: _Counts, params: Params) -> str:
+    """Return why no event is left."""
+    if not counts.rows:
+        return "ingest: zero events: the source holds no rows"
+    left_out = {
+        "anonymous (no user id)": counts.anonymous,
+        "ignored (event_type mapped to null)": counts.ignored,
+        f"not before ingest.until {params.ingest.until}": counts.after_until,
+        "quarantined": counts.quarantined,
+    }
+    why = ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count)
+    return f"ingest: zero events: of {counts.rows:,} rows {why}"
+
+
+# -- sorting and writing ---------------------------------------------------------------------
+
+
+def _resolve_repeats(connection: Any, keep: bool) -> int:
+    """Drop or number events that repeat an id; return how many are dropped."""
+    connection.execute(_FIND_REPEATS)
+    if keep:
+        connection.execute(_NUMBER_REPEATS)
+    (dropped,) = connection.execute(_DROP_REPEATS, {"keep": keep}).fetchone()
+    return int(dropped)
+
+
+def _summarise(connection: Any) -> dict[str, Any]:
+    found = connection.sql(_SUM).to_arrow_table().to_pylist()[0]
+    types = dict(connection.execute(_COUNT_TYPES).fetchall())
+    return {
+        "events": found["events"],
+        "users": found["users"],
+        "first_ts": _show_time(found["first"]),
+        "last_ts": _show_time(found["last"]),
+        "refunds": types.get(EventType.REFUND.value, 0),
+        "event_types": {kind.value: types.get(kind.value, 0) for kind in EventType},
+    }
+
+
+def _sorted_events(connection: Any) -> Iterator[pa.Table]:
+    """Yield events by ts, event_id; one day at a time or less."""
+    reader = connection.sql(_SORTED).to_arrow_reader(_ROWS_PER_GROUP)
+    for batch in reader:
+        table = pa.Table.from_batches([batch]).cast(EVENT_SCHEMA)
+        days = _days(table)
+        edges = np.flatnonzero(np.diff(days)) + 1
+        for start, end in itertools.pairwise([0, *edges.tolist(), table.num_rows]):
+            yield table.slice(start, end - start)
+
+
+def _days(table: pa.Table) -> np.ndarray:
+    """Return the UTC day of each event, counted from 1970."""
+    ts: np.ndarray = table.column("ts").cast(pa.int64()).to_numpy()
+    return ts // _MICROSECONDS_PER_DAY
+
+
+def _write_days(parts: Iterator[pa.Table], folder: Path) -> None:
+    """Write sorted parts of days into one file a day."""
+    for day, tables in itertools.groupby(parts, key=lambda part: int(_days(part.slice(0, 1))[0])):
+        name = (date(1970, 1, 1) + timedelta(days=day)).isoformat()
+        path = folder / f"day={name}" / "part-0.parquet"
+        path.parent.mkdir()
+        with pq.ParquetWriter(path, EVENT_SCHEMA, compression="zstd") as writer:
+            for table in _regroup(tables):
+                writer.write_table(table)
+
+
+def _regroup(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the same rows in groups of a fixed size, so that files do not depend on batches."""
+    held: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        held.append(table)
+        rows += table.num_rows
+        while rows >= _ROWS_PER_GROUP:
+            whole = pa.concat_tables(held).combine_chunks()
+            yield whole.slice(0, _ROWS_PER_GROUP)
+            held = [whole.slice(_ROWS_PER_GROUP)]
+            rows -= _ROWS_PER_GROUP
+    if rows:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+class _LastSeen:
+    """Derives items from a stream of events in time order: what each event column said last."""
+
+    def __init__(self) -> None:
+        self._seen = ITEM_SCHEMA.empty_table()
+        self._waiting: list[pa.Table] = []
+        self._rows = 0
+
+    def watch(self, parts: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        for part in parts:
+            self._waiting.append(part.select(ITEM_SCHEMA.names))
+            self._rows += part.num_rows
+            if self._rows >= _ROWS_PER_GROUP:
+                self._fold()
+            yield part
+
+    def items(self) -> pa.Table:
+        """Return the items so far, by item_id."""
+        self._fold()
+        return self._seen.sort_by("item_id")
+
+    def _fold(self) -> None:
+        table = pa.concat_tables(self._waiting) if self._waiting else ITEM_SCHEMA.empty_table()
+        self._waiting, self._rows = [], 0
+        price = table.column("price")
+        # A negative price is an adjustment in the books, not what the item costs.
+        price = pc.if_else(pc.greater_equal(price, 0), price, None)
+        table = table.set_column(table.schema.get_field_index("price"), "price", price)
+        table = table.filter(pc.is_valid(table.column("item_id"))).cast(ITEM_SCHEMA)
+        self._seen = _last_rows(pa.concat_tables([self._seen, table]), ITEM_SCHEMA)
+
+
+def _last_rows(table: pa.Table | None, schema: pa.Schema) -> pa.Table:
+    """Return one row per first column, sorted by it: of each other column the last non-null."""
+    if table is None:
+        return schema.empty_table()
+    key, *others = schema.names
+    # One thread: "last" is the last in the order of rows.
+    grouped = table.group_by(key, use_threads=False).aggregate([(name, "last") for name in others])
+    named = grouped.rename_columns([name.removesuffix("_last") for name in grouped.column_names])
+    return named.select(schema.names).sort_by(key).cast(schema)
+
+
+def _by_frequency(reasons: Counter[str]) -> list[tuple[str, int]]:
+    return sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _show_time(ts: datetime | None) -> str | None:
+    return None if ts is None else ts.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _shorten(text: str, limit: int = 160) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,526 @@
+"""Files source: finding, reading, mapping, and damage told by name."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import subprocess
+import sys
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.config import Files
+from pipelines.errors import UserError
+from pipelines.sources.base import SCHEMAS, Kind
+from pipelines.sources.files import FilesSource
+
+HEADER = "user_id,ts,event_type,item_id,price"
+LINES = [
+    "u1,2025-01-01T00:00:00Z,view,i1,1.5",
+    "u2,2025-01-01T00:00:01Z,purchase,i2,2",
+]
+
+
+def read(root: Path, kind: Kind = Kind.EVENTS, **files: Any) -> dict[str, Any]:
+    batches = list(FilesSource(Files(**files), root).read(kind))
+    tables = [batch.table for batch in batches]
+    refused = [batch.quarantined for batch in batches]
+    for table in tables:
+        assert table.schema == SCHEMAS[kind]
+    return {
+        "rows": pa.concat_tables(tables).to_pylist() if tables else [],
+        "refused": pa.concat_tables(refused).to_pylist() if refused else [],
+        "read": sum(batch.rows for batch in batches),
+        "anonymous": sum(batch.anonymous for batch in batches),
+        "ignored": sum(batch.ignored for batch in batches),
+    }
+
+
+def write_csv(path: Path, *lines: str, header: str = HEADER) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return path
+
+
+def reasons(result: dict[str, Any]) -> list[tuple[int, str]]:
+    return [(row["row"], row["reason"]) for row in result["refused"]]
+
+
+def at(text: str) -> datetime:
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+
+# -- formats and places ----------------------------------------------------------------------
+
+
+def _as_dicts() -> list[dict[str, Any]]:
+    return [dict(zip(HEADER.split(","), line.split(","), strict=True)) for line in LINES]
+
+
+def test_every_format_gives_the_same_events(tmp_path: Path) -> None:
+    text = "\n".join([HEADER, *LINES]) + "\n"
+    lines = "\n".join(json.dumps(row) for row in _as_dicts()) + "\n\n"
+    (tmp_path / "a.csv").write_text(text)
+    (tmp_path / "bom.csv").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    (tmp_path / "a.tsv").write_text(text.replace(",", "\t"))
+    (tmp_path / "semicolons.csv").write_text(text.replace(",", ";"))
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "a.csv.bz2").write_bytes(bz2.compress(text.encode()))
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.ndjson.gz").write_bytes(gzip.compress(lines.encode()))
+    pq.write_table(pa.Table.from_pylist(_as_dicts()), tmp_path / "a.parquet")
+    results = {p.name: read(tmp_path, path=p.name) for p in sorted(tmp_path.iterdir())}
+    expected = results["a.csv"]
+    assert [row["ts"] for row in expected["rows"]] == [
+        at("2025-01-01T00:00:00"),
+        at("2025-01-01T00:00:01"),
+    ]
+    assert expected["rows"][1] == {
+        **dict.fromkeys(SCHEMAS[Kind.EVENTS].names),
+        "user_id": "u2",
+        "ts": at("2025-01-01T00:00:01"),
+        "event_type": "purchase",
+        "item_id": "i2",
+        "price": 2.0,
+    }
+    assert len(results) == 9
+    for name, result in results.items():
+        assert result == expected, name
+
+
+def test_folder_glob_and_url(tmp_path: Path) -> None:
+    write_csv(tmp_path / "shop/b/2.csv", LINES[1])
+    write_csv(tmp_path / "shop/a/1.csv", LINES[0])
+    (tmp_path / "shop/_SUCCESS").touch()
+    (tmp_path / "shop/notes.md").write_text("not events")
+    users = ["u1", "u2"]
+    for path in ("shop", "shop/*/*.csv", "shop/**/*.csv", f"file://{tmp_path}/shop"):
+        assert [row["user_id"] for row in read(tmp_path, path=path)["rows"]] == users, path
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/shop/1.csv", (tmp_path / "shop/a/1.csv").read_bytes())
+    memory.pipe("/shop/2.csv.gz", gzip.compress((tmp_path / "shop/b/2.csv").read_bytes()))
+    try:
+        assert [row["user_id"] for row in read(tmp_path, path="memory://shop")["rows"]] == users
+        before = FilesSource(Files(path="memory://shop")).fingerprint()
+        memory.pipe("/shop/1.csv", b"user_id,ts,event_type\n")
+        assert FilesSource(Files(path="memory://shop")).fingerprint() != before
+    finally:
+        memory.rm("/shop", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("absent.csv", "absent.csv: no such file or folder"),
+        ("empty", "empty: no event files in this folder"),
+        ("*.nothing", r"\*.nothing: no file matches"),
+        ("what.dat", "ending tells no format"),
+        ("nope://bucket/x.csv", "Protocol not known: nope"),
+    ],
+)
+def test_nothing_to_read_names_the_path(tmp_path: Path, path: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "what.dat").touch()
+    source = FilesSource(Files(path=path), tmp_path)
+    with pytest.raises(UserError, match=message):
+        source.fingerprint()
+    with pytest.raises(UserError, match=message):
+        list(source.read(Kind.EVENTS))
+
+
+def test_fingerprint_follows_content_and_names_alone(tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        write_csv(tmp_path / place / "shop/1.csv", LINES[0])
+        write_csv(tmp_path / place / "users.csv", "u1", header="user_id")
+    params = Files(path="shop", users="users.csv")
+    here, there = (FilesSource(params, tmp_path / p) for p in ("here", "there"))
+    first = here.fingerprint()
+    assert first == there.fingerprint()
+    assert str(tmp_path) not in json.dumps(first)
+    write_csv(tmp_path / "there/shop/1.csv", LINES[0].replace("u1", "u3"))
+    assert there.fingerprint() != first
+    (tmp_path / "here/shop/1.csv").rename(tmp_path / "here/shop/2.csv")
+    assert here.fingerprint() != first
+
+
+def test_fingerprint_is_light(tmp_path: Path) -> None:
+    write_csv(tmp_path / "e.csv", *LINES)
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from pipelines.config import Files; from pipelines.sources.files import FilesSource\n"
+        f"FilesSource(Files(path='e.csv'), Path({str(tmp_path)!r})).fingerprint()\n"
+        "print([m for m in ('duckdb', 'pandas', 'ibis', 'torch') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"
+
+
+# -- mapping ---------------------------------------------------------------------------------
+
+
+def test_mapping_of_columns_values_and_constants(tmp_path: Path) -> None:
+    write_csv(
+        tmp_path / "e.csv",
+        'A,1735689600,pv,"Red; large",x',
+        "A,1735689601,4,shoes,x",
+        "A,1735689602,noise,shoes,x",
+        header="Who,When,What,Ref,price",
+    )
+    result = read(
+        tmp_path,
+        path="e.csv",
+        mapping={
+            "user_id": "Who",
+            "ts": {"column": "When", "unit": "s"},
+            "event_type": {"column": "What", "values": {"pv": "view", 4: "search", "noise": None}},
+            "item_id": {"column": "Ref", "only": ["view"]},
+            "query": {"column": "Ref", "only": ["search"]},
+            "brand": {"value": "own"},
+            "category": {"column": "Ref", "values": {"shoes": "footwear"}},
+            "price": None,
+        },
+    )
+    assert result["ignored"] == 1
+    assert result["refused"] == []
+    view, search = result["rows"]
+    assert (view["item_id"], view["query"], view["brand"]) == ("Red; large", None, "own")
+    assert (search["item_id"], search["query"], search["category"]) == (None, "shoes", "footwear")
+    assert view["ts"] == at("2025-01-01T00:00:00")
+    assert view["price"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "mapping", "expected"),
+    [
+        ("2025-01-01 12:00:00", {}, "2025-01-01T12:00:00"),
+        ("2025-01-01T12:00:00.250+02:00", {}, "2025-01-01T10:00:00.250"),
+        ("2019-10-01 00:00:00 UTC", {"timezone": "Asia/Tokyo"}, "2019-10-01T00:00:00"),
+        ("2025-07-01 12:00:00", {"timezone": "Europe/London"}, "2025-07-01T11:00:00"),
+        ("2025-07-01", {"timezone": "Asia/Tokyo"}, "2025-06-30T15:00:00"),
+        # Clocks going back: the earlier of two.
+        ("2024-11-03 01:30:00", {"timezone": "America/New_York"}, "2024-11-03T05:30:00"),
+        ("2011-10-30 01:30:00", {"timezone": "Europe/London"}, "2011-10-30T00:30:00"),
+        ("2011-10-30 02:00:00", {"timezone": "Europe/London"}, "2011-10-30T02:00:00"),
+        # Clocks going forward: moved by the gap.
+        ("2024-03-10 02:30:00", {"timezone": "America/New_York"}, "2024-03-10T07:30:00"),
+        ("31/12/2024 23:59", {"format": "%d/%m/%Y %H:%M"}, "2024-12-31T23:59:00"),
+        ("01.07.2025 12", {"format": "%d.%m.%Y %H", "timezone": "Europe/Berlin"},
+         "2025-07-01T10:00:00"),
+        ("2025-01-01 00:00 +0530", {"format": "%Y-%m-%d %H:%M %z"}, "2024-12-31T18:30:00"),
+        ("1735689600.5", {"unit": "s"}, "2025-01-01T00:00:00.500"),
+        ("1735689600123", {"unit": "ms"}, "2025-01-01T00:00:00.123"),
+        ("1735689600123456", {"unit": "us"}, "2025-01-01T00:00:00.123456"),
+    ],
+)  # fmt: skip
+def test_times(tmp_path: Path, text: str, mapping: dict[str, str], expected: str) -> None:
+    write_csv(tmp_path / "e.csv", f"u1,{text},view,,")
+    result = read(tmp_path, path="e.csv", mapping={"ts": {"column": "ts", **mapping}})
+    assert [row["ts"] for row in result["rows"]] == [at(expected)], result["refused"]
+
+
+@pytest.mark.parametrize(
+    ("text", "mapping"),
+    [
+        ("soon", {}),
+        ("2025-02-30", {}),
+        ("infinity", {"timezone": "Europe/London"}),
+        ("0001-01-01", {"timezone": "Europe/London"}),
+        ("290000-01-01", {"timezone": "Europe/London"}),
+        ("1735689600000", {"unit": "s"}),
+        ("1735689600", {"unit": "ms"}),
+        ("1e400", {"unit": "s"}),
+        ("nan", {"unit": "s"}),
+        ("12/31/2024", {"format": "%d/%m/%Y"}),
+    ],
+)
+def test_bad_times_are_refused(tmp_path: Path, text: str, mapping: dict[str, str]) -> None:
+    write_csv(tmp_path / "e.csv", f"u1,{text},view,,")
+    result = read(tmp_path, path="e.csv", mapping={"ts": {"column": "ts", **mapping}})
+    assert result["rows"] == []
+    assert len(result["refused"]) == 1
+    assert result["refused"][0]["reason"].startswith("ts ")
+    assert json.loads(result["refused"][0]["record"])["ts"] == text
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        (
+            {"ts": {"column": "ts", "timezone": "Mars/Base"}},
+            "ts.timezone: no time zone 'Mars/Base'",
+        ),
+        ({"ts": {"column": "ts", "format": "%Q"}}, "ts.format: not a strptime format"),
+        ({"price": "UnitPrice"}, r"e.csv: no column UnitPrice .*mapping.price.*found user_id, ts"),
+    ],
+)
+def test_bad_mapping_names_the_key(tmp_path: Path, mapping: Any, message: str) -> None:
+    write_csv(tmp_path / "e.csv", *LINES)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, path="e.csv", mapping=mapping)
+
+
+def test_a_required_column_without_mapping_is_named(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a/1.csv", *LINES)
+    write_csv(tmp_path / "a/2.csv", "u1,view", header="user_id,event_type")
+    with pytest.raises(UserError, match=r"2\.csv: no column ts; map it .* found user_id, event_ty"):
+        read(tmp_path, path="a")
+    (tmp_path / "e.jsonl").write_text('{"user_id": "a", "event_type": "view", "time": 1}\n')
+    with pytest.raises(UserError, match=r"e\.jsonl: no column ts in any line; found .*time"):
+        read(tmp_path, path="e.jsonl")
+
+
+def test_json_keys_may_be_missing_from_a_line_and_need_no_escape(tmp_path: Path) -> None:
+    rows = [
+        {"user_id": 7, "ts": "2025-01-01", "event_type": "view", "a/b~'c": "x", "extra": [1]},
+        {"user_id": None, "ts": "2025-01-01", "event_type": "view"},
+        {"user_id": "8", "ts": "2025-01-01", "event_type": "search", "query": 'say "hi", é'},
+    ]
+    (tmp_path / "e.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    result = read(tmp_path, path="e.jsonl", mapping={"item_id": "a/b~'c"})
+    assert result["anonymous"] == 1
+    assert [(r["user_id"], r["item_id"], r["query"]) for r in result["rows"]] == [
+        ("7", "x", None),
+        ("8", None, 'say "hi", é'),
+    ]
+
+
+def test_parquet_types(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "user_id": pa.array([17850.0, None, float("nan")]),
+            "ts": pa.array([datetime(2025, 7, 1, 12)] * 3, pa.timestamp("ns")),
+            "event_type": pa.array(["view"] * 3).dictionary_encode(),
+            "item_id": pa.array([b"i1", b"i1", b"i1"]),
+            "price": pa.array(["1.25"] * 3).cast(pa.decimal128(10, 2)),
+            "category": pa.array([3, 3, 3], pa.int8()),
+        }
+    )
+    pq.write_table(table, tmp_path / "e.parquet")
+    mapping = {"ts": {"column": "ts", "timezone": "Europe/London"}}
+    result = read(tmp_path, path="e.parquet", mapping=mapping)
+    assert result["anonymous"] == 2
+    (row,) = result["rows"]
+    assert (row["user_id"], row["item_id"], row["price"], row["category"]) == (
+        "17850",
+        "i1",
+        1.25,
+        "3",
+    )
+    assert row["ts"] == at("2025-07-01T11:00:00")
+    for column, message in [
+        (pa.array([1, 2, 3]), "holds numbers, not times; say in"),
+        (pa.array([True, False, True]), "of type bool, which holds no time"),
+    ]:
+        changed = table.set_column(1, "ts", column)
+        pq.write_table(changed, tmp_path / "e.parquet")
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, path="e.parquet")
+    days = table.set_column(1, "ts", pa.array([date(2025, 7, 1)] * 3))
+    pq.write_table(days, tmp_path / "e.parquet")
+    assert read(tmp_path, path="e.parquet")["rows"][0]["ts"] == at("2025-07-01T00:00:00")
+
+
+def test_text_is_stripped_and_empty_text_is_null(tmp_path: Path) -> None:
+    write_csv(
+        tmp_path / "e.csv",
+        " u1\t, 2025-01-01 , view,  , 1 ",
+        "é ,2025-01-01,view,é,",
+        "é,2025-01-01,view,,",
+    )
+    rows = read(tmp_path, path="e.csv")["rows"]
+    assert [(r["user_id"], r["item_id"], r["price"]) for r in rows] == [
+        ("u1", None, 1.0), ("é", "é", None), ("é", None, None),
+    ]  # fmt: skip
+
+
+def test_columns_that_differ_by_case_are_two(tmp_path: Path) -> None:
+    write_csv(
+        tmp_path / "e.csv", "u1,2025-01-01,view,1,2", header="user_id,ts,event_type,Price,price"
+    )
+    result = read(tmp_path, path="e.csv", mapping={"price": "Price", "quantity": "price"})
+    assert (result["rows"][0]["price"], result["rows"][0]["quantity"]) == (1.0, 2.0)
+
+
+def test_users_and_items(tmp_path: Path) -> None:
+    write_csv(tmp_path / "e.csv", *LINES)
+    header = "user_id,age,gender,region,signup_ts"
+    write_csv(tmp_path / "u.csv", "u1,33,f,,2024-05-01", "u2,old,m,,", header=header)
+    files = {"path": "e.csv", "users": "u.csv"}
+    result = read(tmp_path, Kind.USERS, **files)
+    assert result["rows"] == [
+        {"user_id": "u1", "age": 33.0, "gender": "f", "region": None, "signup_ts": at("2024-05-01")}
+    ]
+    assert reasons(result) == [(2, "age is not a number")]
+    assert read(tmp_path, Kind.ITEMS, **files)["rows"] == []
+
+
+# -- damage ----------------------------------------------------------------------------------
+
+
+def test_each_bad_row_has_its_number_and_reason(tmp_path: Path) -> None:
+    good = "u1,2025-01-01,view,i1,1"
+    write_csv(
+        tmp_path / "e.csv",
+        good,
+        "u1,2025-01-01,view,i1,1,surplus",
+        '"u\n1",2025-01-01,view,"i,1",1',
+        "u1,,view,i1,1",
+        "u1,2025-01-01",
+        good,
+        "u1,2025-01-01,dance,i1,1",
+        "u1,2025-01-01,,i1,1",
+        "u1,2025-01-01,view,i1,cheap",
+        "u1,2025-01-01,view,i1,inf",
+        f"{'u' * 257},2025-01-01,view,i1,1",
+        ",2025-01-01,dance,i1,cheap",
+        "u1,2025-01-01,view,i1,nan",
+        "u1,2025-01-01,view,i1,-3",
+    )
+    result = read(tmp_path, path="e.csv")
+    assert reasons(result) == [
+        (2, "more values than columns"),
+        (4, "missing ts"),
+        (5, "fewer values than columns"),
+        (7, "unknown event_type"),
+        (8, "missing event_type"),
+        (9, "price is not a number"),
+        (10, "price is not a number"),
+        (11, "user_id is longer than 256 characters"),
+    ]
+    assert {row["source"] for row in result["refused"]} == {"e.csv"}
+    assert json.loads(result["refused"][3]["record"]) == {
+        "user_id": "u1", "ts": "2025-01-01", "event_type": "dance", "item_id": "i1", "price": "1",
+    }  # fmt: skip
+    assert json.loads(result["refused"][0]["record"]) == {"line": "u1,2025-01-01,view,i1,1,surplus"}
+    assert [row["price"] for row in result["rows"]] == [1.0, 1.0, 1.0, None, -3.0]
+    assert result["anonymous"] == 1
+    assert result["read"] == 14 == len(result["rows"]) + len(result["refused"]) + 1
+
+
+def test_text_that_is_not_utf8_costs_its_row_alone(tmp_path: Path) -> None:
+    lines = [b"u1,2025-01-01,view,caf\xe9,1", LINES[0].encode(), b"\xff,1", b"u1,2025-01-01,view,,"]
+    (tmp_path / "e.csv").write_bytes(b"\n".join([HEADER.encode(), *lines]))
+    result = read(tmp_path, path="e.csv")
+    assert reasons(result) == [(1, "not UTF-8"), (3, "fewer values than columns")]
+    assert len(result["rows"]) == 2
+    (tmp_path / "e.jsonl").write_bytes(
+        b'{"user_id": "\xff", "ts": "2025-01-01", "event_type": "view"}\n'
+        b'{"user_id": "a", "ts": "2025-01-01", "event_type": "view"}\n'
+        b"{broken\n[1]\n\n"
+    )
+    result = read(tmp_path, path="e.jsonl")
+    assert reasons(result) == [(1, "not UTF-8"), (3, "not a JSON object"), (4, "not a JSON object")]
+    assert [row["user_id"] for row in result["rows"]] == ["a"]
+
+
+def test_empty_lines_and_files(tmp_path: Path) -> None:
+    write_csv(tmp_path / "e.csv", LINES[0], "", LINES[1], "", "")
+    assert read(tmp_path, path="e.csv")["read"] == 2
+    write_csv(tmp_path / "none.csv")
+    assert read(tmp_path, path="none.csv")["read"] == 0
+    (tmp_path / "none.jsonl").touch()
+    assert read(tmp_path, path="none.jsonl")["read"] == 0
+    (tmp_path / "void.csv").touch()
+    with pytest.raises(UserError, match=r"void\.csv: the file is empty"):
+        read(tmp_path, path="void.csv")
+
+
+@pytest.mark.parametrize("name", ["e.parquet", "e.csv.gz", "e.jsonl.gz"])
+@pytest.mark.parametrize("damage", ["cut", "garbled", "no such thing"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    path = tmp_path / name
+    rows = [{"user_id": f"u{i}", "ts": "2025-01-01", "event_type": "view"} for i in range(5000)]
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif "csv" in name:
+        lines = "".join(f"{r['user_id']},2025-01-01,view\n" for r in rows)
+        path.write_bytes(gzip.compress(b"user_id,ts,event_type\n" + lines.encode()))
+    else:
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(
+        {
+            "cut": content[:middle],
+            "garbled": content[: middle // 4] + b"\xaa" * middle + content[middle // 4 + middle :],
+            "no such thing": b"hello, hello, hello",
+        }[damage]
+    )
+    with pytest.raises(UserError, match=rf"^{name}: "):
+        read(tmp_path, path=name)
+
+
+@pytest.mark.parametrize("line", ['u1,2025-01-01,view,"i1,1', 'u1,2025-01-01,view,i1,"1'])
+@pytest.mark.parametrize("following", [1, 2000])
+def test_an_open_quotation_mark_does_not_swallow_rows_in_silence(
+    tmp_path: Path, line: str, following: int
+) -> None:
+    write_csv(tmp_path / "e.csv", LINES[0], line, *(LINES * following))
+    with pytest.raises(UserError, match=r"e\.csv, row 2: .*quotation mark seems not to be closed"):
+        read(tmp_path, path="e.csv")
+
+
+def test_quotation_marks_within_values_are_text(tmp_path: Path) -> None:
+    write_csv(
+        tmp_path / "e.csv",
+        'u1,2025-01-01,view,5" nail,1',
+        'u1,2025-01-01,view,"5"" ""nail"" x",1',
+    )
+    rows = read(tmp_path, path="e.csv")["rows"]
+    assert [row["item_id"] for row in rows] == ['5" nail', '5" "nail" x']
+
+
+def test_other_encodings_are_told(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_bytes("\n".join([HEADER, *LINES]).encode("utf-16"))
+    with pytest.raises(UserError, match=r"e\.csv: the first line is not UTF-8"):
+        read(tmp_path, path="e.csv")
+
+
+def test_row_numbers_hold_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.sources.files._BLOCK_BYTES", 1 << 12)
+    lines = []
+    for i in range(1, 3001):
+        kind = "dance" if i % 100 == 0 else "view"
+        lines.append(f"u{i},2025-01-01,{kind},{'i' * (i % 7)},{',' if i % 130 == 0 else ''}")
+    write_csv(tmp_path / "e.csv", *lines)
+    result = read(tmp_path, path="e.csv")
+    found = {row["row"]: row["reason"] for row in result["refused"]}
+    assert {n for n, r in found.items() if r == "more values than columns"} == set(
+        range(130, 3001, 130)
+    )
+    assert {n for n, r in found.items() if r == "unknown event_type"} == {
+        n for n in range(100, 3001, 100) if n % 130
+    }
+    assert result["read"] == 3000
+    bad = set(found)
+    assert [r["user_id"] for r in result["rows"]] == [
+        f"u{i}" for i in range(1, 3001) if i not in bad
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    content=st.binary(max_size=300), ending=st.sampled_from(["csv", "jsonl", "csv.gz", "parquet"])
+)
+def test_any_bytes_are_read_or_refused_by_name(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, ending: str
+) -> None:
+    root = tmp_path_factory.mktemp("any")
+    head = f"{HEADER}\n".encode() if ending == "csv" else b""
+    (root / f"e.{ending}").write_bytes(head + content)
+    try:
+        result = read(root, path=f"e.{ending}")
+    except UserError as error:
+        assert f"e.{ending}" in str(error)
+    else:
+        kept = len(result["rows"]) + len(result["refused"]) + result["anonymous"]
+        assert result["read"] == kept

@@ -1,0 +1,321 @@
+"""The fingerprint and ingest stages: partitions, rules, counts, and runs that must stop."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import config
+from pipelines.errors import UserError
+from pipelines.events import EVENT_SCHEMA, ITEM_SCHEMA, USER_SCHEMA
+from pipelines.io import digest_directory
+from pipelines.sources.base import QUARANTINE_SCHEMA
+from pipelines.stages import fingerprint, ingest
+
+HEADER = "user_id,ts,event_type,item_id,price,quantity"
+
+
+def write_csv(path: Path, *lines: str, header: str = HEADER) -> None:
+    path.write_text("\n".join([header, *lines]) + "\n")
+
+
+def run(root: Path, *, files: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    section = {"source": "files", "files": {"path": "e.csv", **(files or {})}, **options}
+    params = config.parse_params({"ingest": section})
+    fingerprint.run(params, root)
+    ingest.run(params, root)
+    report: dict[str, Any] = json.loads((root / "reports/ingest.json").read_text())
+    return report
+
+
+def events(root: Path) -> list[dict[str, Any]]:
+    files = sorted((root / "data/events").glob("day=*/part-0.parquet"))
+    tables = [pq.ParquetFile(file).read() for file in files]
+    for file, table in zip(files, tables, strict=True):
+        assert table.schema == EVENT_SCHEMA
+        days = set(pc.strftime(table.column("ts"), "day=%Y-%m-%d").to_pylist())
+        assert days == {file.parent.name}
+    rows: list[dict[str, Any]] = pa.concat_tables(tables).to_pylist()
+    assert rows == sorted(rows, key=lambda row: (row["ts"], row["event_id"]))
+    return rows
+
+
+def quarantined(root: Path) -> pa.Table:
+    return ds.dataset(root / "data/quarantine/ingest", schema=QUARANTINE_SCHEMA).to_table()
+
+
+def test_days_report_and_entities(tmp_path: Path) -> None:
+    write_csv(
+        tmp_path / "e.csv",
+        "u2,2025-01-02T23:59:59.999999,purchase,i1,3,2",
+        "u1,2025-01-02T00:00:00,view,i1,4,",
+        "u1,2025-01-01T10:00:00,view,i2,,",
+        ",2025-01-01T10:00:00,view,i2,,",
+        "u1,2025-01-03T10:00:00,refund,i1,-1,-1",
+    )
+    report = run(tmp_path)
+    assert [row["event_type"] for row in events(tmp_path)] == ["view", "view", "purchase", "refund"]
+    assert report == {
+        "rows": 5,
+        "anonymous": 1,
+        "ignored": 0,
+        "after_until": 0,
+        "quarantined": {"rows": 0, "share": 0.0, "reasons": {}, "entities": {}},
+        "duplicates": 0,
+        "refunds": 1,
+        "events": 4,
+        "users": 2,
+        "items": 2,
+        "first_ts": "2025-01-01T10:00:00Z",
+        "last_ts": "2025-01-03T10:00:00Z",
+        "event_types": {
+            "view": 2, "search": 0, "add_to_cart": 0, "remove_from_cart": 0, "wishlist": 0,
+            "purchase": 1, "refund": 1, "review": 0,
+        },
+    }  # fmt: skip
+    items = pq.read_table(tmp_path / "data/entities/items.parquet")
+    assert items.schema == ITEM_SCHEMA
+    # Last seen at 3; the negative price of the refund is an adjustment.
+    assert [(row["item_id"], row["price"]) for row in items.to_pylist()] == [
+        ("i1", 3.0),
+        ("i2", None),
+    ]
+    users = pq.read_table(tmp_path / "data/entities/users.parquet")
+    assert users.schema == USER_SCHEMA
+    assert users.num_rows == 0
+    assert quarantined(tmp_path).num_rows == 0
+
+
+def test_users_and_items_tables_keep_the_last_row_of_an_id(tmp_path: Path) -> None:
+    write_csv(tmp_path / "e.csv", "u1,2025-01-01,view,i1,1,")
+    write_csv(tmp_path / "users.csv", "u2,20", "u1,30", "u1,31", "u3,x", header="user_id,age")
+    write_csv(tmp_path / "items.csv", "i9,shoes,5", header="item_id,category,price")
+    files = {"users": "users.csv", "items": "items.csv"}
+    report = run(tmp_path, files=files, max_quarantine_share=0.5)
+    users = pq.read_table(tmp_path / "data/entities/users.parquet").to_pylist()
+    assert [(row["user_id"], row["age"]) for row in users] == [("u1", 31.0), ("u2", 20.0)]
+    items = pq.read_table(tmp_path / "data/entities/items.parquet").to_pylist()
+    assert [(row["item_id"], row["category"], row["price"]) for row in items] == [
+        ("i9", "shoes", 5.0)
+    ]
+    assert report["quarantined"]["entities"] == {"age is not a number": 1}
+    assert quarantined(tmp_path).column("source").to_pylist() == ["users.csv"]
+    with pytest.raises(UserError, match=r"1 of 5 rows of users and items \(20.0%\)"):
+        run(tmp_path, files=files)
+
+
+def test_a_purchase_of_a_negative_quantity_is_a_refund(tmp_path: Path) -> None:
+    write_csv(
+        tmp_path / "e.csv",
+        "u1,2025-01-01T00:00:01,purchase,i1,2.5,-3",
+        "u1,2025-01-01T00:00:02,purchase,i1,2.5,3",
+        "u1,2025-01-01T00:00:03,purchase,i1,-2.5,1",
+        "u1,2025-01-01T00:00:04,purchase,i1,2.5,",
+    )
+    report = run(tmp_path)
+    assert report["refunds"] == 1
+    assert [(row["event_type"], row["price"], row["quantity"]) for row in events(tmp_path)] == [
+        ("refund", 2.5, 3.0),
+        ("purchase", 2.5, 3.0),
+        ("purchase", -2.5, 1.0),  # left to the row rules of validation
+        ("purchase", 2.5, None),
+    ]
+
+
+def test_repeated_lines(tmp_path: Path) -> None:
+    line = "u1,2025-01-01,view,i1,1,1"
+    other = "u1,2025-01-01,view,i1,1,2"
+    write_csv(tmp_path / "e.csv", line, other, line, line)
+    assert run(tmp_path)["duplicates"] == 2
+    dropped = {row["event_id"] for row in events(tmp_path)}
+    assert len(dropped) == 2
+    assert run(tmp_path, files={"keep_repeats": True})["duplicates"] == 0
+    kept = {row["event_id"] for row in events(tmp_path)}
+    assert len(events(tmp_path)) == 4
+    assert dropped < kept
+    assert sorted(i[-2:] for i in kept - dropped) == ["-2", "-3"]
+
+
+def test_null_and_empty_cells_do_not_share_a_hash(tmp_path: Path) -> None:
+    rows = [
+        {"user_id": "u", "ts": "2025-01-01", "event_type": "view", "item_id": "a", "brand": None},
+        {"user_id": "u", "ts": "2025-01-01", "event_type": "view", "item_id": None, "brand": "a"},
+        {"user_id": "u", "ts": "2025-01-01", "event_type": "view", "item_id": 'a","b'},
+    ]
+    (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run(tmp_path, files={"path": "e.jsonl"})["events"] == 3
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_ids_of_the_source_keep_the_first_by_time(tmp_path: Path, keep: bool) -> None:
+    write_csv(
+        tmp_path / "e.csv",
+        "a,u1,2025-01-02,view,later",
+        "a,u1,2025-01-01,view,first",
+        "a,u1,2025-01-01,view,second",
+        ",u1,2025-01-01,view,hashed",
+        header="event_id,user_id,ts,event_type,item_id",
+    )
+    assert run(tmp_path, files={"keep_repeats": keep})["duplicates"] == 2
+    assert {row["item_id"] for row in events(tmp_path)} == {"first", "hashed"}
+
+
+def test_until_is_a_snapshot(tmp_path: Path) -> None:
+    write_csv(
+        tmp_path / "e.csv",
+        "u1,2025-01-01T23:59:59.999999,view,i1,1,",
+        "u1,2025-01-02T00:00:00,view,i1,9,",
+    )
+    report = run(tmp_path, until="2025-01-02")
+    assert (report["events"], report["after_until"]) == (1, 1)
+    assert pq.read_table(tmp_path / "data/entities/items.parquet").to_pylist()[0]["price"] == 1.0
+    with pytest.raises(UserError, match=r"zero events: of 2 rows 2 not before ingest\.until 2024"):
+        run(tmp_path, until="2024-01-01")
+
+
+def test_too_many_bad_rows_stop_the_run_and_can_be_looked_at(tmp_path: Path) -> None:
+    good = [f"u1,2025-01-01T00:00:{i:02},view,i1,1," for i in range(17)]
+    write_csv(tmp_path / "e.csv", *good)
+    run(tmp_path)
+    before = digest_directory(tmp_path / "data/events")
+    write_csv(
+        tmp_path / "e.csv", *good, "u1,today,view,,,", "u1,2025-01-01,dance,,,", "u1,,view,,,"
+    )
+    with pytest.raises(UserError) as caught:
+        run(tmp_path)
+    message = str(caught.value)
+    assert "3 of 20 rows (15.0%)" in message
+    assert "ingest.max_quarantine_share (5.0%)" in message
+    assert 'unknown event_type (1, e.g. e.csv row 19: {"user_id":"u1"' in message
+    assert "\n" not in message
+    table = quarantined(tmp_path)
+    assert table.schema == QUARANTINE_SCHEMA
+    assert [(row["row"], row["reason"]) for row in table.to_pylist()] == [
+        (18, "ts cannot be read"),
+        (19, "unknown event_type"),
+        (20, "missing ts"),
+    ]
+    assert digest_directory(tmp_path / "data/events") == before
+    assert run(tmp_path, max_quarantine_share=0.15)["quarantined"]["rows"] == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "zero events: the source holds no rows"),
+        ([",2025-01-01,view,,,"], r"zero events: of 1 rows 1 anonymous \(no user id\)"),
+    ],
+)
+def test_zero_events(tmp_path: Path, lines: list[str], message: str) -> None:
+    write_csv(tmp_path / "e.csv", *lines)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path)
+    assert not (tmp_path / "data/events").exists()
+
+
+def test_a_corrupt_file_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "shop").mkdir()
+    write_csv(tmp_path / "shop/1.csv", "u1,2025-01-01,view,i1,1,")
+    run(tmp_path, files={"path": "shop"})
+    before = digest_directory(tmp_path / "data")
+    (tmp_path / "shop/2.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(UserError, match=r"^2\.parquet: not a readable parquet file"):
+        run(tmp_path, files={"path": "shop"})
+    (tmp_path / "shop/2.parquet").unlink()
+    fingerprint.run(
+        config.parse_params({"ingest": {"source": "files", "files": {"path": "shop"}}}), tmp_path
+    )
+    assert digest_directory(tmp_path / "data") == before
+
+
+def test_a_killed_run_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    write_csv(tmp_path / "e.csv", "u1,2025-01-01,view,i1,1,")
+    for rubbish in (
+        "data/.ingest.spill",
+        "data/.events.partial",
+        "data/quarantine/.ingest.partial",
+    ):
+        (tmp_path / rubbish).mkdir(parents=True)
+        (tmp_path / rubbish / "half.parquet").write_bytes(b"PAR1")
+    run(tmp_path)
+    names = {p.relative_to(tmp_path).as_posix() for p in (tmp_path / "data").rglob("*")}
+    assert not [name for name in names if "/." in name or "half" in name]
+
+
+def test_bytes_depend_neither_on_the_run_nor_on_the_order_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "_ROWS_PER_GROUP", 100)
+    draw = random.Random(3)
+    lines = [
+        f"u{draw.randrange(9)},2025-01-0{draw.randrange(1, 4)}T00:00:{draw.randrange(60):02}"
+        f",view,i{draw.randrange(20)},{draw.randrange(1, 99)},"
+        for _ in range(3000)
+    ]
+    digests = set()
+    for attempt in range(3):
+        root = tmp_path / str(attempt)
+        root.mkdir()
+        write_csv(root / "e.csv", *lines)
+        run(root)
+        digests.add(
+            (digest_directory(root / "data/events"), digest_directory(root / "data/entities"))
+        )
+        draw.shuffle(lines)
+    assert len(digests) == 1
+    groups = pq.ParquetFile(tmp_path / "0/data/events/day=2025-01-01/part-0.parquet").metadata
+    assert groups.num_row_groups > 1
+
+
+def test_simulated_events(tmp_path: Path) -> None:
+    params = config.parse_params(
+        {"ingest": {"simulator": {"users": 50, "days": 20, "seed": 3, "start": "2025-03-01"}}}
+    )
+    fingerprint.run(params, tmp_path)
+    line = ingest.run(params, tmp_path)
+    assert line.startswith("ingest: ")
+    report = json.loads((tmp_path / "reports/ingest.json").read_text())
+    assert report["events"] == report["rows"] == len(events(tmp_path)) > 100
+    assert report["first_ts"] >= "2025-03-01"
+    assert report["last_ts"] < "2025-03-21"
+    first = digest_directory(tmp_path / "data")
+    ingest.run(params, tmp_path)
+    assert digest_directory(tmp_path / "data") == first
+
+
+def test_fingerprint_changes_with_the_simulator(tmp_path: Path) -> None:
+    digests = set()
+    for seed in (1, 1, 2):
+        params = config.parse_params({"ingest": {"simulator": {"seed": seed}}})
+        fingerprint.run(params, tmp_path)
+        digests.add(json.loads((tmp_path / "data/source.json").read_text())["digest"])
+    assert len(digests) == 2
+
+
+def test_ingest_wants_the_fingerprint_first(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"source\.json"):
+        ingest.run(config.parse_params({}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"event_type": {"value": "buy"}}, "no event type 'buy'"),
+        ({"event_type": {"column": "e", "values": {"a": "buy"}}}, "no event type 'buy'"),
+        ({"user_id": None}, "user_id is needed by every event"),
+        ({"ts": {"column": "t", "only": ["view"]}}, "ts is needed by every event"),
+        ({"colour": "c"}, "no such event column: colour"),
+        ({"ts": {"column": "t", "zone": "UTC"}}, r"unknown key ingest\.files\.mapping\.ts\.zone"),
+    ],
+)
+def test_mapping_params_are_checked(mapping: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config.parse_params({"ingest": {"files": {"mapping": mapping}}})
