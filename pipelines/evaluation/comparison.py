@@ -1,0 +1,181 @@
+"""Compares all models on the test cuts: reports/evaluation.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, logit
+
+from pipelines.config import Evaluation
+from pipelines.evaluation.metrics import (
+    Floats,
+    amount_metrics,
+    binary_metrics,
+    choose_threshold,
+    clean,
+    draw_weights,
+    interval,
+    summarise,
+)
+from pipelines.features.cuts import Split
+from pipelines.features.labels import Kind, Target
+from pipelines.features.snapshot_table import SnapshotTable
+from pipelines.io import progress
+
+CANDIDATE: Final = "gpt"
+ENSEMBLE: Final = "ensemble"
+# Who is compared with everybody; the others are compared with these.
+_PIVOTS: Final = (CANDIDATE, ENSEMBLE, "lightgbm")
+_CLIP: Final = 1e-6
+
+# Model name -> target name -> predictions on the calibration and test rows.
+Predictions = dict[str, dict[str, Floats]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestRows:
+    """Outcomes and predictions of one target on the test cuts.
+
+    Attributes:
+        target: which.
+        y: (N,) outcomes.
+        predictions: model name -> (N,).
+        thresholds: model name -> probability; empty for amounts.
+    """
+
+    target: Target
+    y: Floats
+    predictions: dict[str, Floats]
+    thresholds: dict[str, float]
+
+
+def add_ensemble(table: SnapshotTable, predictions: Predictions) -> None:
+    """Add the weighted mean of gpt and LightGBM, weighted on the calibration cut.
+
+    Binary targets are averaged as log odds, amounts as they are.
+    """
+    rows = table.rows_of(Split.CALIBRATION, Split.TEST)
+    calibration = table.rows_of(Split.CALIBRATION)[rows]
+    for target in table.targets:
+        if not all(target.name in predictions.get(m, {}) for m in (CANDIDATE, "lightgbm")):
+            continue
+        a, b = (predictions[m][target.name] for m in (CANDIDATE, "lightgbm"))
+        y = table.labels[target.name][rows]
+        weight = _choose_weight(target.kind, y[calibration], a[calibration], b[calibration])
+        predictions.setdefault(ENSEMBLE, {})[target.name] = _mix(target.kind, a, b, weight)
+
+
+def _mix(kind: Kind, a: Floats, b: Floats, weight: float) -> Floats:
+    if kind is Kind.AMOUNT:
+        return weight * a + (1 - weight) * b
+    odds = weight * logit(np.clip(a, _CLIP, 1 - _CLIP)) + (1 - weight) * logit(
+        np.clip(b, _CLIP, 1 - _CLIP)
+    )
+    mixed: Floats = expit(odds)
+    return mixed
+
+
+def _choose_weight(kind: Kind, y: Floats, a: Floats, b: Floats) -> float:
+    def loss(weight: float) -> float:
+        p = _mix(kind, a, b, weight)
+        if kind is Kind.AMOUNT:
+            return float(((p - y) ** 2).mean())
+        p = np.clip(p, _CLIP, 1 - _CLIP)
+        return float(-(y * np.log(p) + (1 - y) * np.log1p(-p)).mean())
+
+    return float(minimize_scalar(loss, bounds=(0, 1), method="bounded").x)
+
+
+def collect_test_rows(
+    table: SnapshotTable, predictions: Predictions, config: Evaluation
+) -> list[TestRows]:
+    """Cut out the test rows of every target and choose thresholds on the calibration rows."""
+    rows = table.rows_of(Split.CALIBRATION, Split.TEST)
+    calibration = table.rows_of(Split.CALIBRATION)[rows]
+    collected = []
+    for target in table.targets:
+        y = table.labels[target.name][rows]
+        models = {m: p[target.name] for m, p in predictions.items() if target.name in p}
+        thresholds = {}
+        if target.kind is Kind.BINARY:
+            thresholds = {
+                # A model without predictions on the calibration cut calls at even odds.
+                m: choose_threshold(y[calibration], p[calibration], config.threshold)
+                if np.isfinite(p[calibration]).all() and calibration.any()
+                else 0.5
+                for m, p in models.items()
+            }
+        collected.append(
+            TestRows(
+                target=target,
+                y=y[~calibration],
+                predictions={m: p[~calibration] for m, p in models.items()},
+                thresholds=thresholds,
+            )
+        )
+    return collected
+
+
+def compare(
+    table: SnapshotTable, test: list[TestRows], config: Evaluation, *, data: dict[str, Any]
+) -> dict[str, Any]:
+    """Score all models on all targets with paired bootstrap intervals.
+
+    Args:
+        table: the snapshots.
+        test: of ``collect_test_rows``.
+        config: samples, confidence and seed.
+        data: the data block of the report.
+
+    Returns:
+        The content of reports/evaluation.json.
+    """
+    rows = table.rows_of(Split.TEST)
+    weights = draw_weights(table.user[rows], samples=config.bootstrap_samples, seed=config.seed)
+    cuts = [table.cut_times[c] for c, split in table.splits.items() if split is Split.TEST]
+    targets = {}
+    for part in progress(test, "evaluation", unit="target"):
+        targets[part.target.name] = {
+            "kind": str(part.target.kind),
+            "horizon_days": part.target.horizon_days,
+            "base_rate": clean(part.y.mean()),
+            "users": len(np.unique(table.user[rows])),
+            "rows": len(part.y),
+            "positives": int((part.y > 0).sum()),
+            "cuts": cuts,
+            **_score_models(part, weights, config),
+        }
+    return {"data": data, "targets": targets, "omitted": table.omitted}
+
+
+def _score_models(part: TestRows, weights: Floats, config: Evaluation) -> dict[str, Any]:
+    samples: dict[str, dict[str, Floats]] = {}
+    models: dict[str, Any] = {}
+    for name, p in part.predictions.items():
+        if part.target.kind is Kind.BINARY:
+            threshold = part.thresholds[name]
+            samples[name] = binary_metrics(part.y, p, weights, threshold=threshold)
+        else:
+            samples[name] = amount_metrics(part.y, p, weights)
+        models[name] = {k: summarise(v, config.confidence) for k, v in samples[name].items()}
+        if part.target.kind is Kind.BINARY:
+            models[name]["threshold"] = clean(part.thresholds[name])
+    pairs = [(a, b) for a in _PIVOTS for b in samples if a in samples and a != b]
+    paired = {}
+    for a, b in pairs:
+        if f"{b}-{a}" in paired:
+            continue
+        paired[f"{a}-{b}"] = {
+            metric: _difference(samples[a][metric], samples[b][metric], config.confidence)
+            for metric in samples[a]
+        }
+    return {"models": models, "paired": paired}
+
+
+def _difference(a: Floats, b: Floats, confidence: float) -> dict[str, float | None]:
+    difference = a - b
+    low, high = interval(difference[1:], confidence)
+    return {"diff": clean(difference[0]), "low": low, "high": high}

@@ -1,0 +1,246 @@
+"""Metrics on weighted rows, so that a bootstrap sample is a weighting and nothing is re-sorted.
+
+Every function takes weights (B, N): a row per bootstrap sample, row 0 all ones for the value
+itself; and returns (B,) values, NaN where a sample leaves the metric undefined (one class only).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+ECE_BINS: Final = 10
+LIFT_SHARE: Final = 0.1
+# A probability of exactly 0 or 1 that is wrong has infinite loss; this is the least claimed.
+_EPSILON: Final = 1e-7
+
+HIGHER_IS_BETTER: Final[dict[str, bool]] = {
+    "roc_auc": True,
+    "pr_auc": True,
+    "log_loss": False,
+    "brier": False,
+    "ece": False,
+    "accuracy": True,
+    "precision": True,
+    "recall": True,
+    "f1": True,
+    "lift_at_10pct": True,
+    "mae": False,
+    "gini": True,
+    "top_decile_capture": True,
+    "total_ratio": True,
+}
+
+
+def draw_weights(users: NDArray[np.int32], *, samples: int, seed: int) -> Floats:
+    """Draw bootstrap weights of rows by resampling users.
+
+    All rows of a user share a weight, so that several cuts of one user are not taken for
+    independent (cluster bootstrap: Field & Welsh, JRSS B 69, 2007).
+
+    Args:
+        users: (N,) user of each row.
+        samples: number of bootstrap samples.
+        seed: of the draw; the same seed gives paired samples.
+
+    Returns:
+        (samples + 1, N); row 0 is all ones.
+    """
+    ids, index = np.unique(users, return_inverse=True)
+    random = np.random.default_rng(seed)
+    counts = random.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=samples)
+    weights = np.ones((samples + 1, len(users)))
+    weights[1:] = counts[:, index]
+    return weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Weighted cumulative sums of rows in groups of equal score, best first.
+
+    Attributes:
+        rows: (B, G) weight of the groups up to and including each.
+        gain: (B, G) the same, times the outcome.
+    """
+
+    rows: Floats
+    gain: Floats
+
+
+def rank_rows(outcome: Floats, score: Floats, weights: Floats) -> Ranking:
+    """Sort rows by score, best first; ties form one group.
+
+    Args:
+        outcome: (N,) 0/1 or amounts.
+        score: (N,).
+        weights: (B, N).
+    """
+    order = np.argsort(-score, kind="stable")
+    sorted_weights = weights[:, order]
+    last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
+    rows = np.cumsum(sorted_weights, axis=1)[:, last]
+    gain = np.cumsum(sorted_weights * outcome[order], axis=1)[:, last]
+    return Ranking(rows=rows, gain=gain)
+
+
+def _before(cumulative: Floats) -> Floats:
+    return np.concatenate([np.zeros((len(cumulative), 1)), cumulative[:, :-1]], axis=1)
+
+
+def _divide(a: Floats, b: Floats) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        quotient: Floats = np.where(b > 0, a / b, np.nan)
+    return quotient
+
+
+def roc_auc(ranking: Ranking) -> Floats:
+    """Area under the ROC curve, ties counted half (Mann & Whitney, 1947)."""
+    positives = ranking.gain
+    negatives = ranking.rows - positives
+    step = negatives - _before(negatives)
+    area = (step * (_before(positives) + positives) / 2).sum(axis=1)
+    return _divide(area, positives[:, -1] * negatives[:, -1])
+
+
+def pr_auc(ranking: Ranking) -> Floats:
+    """Average precision: the precision at each threshold, weighted by the recall gained."""
+    positives = ranking.gain
+    step = positives - _before(positives)
+    precision = _divide(positives, ranking.rows)
+    return _divide((step * np.nan_to_num(precision)).sum(axis=1), positives[:, -1])
+
+
+def _read_at(ranking: Ranking, column: Floats, share: float) -> Floats:
+    """(B,) a cumulative column where ``share`` of the rows are above, linear within a group."""
+    wanted = share * ranking.rows[:, -1]
+    values = np.empty(len(wanted))
+    for b, (rows, total) in enumerate(zip(ranking.rows, column, strict=True)):
+        values[b] = np.interp(wanted[b], np.append(0, rows), np.append(0, total))
+    return values
+
+
+def lift(ranking: Ranking, share: float = LIFT_SHARE) -> Floats:
+    """Rate of outcomes among the best-scored share, over the rate among all."""
+    captured = _divide(_read_at(ranking, ranking.gain, share), ranking.gain[:, -1])
+    return captured / share
+
+
+def binary_metrics(y: Floats, p: Floats, weights: Floats, *, threshold: float) -> dict[str, Floats]:
+    """All metrics of a binary target.
+
+    Args:
+        y: (N,) 0/1.
+        p: (N,) probabilities.
+        weights: (B, N).
+        threshold: at or above it a row counts as predicted positive.
+
+    Returns:
+        Metric name -> (B,).
+    """
+    ranking = rank_rows(y, p, weights)
+    total = weights.sum(axis=1)
+    safe = np.clip(p, _EPSILON, 1 - _EPSILON)
+    loss = -(y * np.log(safe) + (1 - y) * np.log1p(-safe))
+    called = p >= threshold
+    hits = weights @ (called * y)
+    calls, positives = weights @ called.astype(float), weights @ y
+    right = weights @ (called == (y > 0)).astype(float)
+    precision, recall = _divide(hits, calls), _divide(hits, positives)
+    return {
+        "roc_auc": roc_auc(ranking),
+        "pr_auc": pr_auc(ranking),
+        "log_loss": (weights @ loss) / total,
+        "brier": (weights @ (p - y) ** 2) / total,
+        "ece": calibration_error(y, p, weights),
+        "accuracy": right / total,
+        # Calling nobody is right about nobody: precision 0 keeps the row comparable.
+        "precision": np.nan_to_num(precision),
+        "recall": recall,
+        "f1": _divide(2 * hits, calls + positives),
+        "lift_at_10pct": lift(ranking),
+    }
+
+
+def calibration_error(y: Floats, p: Floats, weights: Floats, bins: int = ECE_BINS) -> Floats:
+    """Expected calibration error over bins of equal size.
+
+    The bins are those of the whole sample (Naeini et al., AAAI 2015, with quantile bins), equal
+    scores share a bin.
+    """
+    edges = np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)[1:-1]))
+    index = np.searchsorted(edges, p, side="right")
+    member = np.eye(len(edges) + 1)[index]
+    count = weights @ member
+    gap = np.abs(weights @ (member * (p - y)[:, None]))
+    total: Floats = gap.sum(axis=1) / count.sum(axis=1)
+    return total
+
+
+def amount_metrics(y: Floats, p: Floats, weights: Floats) -> dict[str, Floats]:
+    """All metrics of an amount.
+
+    gini is the normalised Gini coefficient: the area between the capture curve of the predicted
+    order and the diagonal, over that of the true order (Frees, Meyers & Cummings, JASA 106,
+    2011). top_decile_capture is the share of all spend made by the best-scored tenth.
+    total_ratio is predicted over actual total.
+    """
+    by_score, by_truth = rank_rows(y, p, weights), rank_rows(y, y, weights)
+    actual = weights @ y
+    return {
+        "mae": (weights @ np.abs(p - y)) / weights.sum(axis=1),
+        "gini": _divide(_gini(by_score), _gini(by_truth)),
+        "top_decile_capture": _divide(_read_at(by_score, by_score.gain, LIFT_SHARE), actual),
+        "total_ratio": _divide(weights @ p, actual),
+    }
+
+
+def _gini(ranking: Ranking) -> Floats:
+    share = _divide(ranking.gain, ranking.gain[:, -1:])
+    width = (ranking.rows - _before(ranking.rows)) / ranking.rows[:, -1:]
+    area: Floats = (width * (_before(share) + share) / 2).sum(axis=1) - 0.5
+    return area
+
+
+def choose_threshold(y: Floats, p: Floats, objective: str) -> float:
+    """Choose the probability from which a row is called positive.
+
+    Args:
+        y: (N,) 0/1 outcomes of the calibration cut.
+        p: (N,) probabilities.
+        objective: f1, or youden (recall minus false positive rate; Youden, Cancer 3, 1950).
+    """
+    ranking = rank_rows(y, p, np.ones((1, len(y))))
+    rows, hits = ranking.rows[0], ranking.gain[0]
+    scores = np.unique(p)[::-1]
+    if objective == "f1":
+        value = 2 * hits / (rows + hits[-1])
+    else:
+        negatives = rows - hits
+        value = hits / max(hits[-1], 1) - negatives / max(negatives[-1], 1)
+    return float(scores[int(np.argmax(value))])
+
+
+def summarise(values: Floats, confidence: float) -> dict[str, float | None]:
+    """Value and percentile interval of a metric's (B,) samples; None where undefined."""
+    low, high = interval(values[1:], confidence)
+    return {"value": clean(values[0]), "low": low, "high": high}
+
+
+def interval(samples: Floats, confidence: float) -> tuple[float | None, float | None]:
+    """Percentile interval (Efron & Tibshirani, 1993); undefined samples are left out."""
+    known = samples[np.isfinite(samples)]
+    if not len(known):
+        return None, None
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(known, [tail, 1 - tail])
+    return clean(low), clean(high)
+
+
+def clean(value: float) -> float | None:
+    """A JSON number: rounded well below any meaning, None where undefined."""
+    return round(float(value), 6) if np.isfinite(value) else None

@@ -1,0 +1,59 @@
+"""The comparison as a plain table for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.evaluation.findings import main_metric
+
+_ORDER = (
+    "oracle",
+    "ensemble",
+    "gpt",
+    "champion",
+    "lightgbm",
+    "logistic",
+    "linear",
+    "recency",
+    "majority",
+)
+
+
+def order_models(names: Any) -> list[str]:
+    """Model names, best known first."""
+    return sorted(names, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n))
+
+
+def format_summary(evaluation: dict[str, Any], verdict: dict[str, Any] | None) -> str:
+    """Format models x targets and the verdict, at most 100 columns wide.
+
+    Args:
+        evaluation: the content of reports/evaluation.json.
+        verdict: the content of reports/verdict.json, if there is one.
+    """
+    data, targets = evaluation["data"], evaluation["targets"]
+    lines = [
+        f"{data['events']:,} events of {data['users']:,} users, "
+        f"{data['first_ts'][:10]} to {data['last_ts'][:10]} ({data['source']})",
+        "ROC-AUC (spend: Gini) out of time; base = share of positives",
+        "",
+    ]
+    models = order_models({m for t in targets.values() for m in t["models"]})
+    lines.append(f"{'target':<14}{'base':>7}" + "".join(f"{m:>10.9}" for m in models))
+    for name, target in targets.items():
+        metric = main_metric(target)
+        base = target["base_rate"] if target["kind"] == "binary" else None
+        cells = [target["models"].get(m, {}).get(metric, {}).get("value") for m in models]
+        lines.append(
+            f"{name:<14.13}"
+            + (f"{base:>7.1%}" if base is not None else f"{'':>7}")
+            + "".join(f"{c:>10.3f}" if c is not None else f"{'-':>10}" for c in cells)
+        )
+    lines += [f"left out: {note['name']} ({note['why']})" for note in evaluation["omitted"]]
+    if verdict is not None:
+        lines += ["", "Verdict: " + ("passed" if verdict["passed"] else "not passed")]
+        lines += [
+            f"  {'ok  ' if c['passed'] else 'FAIL'} {c['name']}: {c['why']}"
+            for c in verdict["checks"]
+        ]
+    return "\n".join(lines)

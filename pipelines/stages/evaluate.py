@@ -1,0 +1,208 @@
+"""Stage: compare all models on the test cuts and write the report."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from pipelines.config import Params, Source
+from pipelines.errors import UserError
+from pipelines.evaluation.comparison import (
+    CANDIDATE,
+    Predictions,
+    TestRows,
+    add_ensemble,
+    collect_test_rows,
+    compare,
+)
+from pipelines.evaluation.curves import (
+    calibration_curve,
+    confusion_rows,
+    lift_curve,
+    pr_curve,
+    roc_curve,
+    spend_deciles,
+)
+from pipelines.evaluation.report import render_report
+from pipelines.features.cuts import Split
+from pipelines.features.labels import Kind
+from pipelines.features.snapshot_table import SnapshotTable
+from pipelines.io import read_json, write_json, write_text
+from pipelines.sources.oracle import predict_oracle_table
+from pipelines.sources.simulator import SimulatorParams
+
+FEATURES = Path("data/features")
+REPORTS = Path("reports")
+
+# Columns of each plot file, written even where a run has no rows for it.
+_PLOTS = {
+    "roc": ("target", "model", "false_positive_rate", "true_positive_rate"),
+    "pr": ("target", "model", "recall", "precision"),
+    "lift": ("target", "model", "share", "captured", "lift"),
+    "calibration": ("target", "model", "predicted", "observed", "rows"),
+    "confusion": ("actual", "predicted"),
+    "spend": ("target", "model", "decile", "predicted", "actual"),
+}
+
+
+def run(params: Params, root: Path = Path()) -> str:
+    """Write reports/evaluation.json, reports/plots and reports/index.html.
+
+    Raises:
+        UserError: an input is missing or does not fit the others.
+    """
+    table = SnapshotTable.load(root / FEATURES)
+    predictions = _read_predictions(root, table)
+    add_ensemble(table, predictions)
+    champion = _predict_champion(params, root, table)
+    if champion is not None:
+        predictions["champion"] = champion
+    if params.ingest.source is Source.SIMULATOR:
+        predictions["oracle"] = _predict_oracle(params, root, table)
+    test = collect_test_rows(table, predictions, params.evaluation)
+    evaluation = compare(table, test, params.evaluation, data=_describe_data(params, root))
+    curves = _collect_curves(params, test)
+    write_json(root / REPORTS / "evaluation.json", evaluation)
+    for name, columns in _PLOTS.items():
+        write_text(root / REPORTS / "plots" / f"{name}.csv", _to_csv(curves[name], columns))
+    page = render_report(
+        evaluation,
+        curves,
+        settings={
+            "bootstrap_samples": params.evaluation.bootstrap_samples,
+            "confidence": params.evaluation.confidence,
+            "threshold": params.evaluation.threshold,
+            "active_within_days": read_json(root / FEATURES / "schema.json")[
+                "population_active_within_days"
+            ],
+        },
+    )
+    write_text(root / REPORTS / "index.html", page)
+    return (
+        f"{len(predictions)} models on {len(table.targets)} targets, "
+        f"{table.rows_of(Split.TEST).sum():,} test rows; see {REPORTS / 'index.html'}"
+    )
+
+
+def _read_predictions(root: Path, table: SnapshotTable) -> Predictions:
+    folder = root / "data/predictions"
+    files = {CANDIDATE: folder / f"{CANDIDATE}.parquet"}
+    files |= {f.stem: f for f in sorted((folder / "baselines").glob("*.parquet"))}
+    rows = table.rows_of(Split.CALIBRATION, Split.TEST)
+    predictions: Predictions = {}
+    for model, file in files.items():
+        try:
+            found = pq.read_table(file)
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file; run the stages before") from None
+        if not (
+            np.array_equal(found["user"].to_numpy(), table.user[rows])
+            and np.array_equal(found["cut"].to_numpy(), table.cut[rows])
+        ):
+            raise UserError(f"{file}: rows differ from {FEATURES}; run its stage again")
+        predictions[model] = {
+            t.name: found[t.name].to_numpy().astype(np.float64)
+            for t in table.targets
+            if t.name in found.column_names
+        }
+    return predictions
+
+
+def _predict_champion(
+    params: Params, root: Path, table: SnapshotTable
+) -> dict[str, np.ndarray[Any, Any]] | None:
+    """Score the champion, if there is one, on today's data."""
+    from pipelines.features.store import Sequences
+    from pipelines.model.predictor import Predictor
+    from pipelines.registry.champion import fetch_champion
+
+    model = fetch_champion(root)
+    if model is None:
+        return None
+    predictor = Predictor.load(model)
+    sequences = Sequences.load(root / FEATURES / "sequences")
+    cuts = {c["index"]: c["ts_us"] for c in read_json(root / FEATURES / "cuts.json")["cuts"]}
+    rows = np.flatnonzero(table.rows_of(Split.CALIBRATION, Split.TEST))
+    parts: dict[str, list[np.ndarray[Any, Any]]] = {}
+    for cut in np.unique(table.cut[rows]):
+        users = table.user[rows][table.cut[rows] == cut]
+        now = np.full(len(users), cuts[int(cut)], dtype=np.int64)
+        for name, values in predictor.predict(sequences.take(users), now).items():
+            parts.setdefault(name, []).append(np.asarray(values, dtype=np.float64))
+    known = {t.name for t in table.targets}
+    return {name: np.concatenate(p) for name, p in parts.items() if name in known}
+
+
+def _predict_oracle(
+    params: Params, root: Path, table: SnapshotTable
+) -> dict[str, np.ndarray[Any, Any]]:
+    simulator = SimulatorParams(**params.ingest.simulator.model_dump())
+    events = ds.dataset(root / "data/valid", format="parquet", exclude_invalid_files=True).to_table(
+        columns=["user_id", "ts", "event_type", "item_id", "category", "query"]
+    )
+    users = pq.read_table(root / "data/entities/users.parquet")
+    ids = pq.read_table(root / FEATURES / "users.parquet")["user_id"]
+    rows = np.flatnonzero(table.rows_of(Split.CALIBRATION, Split.TEST))
+    horizons = sorted({t.horizon_days for t in table.targets})
+    predicted = {t.name: np.full(len(rows), np.nan) for t in table.targets}
+    for cut in np.unique(table.cut[rows]):
+        here = table.cut[rows] == cut
+        found = predict_oracle_table(
+            simulator,
+            events=events,
+            users=users,
+            cut=datetime.fromisoformat(table.cut_times[int(cut)]),
+            user_ids=ids.take(pa.array(table.user[rows][here])).to_pylist(),
+            horizons_days=horizons,
+        )
+        for name, values in predicted.items():
+            if name in found:
+                values[here] = found[name]
+    # The oracle has a closed form for purchase, search, churn and spend only.
+    return {name: values for name, values in predicted.items() if np.isfinite(values).all()}
+
+
+def _describe_data(params: Params, root: Path) -> dict[str, Any]:
+    cuts = read_json(root / FEATURES / "cuts.json")
+    offsets = np.load(root / FEATURES / "sequences/offsets.npy", allow_pickle=False)
+    return {
+        "source": str(params.ingest.source),
+        "events": int(offsets[-1]),
+        "users": len(offsets) - 1,
+        "first_ts": cuts["first_ts"],
+        "last_ts": cuts["last_ts"],
+    }
+
+
+def _collect_curves(params: Params, test: Sequence[TestRows]) -> dict[str, list[dict[str, Any]]]:
+    curves: dict[str, list[dict[str, Any]]] = {name: [] for name in _PLOTS}
+    primary = params.targets.primary_horizon_days
+    for part in test:
+        if part.target.kind is Kind.AMOUNT:
+            curves["spend"] += spend_deciles(part)
+            continue
+        curves["calibration"] += calibration_curve(part)
+        curves["roc"] += roc_curve(part)
+        curves["pr"] += pr_curve(part)
+        curves["lift"] += lift_curve(part)
+        is_primary = part.target.horizon_days == primary and part.target.event is not None
+        if is_primary and not curves["confusion"]:
+            curves["confusion"] = confusion_rows(part, CANDIDATE)
+    return curves
+
+
+def _to_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
