@@ -93,7 +93,8 @@ class Files(Section):
 
     path: str | None = None
     format: FileFormat | None = None
-    mapping: dict[str, ColumnMapping] = {}
+    # Event column -> origin; null leaves it empty. Others come from the column of their name.
+    mapping: dict[str, ColumnMapping | None] = {}
     users: str | None = None  # optional table in the users schema, same formats
     items: str | None = None  # optional table in the items schema
     # False: a line that repeats another one in every event column is dropped as a duplicate.
@@ -108,15 +109,17 @@ class Files(Section):
 
     @field_validator("mapping")
     @classmethod
-    def _check_targets(cls, value: dict[str, ColumnMapping]) -> dict[str, ColumnMapping]:
-        unknown = sorted(set(value) - set(EVENT_SCHEMA.names))
-        if unknown:
-            raise ValueError(f"no such event column: {', '.join(unknown)}")
-        required = [c for c, m in value.items() if m.only and not EVENT_SCHEMA.field(c).nullable]
-        if required:
-            raise ValueError(f"{required[0]} is needed by every event: `only` is not for it")
-        if "event_type" in value:
-            _check_event_types(value["event_type"])
+    def _check_targets(
+        cls, value: dict[str, ColumnMapping | None]
+    ) -> dict[str, ColumnMapping | None]:
+        for column, mapping in value.items():
+            if column not in EVENT_SCHEMA.names:
+                raise ValueError(f"no such event column: {column}")
+            needed = column != "event_id" and not EVENT_SCHEMA.field(column).nullable
+            if needed and (mapping is None or mapping.only is not None):
+                raise ValueError(f"{column} is needed by every event: neither null nor `only`")
+            if column == "event_type" and mapping is not None:
+                _check_event_types(mapping)
         return value
 
 
@@ -160,7 +163,6 @@ class Ingest(Section):
 class Validate(Section):
     """The validate stage."""
 
-    suite: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "events"
     max_row_failure_share: Share = 0.02
     max_staleness_days: Annotated[float, Field(gt=0)] | None = None
     volume_sigmas: Annotated[float, Field(gt=0)] = 6.0
@@ -225,18 +227,26 @@ class Train(Section):
     layers: Annotated[int, Field(ge=1, le=64)] = 2
     heads: Annotated[int, Field(ge=1, le=64)] = 4
     context: Annotated[int, Field(ge=8, le=8192)] = 128
+    stride: Positive = 96
     epochs: Annotated[int, Field(ge=1, le=1000)] = 6
     refit_epochs: Annotated[int, Field(ge=0, le=1000)] = 1
-    cuts_per_user: Annotated[int, Field(ge=1, le=64)] = 8
-    tokens_per_batch: Annotated[int, Field(ge=256)] = 8192
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-3
+    cuts_per_user: Annotated[int, Field(ge=1, le=64)] = 16
+    tokens_per_batch: Annotated[int, Field(ge=256)] = 2048
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
+    refit_rate: Annotated[float, Field(gt=0, le=1)] = 0.3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     next_event_weight: Annotated[float, Field(ge=0)] = 0.2
+    amount_weight: Annotated[float, Field(ge=0)] = 0.1
+    fusion: bool = True
+    item_buckets: Positive = 4096
+    query_buckets: Positive = 2048
     seed: Annotated[int, Field(ge=0)] = 1
 
     @model_validator(mode="after")
     def _check_heads(self) -> Train:
+        if self.stride > self.context:
+            raise ValueError("stride must not be above context")
         if self.width % (2 * self.heads):
             raise ValueError("width must be a multiple of 2 x heads (rotary pairs)")
         return self
@@ -277,6 +287,10 @@ class Gate(Section):
     max_ece: Share = 0.05
     min_users: Positive = 200
     min_positives: Positive = 20
+    # Outside of these the data or the target is broken more likely than the shop is unusual.
+    min_base_rate: Share = 0.001
+    max_base_rate: Share = 0.99
+    ece_tolerance: Share = 0.01
 
 
 class Package(Section):

@@ -281,7 +281,7 @@ def test_simulated_events(tmp_path: Path) -> None:
     )
     fingerprint.run(params, tmp_path)
     line = ingest.run(params, tmp_path)
-    assert line.startswith("ingest: ")
+    assert not line.startswith("ingest")
     report = json.loads((tmp_path / "reports/ingest.json").read_text())
     assert report["events"] == report["rows"] == len(events(tmp_path)) > 100
     assert report["first_ts"] >= "2025-03-01"

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.config import parse_params
+from pipelines.errors import UserError
+from pipelines.features.store import encode_events
+from pipelines.stages.package import encode_sequences, pin_requirements, run, shorten
+from serving.golden import decode_sequences
+
+ROOT = Path(__file__).resolve().parents[2]
+START = datetime(2025, 1, 1, tzinfo=UTC)
+
+
+def write_project(root: Path, needs: str, pins: str) -> None:
+    text = f"[project]\nname = 'x'\n[project.optional-dependencies]\nserve = [{needs}]\n"
+    (root / "pyproject.toml").write_text(text)
+    (root / "constraints.txt").write_text(pins)
+
+
+def test_requirements_are_the_pinned_closure_of_the_serve_extra() -> None:
+    lines = pin_requirements(ROOT)
+    pins = set((ROOT / "constraints.txt").read_text().splitlines())
+    assert set(lines) <= pins
+    names = {line.split("==")[0] for line in lines}
+    assert len(names) == len(lines)
+    # Needed directly, and by what is needed.
+    assert {"torch", "pydantic", "pydantic-core", "starlette"} <= names
+    assert not names & {"mlflow", "dvc", "duckdb", "pandas", "pytest", "apache-airflow-core"}
+
+
+def test_only_what_is_needed_is_pinned(tmp_path: Path) -> None:
+    write_project(tmp_path, "'pydantic>=2'", "pydantic==2.0\npydantic-core==2.1\nnumpy==2.0\n")
+    assert pin_requirements(tmp_path) == ["pydantic==2.0", "pydantic-core==2.1"]
+
+
+def test_a_missing_pin_is_named(tmp_path: Path) -> None:
+    write_project(tmp_path, "'pydantic>=2', 'numpy'", "pydantic==2.0\n")
+    with pytest.raises(UserError, match=r"constraints\.txt: numpy is not pinned"):
+        pin_requirements(tmp_path)
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="models/gpt"):
+        run(parse_params({}), tmp_path)
+
+
+def test_golden_histories_keep_the_last_events_and_survive_json() -> None:
+    users = [
+        [
+            {
+                "event_type": "search",
+                "ts": START + timedelta(hours=h),
+                "query": f"red shoes {u} {h}",
+                "price": None if h % 2 else 5.0,
+            }
+            for h in range(u + 1)
+        ]
+        for u in range(6)
+    ]
+    everyone = encode_events(users)
+    short = shorten(everyone, np.array([1, 5]), events=3)
+    expected = encode_events([users[1], users[5][-3:]])
+    back = decode_sequences(json.loads(json.dumps(encode_sequences(short))))
+    for name in ("offsets", "ts", "type", "price", "query", "query_offsets", "query_tokens"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(expected, name), err_msg=name)
+        assert getattr(back, name).dtype == getattr(expected, name).dtype
+    assert back.signup_ts.tolist() == everyone.signup_ts[:2].tolist()
