@@ -31,4 +31,4 @@ def run(params: Params, root: Path = Path()) -> str:
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
     write_json(root / OUTPUT, {**content, "digest": digest})
-    return f"fingerprint: {params.ingest.source} is {digest[:19]}, in {OUTPUT}"
+    return f"{params.ingest.source} is {digest[:19]}, in {OUTPUT}"

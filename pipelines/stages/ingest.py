@@ -211,7 +211,7 @@ def _tell(report: dict[str, Any]) -> str:
     if report["duplicates"] > _MANY_DUPLICATES * report["rows"]:
         advice = " (many: if they are no mistake, map event_id or set ingest.files.keep_repeats)"
     return (
-        f"ingest: {report['events']:,} events of {report['users']:,} users,"
+        f"{report['events']:,} events of {report['users']:,} users,"
         f" {report['first_ts'][:10]} to {report['last_ts'][:10]}, in {EVENTS};"
         f" of {report['rows']:,} rows {report['quarantined']['rows']:,} quarantined,"
         f" {report['anonymous']:,} anonymous, {report['duplicates']:,} duplicates{advice}"
@@ -305,7 +305,7 @@ def _read_entities(
 def _check_share(counts: _Counts, limit: float, what: str) -> None:
     if counts.share > limit:
         raise UserError(
-            f"ingest: {counts.quarantined:,} of {counts.rows:,} {what} ({counts.share:.1%}) break"
+            f"{counts.quarantined:,} of {counts.rows:,} {what} ({counts.share:.1%}) break"
             f" the schema, more than ingest.max_quarantine_share ({limit:.1%}):"
             f" {counts.explain()}; all of them are in {QUARANTINE}"
         )
@@ -322,7 +322,7 @@ def _explain_nothing(counts: _Counts, params: Params) -> str:
         "quarantined": counts.quarantined,
     }
     why = ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count)
-    return f"ingest: zero events: of {counts.rows:,} rows {why}"
+    return f"zero events: of {counts.rows:,} rows {why}"
 
 
 # -- sorting and writing ---------------------------------------------------------------------

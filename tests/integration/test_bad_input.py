@@ -142,7 +142,7 @@ def test_repeated_lines_are_dropped(project: Project) -> None:
 def test_no_events(project: Project) -> None:
     use_rows(project, [], columns=("user", "time", "action", "item", "price"))
     project.run("forecart", "fingerprint")
-    refused(project, "ingest", "no events")
+    refused(project, "ingest", "zero events")
 
 
 def test_a_corrupt_parquet_file(project: Project) -> None:

@@ -1,0 +1,123 @@
+"""Makes probabilities and amounts of the calibration cut agree with what happened there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+_CLIP: Final = 1e-6
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Corrections fitted on the calibration cut.
+
+    Attributes:
+        slope: for every event name, one slope of the log odds, above zero and shared by all
+            horizons so that their order stays.
+        shift: for every event name, one shift of the log odds per interval of the grid.
+        factor: for every horizon of an amount (days as text), a factor.
+    """
+
+    slope: Mapping[str, float] = field(default_factory=dict)
+    shift: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    factor: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object."""
+        return {
+            "slope": dict(self.slope),
+            "shift": {name: list(values) for name, values in self.shift.items()},
+            "factor": dict(self.factor),
+        }
+
+    def probability(self, name: str, happened: Doubles) -> Doubles:
+        """Correct P(event until the end of each interval), (M, bins)."""
+        if name not in self.slope:
+            return happened
+        log_odds = self.slope[name] * _log_odds(happened) + np.asarray(self.shift[name])
+        # Two shifts may disagree by more than the predictions of near-certain users differ.
+        return np.asarray(np.maximum.accumulate(_sigmoid(log_odds), axis=1))
+
+    def amount(self, days: int, expected: Doubles) -> Doubles:
+        """Correct an expected amount."""
+        return expected * self.factor.get(str(days), 1.0)
+
+
+def fit_probability(
+    happened: Doubles, label: NDArray[np.bool_], *, ridge: float = 1.0, steps: int = 50
+) -> tuple[float, list[float]]:
+    """Fit slope and shifts by Newton's method (Platt 1999, slope shared by the horizons).
+
+    Args:
+        happened: (M, bins), predicted.
+        label: bool (M, bins), observed.
+        ridge: pull towards slope 1 and shift 0, in pseudo-observations; it decides where the
+            data do not, for example where everybody or nobody has the event.
+        steps: most Newton steps.
+
+    Returns:
+        The slope (above zero) and one shift per interval.
+    """
+    bins = happened.shape[1]
+    x = _log_odds(happened)
+    y = label.astype(np.float64)
+    slope, shift = 1.0, np.zeros(bins)
+    for _ in range(steps):
+        p = _sigmoid(slope * x + shift)
+        error, weight = p - y, p * (1 - p)
+        gradient = np.concatenate([[(error * x).sum() + ridge * (slope - 1)], error.sum(axis=0)])
+        gradient[1:] += ridge * shift
+        hessian = np.zeros((bins + 1, bins + 1))
+        hessian[0, 0] = (weight * x * x).sum() + ridge
+        hessian[0, 1:] = hessian[1:, 0] = (weight * x).sum(axis=0)
+        hessian[np.arange(1, bins + 1), np.arange(1, bins + 1)] = weight.sum(axis=0) + ridge
+        step = np.linalg.solve(hessian, gradient)
+        # A long step means a near-singular start; half-steps keep Newton from overshooting.
+        step *= min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
+        slope, shift = slope - float(step[0]), shift - step[1:]
+        if float(np.abs(step).max()) < 1e-9:
+            break
+    return max(slope, 0.05), [float(v) for v in shift]
+
+
+def choose_threshold(
+    probability: Doubles, label: NDArray[np.bool_], objective: Literal["f1", "youden"] = "f1"
+) -> float:
+    """Return the probability from which on a positive is called, best on the data given.
+
+    The value lies half-way between the two neighbouring predictions, so that rounding does not
+    move a user across it. 0.5 where the labels are all alike.
+    """
+    positives = int(label.sum())
+    if positives == 0 or positives == len(label):
+        return 0.5
+    order = np.argsort(-probability, kind="stable")
+    sorted_p = probability[order]
+    hits = np.cumsum(label[order])
+    called = np.arange(1, len(label) + 1)
+    if objective == "f1":
+        score = 2 * hits / (called + positives)
+    else:
+        score = hits / positives - (called - hits) / (len(label) - positives)
+    # A tie belongs together: only the last of equal predictions may end the call.
+    score = np.where(np.append(sorted_p[1:] != sorted_p[:-1], True), score, -np.inf)
+    best = int(np.argmax(score))
+    if best + 1 == len(label):
+        return float(sorted_p[best])
+    return float((sorted_p[best] + sorted_p[best + 1]) / 2)
+
+
+def _log_odds(p: Doubles) -> Doubles:
+    p = np.clip(p, _CLIP, 1 - _CLIP)
+    return np.asarray(np.log(p) - np.log1p(-p))
+
+
+def _sigmoid(x: Doubles) -> Doubles:
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(x, -40, 40))))

@@ -1,0 +1,238 @@
+"""The fitted model: predicts from event sequences, and is stored without pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipelines.errors import UserError
+from pipelines.events import EventType
+from pipelines.features.store import Sequences
+from pipelines.io import read_json, write_json
+from pipelines.model.batches import cut_pieces, iterate
+from pipelines.model.calibration import Calibration
+from pipelines.model.heads import Heads, Target, buyer_mean, survival
+from pipelines.model.network import Network, NetworkConfig
+from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline
+from pipelines.model.tokens import Scale, Tokenizer, Vocabulary
+
+WEIGHTS: Final = "model.safetensors"
+CONFIG: Final = "config.json"
+FORMAT: Final = 1
+
+_TOKENS_PER_BATCH: Final = 32_768
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """All of a fitted model but its weights.
+
+    Attributes:
+        network: sizes.
+        vocabulary: codes and scales, from the past only.
+        heads: what the outputs stand for.
+        targets: columns predicted, in order.
+        context: most events that a prediction reads.
+        calibration: corrections.
+        thresholds: for every binary target, from which probability on a positive is called.
+    """
+
+    network: NetworkConfig
+    vocabulary: Vocabulary
+    heads: Heads
+    targets: tuple[Target, ...]
+    context: int
+    calibration: Calibration
+    thresholds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object."""
+        return {
+            "format": FORMAT,
+            "network": self.network.to_json(),
+            "vocabulary": asdict(self.vocabulary),
+            "heads": self.heads.to_json(),
+            "targets": [asdict(target) for target in self.targets],
+            "context": self.context,
+            "calibration": self.calibration.to_json(),
+            "thresholds": self.thresholds,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ModelSpec:
+        """Build from ``to_json``'s value."""
+        words = {
+            name: Scale(**item) if isinstance(item, dict) else tuple(item)
+            for name, item in value["vocabulary"].items()
+        }
+        return cls(
+            network=NetworkConfig.from_json(value["network"]),
+            vocabulary=Vocabulary(**words),
+            heads=Heads.from_json(value["heads"]),
+            targets=tuple(Target(**target) for target in value["targets"]),
+            context=value["context"],
+            calibration=Calibration(**value["calibration"]),
+            thresholds=value["thresholds"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raw:
+    """Uncalibrated predictions of M cuts.
+
+    Attributes:
+        survival: float64 (M, events, bins), P(no event until the interval's end).
+        amount: float64 (M, amounts), a buyer's expected amount.
+    """
+
+    survival: NDArray[np.float64]
+    amount: NDArray[np.float64]
+
+
+class Predictor:
+    """Predicts every target of a fitted model."""
+
+    def __init__(self, spec: ModelSpec, network: Network) -> None:
+        self.spec = spec
+        self.network = network.eval()
+        self.tokenizer = Tokenizer(
+            spec.vocabulary,
+            item_buckets=spec.network.item_buckets,
+            query_buckets=spec.network.query_buckets,
+        )
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What is predicted, in the order of ``predict``'s result."""
+        return self.spec.targets
+
+    @classmethod
+    def load(
+        cls, directory: Path, device: Literal["auto", "cpu", "cuda"] | torch.device = "cpu"
+    ) -> Predictor:
+        """Read what ``save`` wrote.
+
+        Raises:
+            UserError: a file is missing, damaged or of another format.
+        """
+        config = read_json(directory / CONFIG)
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            raise UserError(f"{directory / CONFIG}: not a model of format {FORMAT}; train again")
+        spec = ModelSpec.from_json(config)
+        network = Network(spec.network)
+        try:
+            network.load_state_dict(load_file(directory / WEIGHTS))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            line = str(error).splitlines()[0]
+            raise UserError(f"{directory / WEIGHTS}: not the model's weights ({line})") from None
+        return cls(spec, network.to(choose_device(device)))
+
+    def save(self, directory: Path) -> None:
+        """Write weights (safetensors) and configuration (JSON) into an existing directory."""
+        weights = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in self.network.state_dict().items()
+        }
+        save_file(weights, directory / WEIGHTS)
+        write_json(directory / CONFIG, self.spec.to_json())
+
+    def calibrated(self, calibration: Calibration, thresholds: dict[str, float]) -> Predictor:
+        """Return the same network with other corrections."""
+        spec = replace(self.spec, calibration=calibration, thresholds=thresholds)
+        return Predictor(spec, self.network)
+
+    def predict(
+        self, sequences: Sequences, now_us: NDArray[np.int64]
+    ) -> dict[str, NDArray[np.float32]]:
+        """Predict every user of some sequences, each at a time of their own.
+
+        Args:
+            sequences: B users; events at or after the user's time are not looked at.
+            now_us: int64 (B,), microseconds since the epoch.
+
+        Returns:
+            For every target float32 (B,): a probability, or an expected amount.
+        """
+        users = np.arange(sequences.users, dtype=np.int64)
+        return self.predict_cuts(Timeline(sequences), users, np.asarray(now_us, dtype=np.int64))
+
+    def predict_cuts(
+        self, timeline: Timeline, user: NDArray[np.int64], ts: NDArray[np.int64]
+    ) -> dict[str, NDArray[np.float32]]:
+        """Predict M (user, time) pairs in any order; a user may occur many times."""
+        return self.finish(self.raw(timeline, timeline.cuts(user, ts)))
+
+    @torch.inference_mode()
+    def raw(self, timeline: Timeline, cuts: Cuts) -> Raw:
+        """Return uncalibrated predictions of M cuts, in their order."""
+        config = self.spec.network
+        heads = self.spec.heads
+        result = Raw(
+            survival=np.ones((len(cuts), len(heads.events), len(heads.grid))),
+            amount=np.zeros((len(cuts), len(heads.amounts))),
+        )
+        pieces = cut_pieces(timeline, cuts, context=self.spec.context, stride=1, shift=None)
+        device = self.network.feature_mean.device if config.features else None
+        for collated in iterate(
+            timeline,
+            self.tokenizer,
+            pieces,
+            row=min(self.spec.context + 2, int(pieces.lengths.max(initial=2))),
+            tokens_per_batch=_TOKENS_PER_BATCH,
+            features=config.features > 0,
+            rng=None,
+        ):
+            batch = collated.batch if device is None else collated.batch.to(device)
+            outputs, _ = self.network(batch)
+            result.survival[collated.rows] = survival(outputs)
+            result.amount[collated.rows] = buyer_mean(outputs)
+        return result
+
+    def finish(self, raw: Raw) -> dict[str, NDArray[np.float32]]:
+        """Calibrate raw predictions and read every target off them."""
+        heads, calibration = self.spec.heads, self.spec.calibration
+        happened = {
+            name: calibration.probability(name, 1.0 - raw.survival[:, i])
+            for i, name in enumerate(heads.events)
+        }
+        result: dict[str, NDArray[np.float32]] = {}
+        for target in self.spec.targets:
+            column = heads.grid.index(target.horizon_days)
+            if target.kind == "amount":
+                buyers = happened[EventType.PURCHASE.value][:, column]
+                each = raw.amount[:, heads.amounts.index(target.horizon_days)]
+                value = calibration.amount(target.horizon_days, buyers * each)
+            elif target.event is None:
+                value = 1.0 - happened[ANY_EVENT][:, column]
+            else:
+                value = happened[target.event][:, column]
+            result[target.name] = value.astype(np.float32)
+        return result
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"] | torch.device) -> torch.device:
+    """Return the device that a setting names; ``auto`` takes a GPU where there is one.
+
+    Raises:
+        UserError: ``cuda`` without a usable GPU.
+    """
+    if isinstance(name, torch.device):
+        return name
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device: cuda, but PyTorch finds no usable GPU; use auto or cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def select(targets: Sequence[Target], kind: str) -> list[Target]:
+    """Return the targets of one kind."""
+    return [target for target in targets if target.kind == kind]

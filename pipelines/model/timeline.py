@@ -1,0 +1,267 @@
+"""Everything about a (user, cut) pair that follows from the flat columns: features and labels.
+
+The same functions serve training at random cuts and prediction at one: a feature reads events
+before the cut alone, a label events from the cut on alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.events import EVENT_CODES, EVENT_TYPES, EventType
+from pipelines.features.store import MISSING_TIME, Sequences
+
+DAY: Final = 86_400_000_000  # microseconds
+
+ANY_EVENT: Final = "any"
+
+_WINDOWS: Final = (0.25, 1.0, 3.0, 7.0, 14.0, 28.0, 90.0)  # days
+_FOCUS_WINDOWS: Final = (0.25, 1.0, 3.0, 7.0, 28.0)  # days
+_COUNTED: Final = (*EVENT_TYPES, "session")
+_FOCUS_TYPES: Final = (EventType.VIEW, EventType.SEARCH, EventType.ADD_TO_CART, EventType.PURCHASE)
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+def bisect(ts: NDArray[np.int64], low: Ints, high: Ints, value: Ints) -> Ints:
+    """Return for every query the first index in [low, high) with ``ts >= value``, else high.
+
+    A binary search of all queries at once; ``ts`` ascends within every [low, high).
+    """
+    low, high = low.copy(), high.copy()
+    span = int((high - low).max(initial=0))
+    for _ in range(span.bit_length()):
+        open_ = low < high
+        middle = (low + high) >> 1
+        # A closed query may point one past the end of the column.
+        less = open_ & (ts[np.minimum(middle, len(ts) - 1)] < value)
+        low = np.where(less, middle + 1, low)
+        high = np.where(open_ & ~less, middle, high)
+    return low
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cuts:
+    """M points in the lives of users.
+
+    Attributes:
+        user: int64 (M,).
+        ts: int64 (M,), microseconds; the history is what happened strictly before.
+        position: int64 (M,), flat index of the user's first event at or after ``ts``.
+    """
+
+    user: Ints
+    ts: Ints
+    position: Ints
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def take(self, rows: Any) -> Cuts:
+        """Return some of the cuts."""
+        return Cuts(user=self.user[rows], ts=self.ts[rows], position=self.position[rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What followed M cuts.
+
+    Attributes:
+        delay: float64 (M, E), days until the first event of each name, inf = none in the data.
+        observed_days: float64 (M,), days from the cut to the end of what may be seen.
+        amount: float32 (M, H), price x quantity bought within each horizon.
+    """
+
+    delay: NDArray[np.float64]
+    observed_days: NDArray[np.float64]
+    amount: Floats
+
+
+class Timeline:
+    """Prefix sums over flat columns, from which windows are differences."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        self.sequences = sequences
+        self.ts: Ints = np.asarray(sequences.ts)
+        self.type = np.asarray(sequences.type)
+        self.offsets: Ints = np.asarray(sequences.offsets)
+        self.user: Ints = np.repeat(
+            np.arange(sequences.users, dtype=np.int64), np.diff(self.offsets)
+        )
+
+    @cached_property
+    def _counts(self) -> NDArray[np.int64]:
+        """Events of each kind before every flat index, (N + 1, kinds)."""
+        flags = np.zeros((len(self.ts) + 1, len(_COUNTED)), dtype=np.int64)
+        codes = np.arange(1, len(EVENT_TYPES) + 1)
+        flags[1:, : len(EVENT_TYPES)] = self.type[:, None] == codes
+        flags[1:, -1] = self.sequences.session_start
+        return flags.cumsum(axis=0)
+
+    @cached_property
+    def _spent(self) -> NDArray[np.float64]:
+        """Money spent before every flat index, (N + 1,)."""
+        price = np.nan_to_num(np.asarray(self.sequences.price, dtype=np.float64))
+        quantity = np.nan_to_num(np.asarray(self.sequences.quantity, dtype=np.float64), nan=1.0)
+        bought = self.type == EVENT_CODES[EventType.PURCHASE]
+        return np.concatenate([[0.0], np.cumsum(np.where(bought, price * quantity, 0.0))])
+
+    @cached_property
+    def _last(self) -> NDArray[np.int64]:
+        """Index of the last event of each type before every flat index, (N + 1, types)."""
+        index = np.full((len(self.ts) + 1, len(EVENT_TYPES)), -1, dtype=np.int64)
+        rows = np.arange(len(self.ts))
+        known = (self.type >= 1) & (self.type <= len(EVENT_TYPES))
+        index[rows[known] + 1, self.type[known].astype(np.int64) - 1] = rows[known]
+        return np.maximum.accumulate(index, axis=0)
+
+    @cached_property
+    def _focus(self) -> tuple[Ints, Ints, Ints]:
+        """Order of events by user and category, its inverse, and the last categorised index."""
+        category = np.asarray(self.sequences.category)
+        order = np.lexsort((np.arange(len(self.ts)), category, self.user))
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        last = np.full(len(self.ts) + 1, -1, dtype=np.int64)
+        last[1:] = np.where(category > 0, np.arange(len(self.ts)), -1)
+        return order, rank, np.maximum.accumulate(last)
+
+    @cached_property
+    def _focus_counts(self) -> NDArray[np.int64]:
+        """Events of the focus types before every place of the (user, category) order."""
+        order, _, _ = self._focus
+        flags = np.zeros((len(self.ts) + 1, len(_FOCUS_TYPES)), dtype=np.int64)
+        codes = np.array([EVENT_CODES[name] for name in _FOCUS_TYPES])
+        flags[1:] = self.type[order][:, None] == codes
+        return flags.cumsum(axis=0)
+
+    def cuts(self, user: NDArray[np.integer[Any]], ts: Ints) -> Cuts:
+        """Locate cuts in the flat columns."""
+        user = np.asarray(user, dtype=np.int64)
+        position = bisect(self.ts, self.offsets[user], self.offsets[user + 1], ts)
+        return Cuts(user=user, ts=np.asarray(ts, dtype=np.int64), position=position)
+
+    def features(self, cuts: Cuts) -> Floats:
+        """Return ``len(feature_names())`` features of every cut, (M, F); all are finite."""
+        start, position, now = self.offsets[cuts.user], cuts.position, cuts.ts
+        tenure = self.tenure(cuts)
+        columns: list[NDArray[Any]] = []
+        lows = [bisect(self.ts, start, position, now - int(w * DAY)) for w in _WINDOWS]
+        for low in (*lows, start):
+            columns.append(np.log1p(self._counts[position] - self._counts[low]))
+            spent = self._spent[position] - self._spent[low]
+            columns.append(np.log1p(np.maximum(spent, 0.0))[:, None])
+        last = self._last[position]
+        seen = last >= start[:, None]
+        days = (now[:, None] - self.ts[np.maximum(last, 0)]) / DAY if len(self.ts) else 0.0
+        columns.append(np.where(seen, np.log1p(np.maximum(days, 0.0) * 24), 10.0))
+        columns.append(seen)
+        columns.append(np.log1p(tenure)[:, None])
+        columns.append(self._focus_features(cuts))
+        return np.concatenate(columns, axis=1).astype(np.float32)
+
+    def _focus_features(self, cuts: Cuts) -> NDArray[Any]:
+        """Recent counts within the category that the user touched last, (M, ...)."""
+        order, rank, last_of = self._focus
+        width = len(_FOCUS_WINDOWS) * len(_FOCUS_TYPES)
+        if not len(self.ts):
+            return np.zeros((len(cuts), width + 1))
+        start = self.offsets[cuts.user]
+        last = last_of[cuts.position]
+        known = last >= start
+        # Events of one user and category lie together in `order`, in time order, so the place
+        # of the last one ends every window.
+        place = np.where(known, rank[np.maximum(last, 0)], 0)
+        category = np.asarray(self.sequences.category)
+        same_from = self._focus_starts[place]
+        times = self._focus_ts
+        columns = []
+        for window in _FOCUS_WINDOWS:
+            low = bisect(times, same_from, place + 1, cuts.ts - int(window * DAY))
+            counts = self._focus_counts[place + 1] - self._focus_counts[low]
+            columns.append(np.log1p(counts) * known[:, None])
+        del category, order
+        columns.append((known * np.log1p(place + 1 - same_from))[:, None])
+        return np.concatenate(columns, axis=1)
+
+    @cached_property
+    def _focus_ts(self) -> Ints:
+        return self.ts[self._focus[0]]
+
+    @cached_property
+    def _focus_starts(self) -> Ints:
+        """First place of the (user, category) group that every place belongs to."""
+        order = self._focus[0]
+        category = np.asarray(self.sequences.category)[order]
+        user = self.user[order]
+        new = np.ones(len(order), dtype=bool)
+        new[1:] = (category[1:] != category[:-1]) | (user[1:] != user[:-1])
+        return np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
+
+    def tenure(self, cuts: Cuts) -> NDArray[np.float64]:
+        """Return days since the sign-up, or since the first event where that is not known."""
+        start = self.offsets[cuts.user]
+        has = cuts.position > start
+        first = np.full(len(cuts), 0, dtype=np.int64)
+        first[:] = cuts.ts
+        first[has] = self.ts[start[has]]
+        signup = np.asarray(self.sequences.signup_ts)[cuts.user]
+        known = (signup != MISSING_TIME) & (signup < first)
+        first = np.where(known, signup, first)
+        return np.asarray((cuts.ts - first) / DAY)
+
+    def labels(
+        self, cuts: Cuts, *, events: Sequence[str], horizons: Sequence[int], close: int
+    ) -> Labels:
+        """Return what followed every cut.
+
+        Args:
+            cuts: M cuts, none after ``close``.
+            events: E event types, or ``ANY_EVENT``.
+            horizons: H horizons in days, for the amounts.
+            close: microseconds; nothing at or after it is looked at.
+        """
+        end = bisect(self.ts, cuts.position, self.offsets[cuts.user + 1], np.full(len(cuts), close))
+        delay = np.full((len(cuts), len(events)), np.inf)
+        for column, name in enumerate(events):
+            following = cuts.position if name == ANY_EVENT else self._next(name)[cuts.position]
+            found = following < end
+            delay[found, column] = (self.ts[following[found]] - cuts.ts[found]) / DAY
+        amount = np.zeros((len(cuts), len(horizons)), dtype=np.float32)
+        for column, days in enumerate(horizons):
+            until = bisect(self.ts, cuts.position, end, cuts.ts + days * DAY)
+            amount[:, column] = self._spent[until] - self._spent[cuts.position]
+        observed = (close - cuts.ts) / DAY
+        return Labels(delay=delay, observed_days=observed, amount=amount)
+
+    def _next(self, name: str) -> Ints:
+        """Index of the first event of a type at or after every flat index, (N + 1,)."""
+        if name not in self._next_cache:
+            count = len(self.ts)
+            index = np.full(count + 1, count, dtype=np.int64)
+            index[:-1] = np.where(self.type == EVENT_CODES[name], np.arange(count), count)
+            self._next_cache[name] = np.minimum.accumulate(index[::-1])[::-1]
+        return self._next_cache[name]
+
+    @cached_property
+    def _next_cache(self) -> dict[str, Ints]:
+        return {}
+
+
+def feature_names() -> list[str]:
+    """Names of the columns of ``Timeline.features``, in order."""
+    names: list[str] = []
+    for window in [*(f"{w:g}d" for w in _WINDOWS), "ever"]:
+        names += [f"{kind}_{window}" for kind in _COUNTED] + [f"spend_{window}"]
+    names += [f"since_{kind}" for kind in EVENT_TYPES] + [f"seen_{kind}" for kind in EVENT_TYPES]
+    names.append("tenure")
+    for window_days in _FOCUS_WINDOWS:
+        names += [f"focus_{kind}_{window_days:g}d" for kind in _FOCUS_TYPES]
+    return [*names, "focus_ever"]

@@ -1,0 +1,192 @@
+"""The champion: which model serves, told by a tracked file, and where its files are.
+
+champion.json is an input of the graph, so that every stage stays a pure function of files. It is
+derived from the registry's alias, which is what decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pipelines.config import PARAMS_FILE, load_params
+from pipelines.errors import UserError
+from pipelines.io import digest_directory, read_json, replace_directory, write_json
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION_FILE: Final = Path("champion.json")
+CACHE: Final = Path(".forecart") / "models"
+DIGEST_TAG: Final = "forecart.model_digest"
+VERDICT_TAG: Final = "forecart.verdict"
+
+# A model's files are data that nothing executes; any other kind is refused unread.
+SAFE_SUFFIXES: Final = frozenset({".safetensors", ".json"})
+
+_WEIGHTS: Final = "model.safetensors"
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Champion:
+    """Content of champion.json; all None while there is no champion.
+
+    Attributes:
+        digest: of the model's files.
+        version: in the registry.
+        verdict: digest of the verdict that it was promoted with.
+    """
+
+    digest: str | None = None
+    version: int | None = None
+    verdict: str | None = None
+
+
+def read_champion(root: Path) -> Champion:
+    """Read champion.json; a missing file says that there is no champion.
+
+    Raises:
+        UserError: the file does not hold what it should.
+    """
+    path = root / CHAMPION_FILE
+    if not path.exists():
+        return Champion()
+    content = read_json(path)
+    keys = set(asdict(Champion()))
+    if not isinstance(content, dict) or set(content) != keys:
+        raise UserError(f"{path}: expected exactly the keys {', '.join(sorted(keys))}")
+    champion = Champion(**content)
+    if champion.digest is not None and not _DIGEST.fullmatch(str(champion.digest)):
+        raise UserError(f"{path}: digest {champion.digest!r} is none")
+    return champion
+
+
+def write_champion(root: Path, champion: Champion) -> None:
+    """Write champion.json if it says something else."""
+    path = root / CHAMPION_FILE
+    if not path.exists() or read_json(path) != asdict(champion):
+        write_json(path, asdict(champion))
+
+
+def fetch_champion(root: Path) -> Path | None:
+    """Return a folder with the champion's files, or None where there is no champion.
+
+    The files come from the registry once and are kept; every call compares them with the digest.
+
+    Raises:
+        UserError: the registry does not hold the model, or its files are not those promoted.
+    """
+    champion = read_champion(root)
+    if champion.digest is None:
+        return None
+    target = root / CACHE / champion.digest.removeprefix("sha256:")
+    if target.is_dir() and digest_directory(target) == champion.digest:
+        return target
+    registry = connect(root)
+    version = find_version(registry, read_name(root), champion.digest)
+    if version is None:
+        raise UserError(
+            f"{root / CHAMPION_FILE}: the registry {registry.tracking_uri} does not hold this "
+            "model; set MLFLOW_TRACKING_URI to the registry that does, or restore the file"
+        )
+    source = locate_files(download(registry, version))
+    with replace_directory(target) as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True)
+        found = digest_directory(partial)
+        if found != champion.digest:
+            raise UserError(
+                f"version {version.version} of {version.name} in the registry has changed: "
+                f"its files are {found}, not {champion.digest}"
+            )
+    return target
+
+
+def connect(root: Path) -> MlflowClient:
+    """Return a client of the registry that MLFLOW_TRACKING_URI names, else the project's own.
+
+    MLflow's address for the whole process stays as it is: setting it would set the environment
+    variable too, and bind all projects of the process to one registry.
+    """
+    from mlflow import MlflowClient
+
+    # A command says what it did; that MLflow creates its tables is not news.
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root.resolve() / 'mlflow.db'}")
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def read_name(root: Path) -> str:
+    """Return the name under which models are registered."""
+    return load_params(root / PARAMS_FILE).package.name
+
+
+def find_version(registry: MlflowClient, name: str, digest: str) -> ModelVersion | None:
+    """Return the first version of a model with a digest."""
+    filter_ = f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'"
+    found = registry.search_model_versions(filter_)
+    return min(found, key=lambda v: int(v.version), default=None)
+
+
+def download(registry: MlflowClient, version: ModelVersion) -> Path:
+    """Return a folder with the artifacts of a version; a local store gives its own."""
+    from mlflow.artifacts import download_artifacts
+
+    uri = registry.get_model_version_download_uri(version.name, version.version)
+    return Path(download_artifacts(artifact_uri=uri, tracking_uri=registry.tracking_uri))
+
+
+def locate_files(folder: Path) -> Path:
+    """Return the folder of the model's own files inside an MLflow model.
+
+    Raises:
+        UserError: there is none, or one that holds files of another kind than weights and JSON.
+    """
+    found = sorted(folder.rglob(_WEIGHTS))
+    if len(found) != 1:
+        raise UserError(f"{folder}: expected one {_WEIGHTS}, found {len(found)}")
+    check_files(found[0].parent)
+    return found[0].parent
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a model that holds anything but weights and JSON.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or (path.is_file() and path.suffix not in SAFE_SUFFIXES):
+            raise UserError(
+                f"{path}: a model holds {' and '.join(sorted(SAFE_SUFFIXES))} files only"
+            )
+
+
+def read_digest(version: ModelVersion) -> str:
+    """Return the digest that a version was registered with.
+
+    Raises:
+        UserError: it has none: somebody else made the version.
+    """
+    digest = version.tags.get(DIGEST_TAG)
+    if digest is None:
+        raise UserError(
+            f"version {version.version} of {version.name} was not made by forecart register; "
+            "give the alias back to one that was"
+        )
+    return str(digest)
+
+
+def describe(version: ModelVersion) -> Champion:
+    """Return what champion.json says of a version."""
+    return Champion(
+        digest=read_digest(version),
+        version=int(version.version),
+        verdict=version.tags.get(VERDICT_TAG),
+    )

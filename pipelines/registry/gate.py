@@ -1,0 +1,295 @@
+"""The gate: may the candidate become champion? A pure function of reports and policy.
+
+Every check says what was measured, where the limit lies and why it passed or failed, in words
+for people who do not read code. What was not measured fails: a missing number is no evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from pipelines.config import Gate
+
+CANDIDATE: Final = "gpt"
+CHAMPION: Final = "champion"
+
+# Rules that any model worth serving beats; both ignore everything but the base rate or the
+# time of the last event.
+FLOORS: Final = ("majority", "recency")
+
+# Models in the evaluation that nobody would serve instead of the candidate: itself, its
+# predecessor (judged apart), a mixture that holds it, and the simulator's own truth.
+_NO_BASELINES: Final = frozenset({CANDIDATE, CHAMPION, "ensemble", "oracle"})
+
+_HIGHER_IS_BETTER: Final = frozenset({"roc_auc", "pr_auc"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One reason for or against the candidate.
+
+    Attributes:
+        name: what was checked, stable across runs.
+        passed: whether the candidate holds it.
+        value: what was measured; None where nothing was.
+        limit: what the value is held against.
+        why: one sentence for people.
+    """
+
+    name: str
+    passed: bool
+    value: float | bool | str | None
+    limit: float | bool | str | None
+    why: str
+
+
+def decide(
+    evaluation: dict[str, Any],
+    validation: dict[str, Any],
+    policy: Gate,
+    *,
+    candidate: str,
+    champion: str | None,
+    data: str,
+) -> dict[str, Any]:
+    """Judge the candidate.
+
+    Without a champion it has to beat the rules of thumb by interval, and may not be worse than
+    the best baseline by more than the margin; with one, the same margin holds against the
+    champion, and its calibration may not be worse. "Not worse" is a test of non-inferiority:
+    the whole paired interval lies above minus the margin, so that a wide interval (too little
+    data) fails.
+
+    Args:
+        evaluation: reports/evaluation.json.
+        validation: reports/validation.json.
+        policy: the ``gate`` section.
+        candidate: digest of the candidate's files.
+        champion: digest of the present champion's files, or None.
+        data: digest of the data that both were scored on.
+
+    Returns:
+        reports/verdict.json.
+    """
+    checks = [_check_validation(validation)]
+    target = evaluation.get("targets", {}).get(policy.primary_target)
+    problem = _find_problem(target, policy)
+    if target is None or problem is not None:
+        why = problem or _explain_missing(evaluation, policy)
+        checks.append(
+            Check(
+                name="primary_target",
+                passed=False,
+                value=None,
+                limit=policy.primary_target,
+                why=why,
+            )
+        )
+    else:
+        checks += _check_data(target, policy)
+        checks += _check_calibration(target, policy, candidate=candidate, champion=champion)
+        if champion is None:
+            checks += _check_floors(target, policy)
+            checks.append(_check_best_baseline(target, policy))
+        else:
+            checks.append(_check_champion(target, policy, same=candidate == champion))
+    return {
+        "passed": all(check.passed for check in checks),
+        "checks": [asdict(check) for check in checks],
+        "candidate": candidate,
+        "champion": champion,
+        "data": data,
+    }
+
+
+def _check_validation(validation: dict[str, Any]) -> Check:
+    passed = validation.get("passed") is True
+    return Check(
+        name="validation",
+        passed=passed,
+        value=passed,
+        limit=True,
+        why="the data passed validation"
+        if passed
+        else "the data did not pass validation; see reports/data_docs",
+    )
+
+
+def _find_problem(target: dict[str, Any] | None, policy: Gate) -> str | None:
+    """Say why a target cannot be judged, or None."""
+    if target is None:
+        return None
+    if target.get("kind") != "binary":
+        return (
+            f"{policy.primary_target} is an amount, and {policy.primary_metric} needs a yes-or-no "
+            "target; set gate.primary_target in params.yaml"
+        )
+    model = target.get("models", {}).get(CANDIDATE)
+    if model is None or _read(model, policy.primary_metric) is None:
+        return f"the candidate was not scored by {policy.primary_metric} on {policy.primary_target}"
+    return None
+
+
+def _explain_missing(evaluation: dict[str, Any], policy: Gate) -> str:
+    present = ", ".join(sorted(evaluation.get("targets", {}))) or "none"
+    reasons = {o["name"]: o["why"] for o in evaluation.get("omitted", [])}
+    reason = f" ({reasons[policy.primary_target]})" if policy.primary_target in reasons else ""
+    return (
+        f"{policy.primary_target} was not evaluated{reason}; set gate.primary_target in "
+        f"params.yaml to one of: {present}"
+    )
+
+
+def _check_data(target: dict[str, Any], policy: Gate) -> Iterator[Check]:
+    """Is there enough to judge by?"""
+    users, rate = int(target["users"]), float(target["base_rate"])
+    positives = int(target.get("positives", round(users * rate)))
+    yield Check(
+        name="users",
+        passed=users >= policy.min_users,
+        value=users,
+        limit=policy.min_users,
+        why=f"{users} shoppers were scored; {policy.min_users} are needed to judge",
+    )
+    yield Check(
+        name="positives",
+        passed=positives >= policy.min_positives,
+        value=positives,
+        limit=policy.min_positives,
+        why=f"it was done {positives} times; {policy.min_positives} are needed to judge",
+    )
+    usual = policy.min_base_rate <= rate <= policy.max_base_rate
+    yield Check(
+        name="base_rate",
+        passed=usual,
+        value=rate,
+        limit=f"{policy.min_base_rate:g} to {policy.max_base_rate:g}",
+        why=f"{rate:.2%} of the shoppers did it"
+        + ("" if usual else ", which looks like damaged data or a wrong target, not like a shop"),
+    )
+
+
+def _check_calibration(
+    target: dict[str, Any], policy: Gate, *, candidate: str, champion: str | None
+) -> Iterator[Check]:
+    """Do predicted probabilities come true?"""
+    ece = _read(target["models"][CANDIDATE], "ece")
+    yield Check(
+        name="calibration",
+        passed=ece is not None and ece <= policy.max_ece,
+        value=ece,
+        limit=policy.max_ece,
+        why="the candidate's calibration was not measured"
+        if ece is None
+        else f"predicted and observed shares differ by {ece:.3f} on average (ECE); "
+        f"{policy.max_ece:g} is allowed",
+    )
+    if champion is None or candidate == champion:
+        return
+    before = _read(target["models"].get(CHAMPION, {}), "ece")
+    limit = None if before is None else before + policy.ece_tolerance
+    yield Check(
+        name="calibration_against_champion",
+        passed=ece is not None and limit is not None and ece <= limit,
+        value=ece,
+        limit=limit,
+        why="the champion was not scored on this data, so calibration cannot be compared"
+        if before is None
+        else f"the champion's ECE is {before:.3f}; {policy.ece_tolerance:g} more is allowed",
+    )
+
+
+def _check_floors(target: dict[str, Any], policy: Gate) -> Iterator[Check]:
+    """Is there no champion yet, the candidate has to beat every rule of thumb for sure."""
+    for other in FLOORS:
+        low = _read_gain(target, other, policy.primary_metric)
+        passed = low is not None and low > 0
+        yield Check(
+            name=f"beats_{other}",
+            passed=passed,
+            value=low,
+            limit=0.0,
+            why=_explain_gain(low, other, policy, f"{'' if passed else 'not '}more than chance"),
+        )
+
+
+def _check_best_baseline(target: dict[str, Any], policy: Gate) -> Check:
+    sign = 1.0 if policy.primary_metric in _HIGHER_IS_BETTER else -1.0
+    scores = {
+        name: sign * value
+        for name, model in target["models"].items()
+        if name not in _NO_BASELINES and (value := _read(model, policy.primary_metric)) is not None
+    }
+    if not scores:
+        return Check(
+            name="not_worse_than_best_baseline",
+            passed=False,
+            value=None,
+            limit=-policy.margin,
+            why="no baseline was scored, so there is nothing to compare with",
+        )
+    # The name breaks ties, so that equal inputs give an equal verdict.
+    best = max(sorted(scores), key=lambda name: scores[name])
+    return _check_margin(target, policy, best, "not_worse_than_best_baseline")
+
+
+def _check_champion(target: dict[str, Any], policy: Gate, *, same: bool) -> Check:
+    if same:
+        return Check(
+            name="not_worse_than_champion",
+            passed=True,
+            value=0.0,
+            limit=-policy.margin,
+            why="the candidate is the champion",
+        )
+    return _check_margin(target, policy, CHAMPION, "not_worse_than_champion")
+
+
+def _check_margin(target: dict[str, Any], policy: Gate, other: str, name: str) -> Check:
+    low = _read_gain(target, other, policy.primary_metric)
+    passed = low is not None and low >= -policy.margin
+    return Check(
+        name=name,
+        passed=passed,
+        value=low,
+        limit=-policy.margin,
+        why=_explain_gain(
+            low, other, policy, f"{'inside' if passed else 'outside'} the margin {policy.margin:g}"
+        ),
+    )
+
+
+def _explain_gain(low: float | None, other: str, policy: Gate, verdict: str) -> str:
+    if low is None:
+        return f"the candidate was not compared with {other} by {policy.primary_metric}"
+    return (
+        f"against {other} the candidate's gain in {policy.primary_metric} is at least {low:+.4f}: "
+        f"{verdict}"
+    )
+
+
+def _read(model: dict[str, Any], metric: str) -> float | None:
+    """Return a metric's value; None where it is missing. With or without an interval."""
+    value = model.get(metric)
+    if isinstance(value, dict):
+        value = value.get("value")
+    return None if value is None else float(value)
+
+
+def _read_gain(target: dict[str, Any], other: str, metric: str) -> float | None:
+    """Return the lower end of the candidate's paired gain over another model.
+
+    A pair a-b holds the interval of a minus b; which of both comes first is the report's choice.
+    Where less is better, the candidate gains by being lower.
+    """
+    pairs = target.get("paired", {})
+    sign = 1 if metric in _HIGHER_IS_BETTER else -1
+    pair = pairs.get(f"{CANDIDATE}-{other}")
+    if pair is None:
+        pair, sign = pairs.get(f"{other}-{CANDIDATE}", {}), -sign
+    ends = pair.get(metric) or {}
+    if ends.get("low") is None or ends.get("high") is None:
+        return None
+    return float(ends["low"]) if sign > 0 else -float(ends["high"])

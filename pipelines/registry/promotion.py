@@ -1,0 +1,308 @@
+"""Registering, promoting and rolling back models in the MLflow registry.
+
+The alias ``champion`` in the registry decides which model serves: setting it is one write, and
+everything that has to be known about the new champion is in the registry before it. champion.json
+and the list of past champions follow from it; a process that is killed in between leaves them
+behind the alias, and the next act brings them up to date.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pipelines.errors import UserError
+from pipelines.io import digest_directory, digest_file, read_json
+from pipelines.registry.champion import (
+    CHAMPION_FILE,
+    DIGEST_TAG,
+    VERDICT_TAG,
+    check_files,
+    connect,
+    describe,
+    find_version,
+    read_champion,
+    read_digest,
+    read_name,
+    write_champion,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
+
+MODEL: Final = Path("models/gpt")
+FEATURES: Final = Path("data/features")
+VERDICT: Final = Path("reports/verdict.json")
+CANDIDATE_ALIAS: Final = "candidate"
+CHAMPION_ALIAS: Final = "champion"
+
+# Tag of the registered model: versions that were champion, in order, the present one last.
+HISTORY_TAG: Final = "forecart.champions"
+_HISTORY_LENGTH: Final = 100
+
+
+def register(root: Path) -> str:
+    """Put the trained model into the registry as candidate.
+
+    A model is known by the digest of its files: registering it again finds its version.
+
+    Args:
+        root: the project's folder.
+
+    Returns:
+        What was done, for people.
+
+    Raises:
+        UserError: there is no model, or it holds files that are neither weights nor JSON.
+    """
+    registry = connect(root)
+    version, new = _register(registry, root)
+    state = "registered" if new else "was registered already"
+    return f"{_name(version)} {state} as candidate ({_short(read_digest(version))})"
+
+
+def promote(root: Path) -> str:
+    """Make the candidate champion.
+
+    Args:
+        root: the project's folder.
+
+    Returns:
+        What was done, for people.
+
+    Raises:
+        UserError: the verdict is missing, did not pass, or is about another model, or another
+            champion than the one it was compared with serves by now.
+    """
+    registry = connect(root)
+    present = _synchronise(registry, root)
+    digest = _digest_model(root)
+    if present is not None and read_digest(present) == digest:
+        return f"{_name(present)} is champion already ({_short(digest)})"
+    verdict = _read_verdict(root, digest)
+    serving = None if present is None else read_digest(present)
+    if verdict["champion"] != serving:
+        raise UserError(
+            f"{root / VERDICT}: compares with champion {_short(verdict['champion'])}, but "
+            f"{_short(serving)} serves by now; run: dvc repro"
+        )
+    version, _ = _register(registry, root)
+    history = _read_history(registry, version.name, present)
+    # Until the alias moves, nobody takes these into account.
+    registry.set_model_version_tag(
+        version.name, version.version, VERDICT_TAG, digest_file(root / VERDICT)
+    )
+    _write_history(registry, version.name, [*history, int(version.version)])
+    registry.set_registered_model_alias(version.name, CHAMPION_ALIAS, version.version)
+    _synchronise(registry, root)
+    before = "the first champion" if present is None else f"instead of version {present.version}"
+    return f"{_name(version)} is champion, {before} ({_short(digest)}); next: forecart serve"
+
+
+def rollback(root: Path) -> str:
+    """Return to the previous champion.
+
+    Args:
+        root: the project's folder.
+
+    Returns:
+        What was done, for people.
+
+    Raises:
+        UserError: there is no champion, or none before it.
+    """
+    registry = connect(root)
+    present = _synchronise(registry, root)
+    if present is None:
+        raise UserError("there is no champion to roll back")
+    history = _read_history(registry, present.name, present)
+    if len(history) < 2:
+        raise UserError(f"{_name(present)} is the first champion; there is none before it")
+    registry.set_registered_model_alias(present.name, CHAMPION_ALIAS, str(history[-2]))
+    _write_history(registry, present.name, history[:-1])
+    previous = _synchronise(registry, root)
+    return (
+        f"{present.name} version {history[-2]} is champion again, instead of version "
+        f"{present.version} ({_short(read_digest(previous) if previous else None)})"
+    )
+
+
+def status(root: Path) -> str:
+    """Show versions, candidate, champion and verdict as a table.
+
+    Args:
+        root: the project's folder.
+    """
+    registry = connect(root)
+    present = _synchronise(registry, root)
+    name = read_name(root)
+    versions = sorted(
+        registry.search_model_versions(f"name = '{name}'"), key=lambda v: int(v.version)
+    )
+    if not versions:
+        return f"no model is registered as {name}; next: forecart register"
+    history = _read_history(registry, name, present)
+    aliases = registry.get_registered_model(name).aliases
+    rows = [("version", "model", "role", "verdict")]
+    for version in versions:
+        number = int(version.version)
+        roles = [alias for alias, of in sorted(aliases.items()) if int(of) == number]
+        if number in history[:-1]:
+            roles.append(f"champion before ({history[:-1].index(number) + 1})")
+        rows.append(
+            (
+                str(number),
+                _short(version.tags.get(DIGEST_TAG)),
+                ", ".join(roles) or "-",
+                _short(version.tags.get(VERDICT_TAG)),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([f"{name} in {registry.tracking_uri}", *table])
+
+
+def _register(registry: MlflowClient, root: Path) -> tuple[ModelVersion, bool]:
+    """Return the version of the trained model, and whether it is new."""
+    from mlflow.exceptions import MlflowException
+
+    name, digest = read_name(root), _digest_model(root)
+    version = find_version(registry, name, digest)
+    new = version is None
+    if version is None:
+        if not _find_models(registry, digest):
+            _log_model(root, digest)
+        model = _find_models(registry, digest)[0]
+        try:
+            registry.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = registry.create_model_version(
+            name,
+            source=model.artifact_location,
+            run_id=model.source_run_id,
+            model_id=model.model_id,
+            tags={DIGEST_TAG: digest},
+        )
+    registry.set_registered_model_alias(name, CANDIDATE_ALIAS, version.version)
+    return version, new
+
+
+def _find_models(registry: MlflowClient, digest: str) -> list[LoggedModel]:
+    """Return the models with a digest that runs have logged, the newest run's first."""
+    runs = registry.search_runs(
+        [experiment.experiment_id for experiment in registry.search_experiments()],
+        f"tags.`{DIGEST_TAG}` = '{digest}'",
+        order_by=["attributes.start_time DESC"],
+    )
+    outputs = [registry.get_run(run.info.run_id).outputs for run in runs]
+    return [
+        registry.get_logged_model(model.model_id)
+        for output in outputs
+        if output is not None
+        for model in output.model_outputs
+    ]
+
+
+def _log_model(root: Path, digest: str) -> None:
+    """Log a model that came from DVC's cache, so that no run of this registry trained it."""
+    from pipelines.registry.tracking import track
+
+    outputs = [target["name"] for target in read_json(root / MODEL / "config.json")["targets"]]
+    data = digest_directory(root / FEATURES)
+    with track(root, params={}, data_digest=data, name="restored") as run:
+        run.log_model(root / MODEL, digest, outputs)
+
+
+def _synchronise(registry: MlflowClient, root: Path) -> ModelVersion | None:
+    """Bring champion.json up to date with the alias; return the champion.
+
+    Raises:
+        UserError: champion.json names a champion of another registry.
+    """
+    present = _find_champion(registry, read_name(root))
+    if present is None:
+        known = read_champion(root)
+        # An alias never goes away again, so this file was written for another registry. It is
+        # not this one's to overwrite.
+        if known.digest is not None:
+            raise UserError(
+                f"{root / CHAMPION_FILE}: names champion {_short(known.digest)}, which the "
+                f"registry {registry.tracking_uri} does not know; set MLFLOW_TRACKING_URI to the "
+                "registry that does, or restore the file"
+            )
+    else:
+        write_champion(root, describe(present))
+    return present
+
+
+def _find_champion(registry: MlflowClient, name: str) -> ModelVersion | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return registry.get_model_version_by_alias(name, CHAMPION_ALIAS)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+
+
+def _read_history(registry: MlflowClient, name: str, present: ModelVersion | None) -> list[int]:
+    """Return the versions that were champion, the present one last.
+
+    Entries after the present champion belong to an act that was killed before it moved the alias
+    (promotion) or after it did (rollback); neither counts.
+    """
+    if present is None:
+        return []
+    number = int(present.version)
+    history: list[int] = json.loads(registry.get_registered_model(name).tags.get(HISTORY_TAG, "[]"))
+    while history and history[-1] != number:
+        history.pop()
+    return history or [number]
+
+
+def _write_history(registry: MlflowClient, name: str, history: list[int]) -> None:
+    registry.set_registered_model_tag(name, HISTORY_TAG, json.dumps(history[-_HISTORY_LENGTH:]))
+
+
+def _digest_model(root: Path) -> str:
+    folder = root / MODEL
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; run: dvc repro")
+    check_files(folder)
+    return digest_directory(folder)
+
+
+def _read_verdict(root: Path, digest: str) -> dict[str, Any]:
+    """Return the verdict about a model.
+
+    Raises:
+        UserError: it is about another model, or it did not pass.
+    """
+    path = root / VERDICT
+    verdict: dict[str, Any] = read_json(path)
+    if verdict.get("candidate") != digest:
+        raise UserError(
+            f"{path}: is about model {_short(verdict.get('candidate'))}, not about "
+            f"{_short(digest)} in {root / MODEL}; run: dvc repro"
+        )
+    if verdict.get("passed") is not True:
+        failed = "; ".join(c["why"] for c in verdict.get("checks", []) if not c["passed"])
+        raise UserError(f"{path}: the candidate did not pass: {failed or 'no check is recorded'}")
+    return verdict
+
+
+def _name(version: ModelVersion) -> str:
+    return f"{version.name} version {version.version}"
+
+
+def _short(digest: str | None) -> str:
+    return "-" if digest is None else digest.removeprefix("sha256:")[:12]

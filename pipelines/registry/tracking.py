@@ -1,0 +1,153 @@
+"""One training as a run in MLflow: settings, curves, lineage, and the model without pickle."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pipelines.registry.champion import DIGEST_TAG, check_files, connect
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT: Final = "forecart"
+DATA_TAG: Final = "forecart.data_digest"
+ARTIFACTS: Final = "mlartifacts"
+
+# Name of the model within its run, of our flavour in the MLmodel file, and of its folder there.
+MODEL_NAME: Final = "behaviour"
+FLAVOUR: Final = "forecart"
+FILES: Final = "model"
+
+
+class Run:
+    """A run that is going on."""
+
+    def __init__(self, store: MlflowClient, run_id: str, experiment_id: str) -> None:
+        self._store = store
+        self._experiment_id = experiment_id
+        self.run_id = run_id
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log numbers of one step."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._store.log_batch(
+            self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()]
+        )
+
+    def log_artifact(self, path: Path) -> None:
+        """Log a file."""
+        self._store.log_artifact(self.run_id, str(path))
+
+    def log_model(self, folder: Path, digest: str, outputs: Sequence[str]) -> None:
+        """Log a model and tag the run with its digest.
+
+        Args:
+            folder: safetensors and JSON files, nothing else.
+            digest: of the folder.
+            outputs: columns that the model predicts.
+
+        Raises:
+            UserError: the folder holds other files.
+        """
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.models import Model
+
+        check_files(folder)
+        model = self._store.create_logged_model(
+            self._experiment_id, MODEL_NAME, source_run_id=self.run_id, tags={DIGEST_TAG: digest}
+        )
+        with tempfile.TemporaryDirectory(prefix="forecart-") as temporary:
+            shutil.copytree(folder, Path(temporary) / FILES)
+            description = Model(
+                artifact_path=model.artifact_location,
+                run_id=self.run_id,
+                model_id=model.model_id,
+                signature=_describe_signature(outputs),
+            )
+            # A flavour of our own: there is no pickle that a generic loader could open.
+            description.add_flavor(FLAVOUR, data=FILES, loader="pipelines.model.predictor")
+            description.save(str(Path(temporary) / "MLmodel"))
+            self._store.log_model_artifacts(model.model_id, temporary)
+        self._store.finalize_logged_model(model.model_id, "READY")
+        self._store.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
+        self._store.set_tag(self.run_id, DIGEST_TAG, digest)
+
+
+@contextmanager
+def track(root: Path, *, params: Mapping[str, Any], data_digest: str, name: str) -> Iterator[Run]:
+    """Open a run; it is marked as failed when the block raises.
+
+    Args:
+        root: the project's folder.
+        params: settings, logged by name.
+        data_digest: what the model learns from.
+        name: of the run.
+    """
+    from mlflow.entities import Param, RunTag
+
+    store = connect(root)
+    experiment_id = _find_experiment(store, root)
+    run = store.create_run(experiment_id, run_name=name)
+    tags = {DATA_TAG: data_digest}
+    revision = read_revision(root)
+    if revision is not None:
+        tags["mlflow.source.git.commit"] = revision
+    store.log_batch(
+        run.info.run_id,
+        params=[Param(key, str(value)) for key, value in params.items()],
+        tags=[RunTag(key, value) for key, value in tags.items()],
+    )
+    try:
+        yield Run(store, run.info.run_id, experiment_id)
+    except BaseException:
+        store.set_terminated(run.info.run_id, status="FAILED")
+        raise
+    store.set_terminated(run.info.run_id)
+
+
+def read_revision(root: Path) -> str | None:
+    """Return the git commit of the project, or None where there is none."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    done = subprocess.run(
+        [git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _find_experiment(store: MlflowClient, root: Path) -> str:
+    found = store.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    # A file store keeps artifacts beside itself; a server (http) decides for itself.
+    local = str(store.tracking_uri).startswith(("sqlite:", "file:"))
+    location = (root.resolve() / ARTIFACTS).as_uri() if local else None
+    return str(store.create_experiment(EXPERIMENT, artifact_location=location))
+
+
+def _describe_signature(outputs: Sequence[str]) -> Any:
+    """Events of one user in, one number per target out."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+
+    from pipelines.events import EVENT_SCHEMA
+
+    kinds = {"timestamp[us, tz=UTC]": DataType.datetime, "double": DataType.double}
+    inputs = [
+        ColSpec(kinds.get(str(f.type), DataType.string), f.name, required=not f.nullable)
+        for f in EVENT_SCHEMA
+    ]
+    return ModelSignature(
+        inputs=Schema(inputs),
+        outputs=Schema([ColSpec(DataType.float, name) for name in outputs]),
+    )

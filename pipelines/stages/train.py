@@ -1,0 +1,150 @@
+"""Stage: train the behaviour model, calibrate it, refit it, and predict the held-out cuts."""
+
+from __future__ import annotations
+
+import csv
+import io
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.config import Params
+from pipelines.errors import UserError
+from pipelines.features.cuts import to_us
+from pipelines.features.store import Sequences
+from pipelines.io import digest_directory, read_json, replace_directory, write_table, write_text
+from pipelines.model.heads import Target
+from pipelines.model.timeline import DAY, Timeline
+from pipelines.model.tokens import Scale, Vocabulary
+from pipelines.model.training import Periods, TrainedModel, train_model
+from pipelines.registry.tracking import track
+
+FEATURES: Final = Path("data/features")
+MODEL: Final = Path("models/gpt")
+PREDICTIONS: Final = Path("data/predictions/gpt.parquet")
+CURVES: Final = Path("reports/training.csv")
+
+# Right after the first event of the data nobody has a history that says much.
+_HISTORY_DAYS: Final = 7
+
+# Speed differs from run to run, so it is no column of an artefact.
+_COLUMNS: Final = ("epoch", "step", "loss", "hazard_loss", "amount_loss", "next_event_loss")
+
+
+def run(params: Params, root: Path = Path()) -> str:
+    """Train; write models/gpt, its predictions and its curves; log all of it to MLflow.
+
+    Raises:
+        UserError: data/features is missing or holds too little to learn from.
+    """
+    features = root / FEATURES
+    sequences = Sequences.load(features / "sequences")
+    schema, cuts = read_json(features / "schema.json"), read_json(features / "cuts.json")
+    targets = tuple(Target(**target) for target in schema["targets"])
+    periods = read_periods(cuts, schema["population_active_within_days"])
+    curves: list[dict[str, float]] = []
+    settings = params.train.model_dump()
+    with track(
+        root,
+        params=settings,
+        data_digest=digest_directory(features),
+        name=params.train.backbone,
+    ) as log:
+
+        def note(epoch: dict[str, float]) -> None:
+            curves.append(epoch)
+            log.log_metrics(epoch, step=int(epoch["epoch"]))
+
+        trained = train_model(
+            sequences, periods, targets, params.train, read_vocabulary(features), note
+        )
+        with replace_directory(root / MODEL) as folder:
+            trained.save(folder)
+        write_table(root / PREDICTIONS, predict(trained, sequences, features, cuts))
+        write_text(root / CURVES, format_curves(curves))
+        speed = trained.events / max(trained.seconds, 1e-9)
+        log.log_metrics({"train_events_per_s": speed}, step=0)
+        log.log_artifact(root / CURVES)
+        log.log_model(
+            root / MODEL, digest_directory(root / MODEL), [target.name for target in targets]
+        )
+    return (
+        f"{params.train.backbone}: {trained.parameters:,} parameters, {len(curves)} epochs of "
+        f"{trained.events:,} events in {trained.seconds:.0f} s ({speed:,.0f} events/s), "
+        f"final loss {curves[-1]['loss']:.4f}, in {MODEL}"
+    )
+
+
+def read_periods(cuts: dict[str, Any], active_days: float | None) -> Periods:
+    """Return the bounds of both fits from cuts.json."""
+    by_split: dict[str, list[int]] = {}
+    for cut in cuts["cuts"]:
+        by_split.setdefault(cut["split"], []).append(cut["ts_us"])
+    first = int(
+        np.datetime64(datetime.fromisoformat(cuts["first_ts"]).replace(tzinfo=None), "us").astype(
+            np.int64
+        )
+    )
+    return Periods(
+        first=first,
+        calibration=by_split["calibration"][0],
+        test=by_split["test"][0],
+        active_days=active_days,
+    )
+
+
+def read_vocabulary(features: Path) -> Vocabulary:
+    """Return codes and scales that the features stage fitted."""
+    codes, scales = read_json(features / "vocabulary.json"), read_json(features / "scalers.json")
+    return Vocabulary(
+        **{name: tuple(codes[name]) for name in ("category", "brand", "gender", "region")},
+        **{name: Scale(**scales[name]) for name in ("log_price", "log_quantity", "age")},
+    )
+
+
+def predict(
+    trained: TrainedModel, sequences: Sequences, features: Path, cuts: dict[str, Any]
+) -> pa.Table:
+    """Predict the calibration rows by the first fit, the test rows by the model shipped.
+
+    Raises:
+        UserError: the snapshot table is missing or damaged.
+    """
+    path = features / "snapshots.parquet"
+    try:
+        rows = pq.read_table(path, columns=["user", "cut"])
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: not readable; run the features stage ({error})") from None
+    user, cut = rows["user"].to_numpy(), rows["cut"].to_numpy()
+    timeline = Timeline(sequences)
+    held_out = [c for c in cuts["cuts"] if c["split"] != "train"]
+    predictors = {"calibration": trained.first, "test": trained.shipped}
+    tables = []
+    for entry in held_out:
+        users = user[cut == entry["index"]]
+        ts = np.full(len(users), entry["ts_us"], dtype=np.int64)
+        values = predictors[entry["split"]].predict_cuts(timeline, users.astype(np.int64), ts)
+        tables.append(
+            pa.table(
+                {
+                    "user": pa.array(users, pa.int32()),
+                    "cut": pa.array(np.full(len(users), entry["index"]), pa.int32()),
+                    **values,
+                }
+            )
+        )
+    return pa.concat_tables(tables)
+
+
+def format_curves(curves: list[dict[str, float]]) -> str:
+    """Return losses by epoch as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for epoch in curves:
+        writer.writerow([f"{epoch[name]:.6g}" for name in _COLUMNS])
+    return text.getvalue()

@@ -1,0 +1,166 @@
+"""What stands between the server and the service: limits on bodies, one form of errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+JSON: Final = "application/json"
+
+# Names that clients may rely on; the phrases of http.HTTPStatus change between Pythons.
+CODES: Final = {
+    400: "bad_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_media_type",
+    429: "too_many_requests",
+    500: "internal_error",
+    503: "unavailable",
+    504: "timeout",
+}
+
+
+class LimitBody:
+    """Refuses bodies that are too large or no JSON before anything reads them.
+
+    The body is read here up to the limit and handed on as one message, so that a client that
+    announces no length, or a wrong one, is stopped as well.
+
+    Args:
+        app: the application inside.
+        max_bytes: largest body.
+    """
+
+    def __init__(self, app: App, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        media_type = headers.get(b"content-type", JSON.encode()).split(b";")[0].strip().lower()
+        if media_type != JSON.encode():
+            await _refuse(send, HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"send {JSON}")
+            return
+        length = headers.get(b"content-length", b"0")
+        body = bytearray()
+        too_large = length.isdigit() and int(length) > self.max_bytes
+        more = not too_large
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            too_large = len(body) > self.max_bytes
+            more = message.get("more_body", False) and not too_large
+        if too_large:
+            text = f"the body is larger than {self.max_bytes} bytes; send fewer users in a call"
+            await _refuse(send, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
+            return
+        sent = False
+
+        async def replay() -> Message:
+            nonlocal sent
+            if sent:
+                return await receive()
+            sent = True
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+        await self.app(scope, replay, send)
+
+
+class ShapeErrors:
+    """Gives every error of the service one form: {"error": {"code", "message", "field"}}.
+
+    Args:
+        app: the application inside.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start: Message | None = None
+        body = bytearray()
+
+        async def shape(message: Message) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                start = message
+            elif start is None:
+                await send(message)
+            elif message["type"] == "http.response.body":
+                body.extend(message.get("body", b""))
+                if not message.get("more_body", False):
+                    await _send_error(send, start, _describe(start["status"], bytes(body)))
+
+        await self.app(scope, receive, shape)
+
+
+def _describe(status: int, body: bytes) -> tuple[int, dict[str, Any]]:
+    """Return the status and error for what BentoML answered."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = None
+    if isinstance(answer, dict) and isinstance(answer.get("error"), dict):
+        return status, answer["error"]
+    if isinstance(answer, dict) and answer.get("detail"):
+        first = answer["detail"][0]
+        if first["type"] == "json_invalid":
+            return HTTPStatus.BAD_REQUEST, _error("malformed_json", first["msg"])
+        field = ".".join(str(part) for part in first["loc"]) or None
+        return HTTPStatus.UNPROCESSABLE_ENTITY, _error("invalid_request", first["msg"], field)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return status, _error(_name(status), "the service failed; see its log")
+    known = HTTPStatus(status)
+    return status, _error(_name(status), known.description or known.phrase)
+
+
+def _error(code: str, message: str, field: str | None = None) -> dict[str, Any]:
+    return {"code": code, "message": message, "field": field}
+
+
+def _name(status: int) -> str:
+    return CODES.get(status, f"http_{status}")
+
+
+async def _refuse(send: Send, status: HTTPStatus, message: str) -> None:
+    start = {"type": "http.response.start", "headers": []}
+    await _send_error(send, start, (status, _error(_name(status), message)))
+
+
+async def _send_error(send: Send, start: Message, error: tuple[int, dict[str, Any]]) -> None:
+    status, content = error
+    body = json.dumps({"error": content}).encode()
+    replaced = (b"content-length", b"content-type")
+    headers = [(k, v) for k, v in start["headers"] if k.lower() not in replaced]
+    headers += [(b"content-type", JSON.encode()), (b"content-length", str(len(body)).encode())]
+    await send({**start, "status": int(status), "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class DropValidationErrors(logging.Filter):
+    """Keeps refused requests out of the log: their text quotes what shoppers did."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record is to be written."""
+        return not (record.exc_info and isinstance(record.exc_info[1], ValidationError))

@@ -1,0 +1,141 @@
+"""What the service accepts and answers. Strict: unknown fields and wrong types are refused."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Final
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from pipelines.events import MAX_ID_LENGTH, MAX_QUERY_LENGTH, EventType
+
+# One call costs at most so much memory and time; more users go into more calls.
+MAX_USERS: Final = 256
+MAX_EVENTS: Final = 2000
+MAX_BODY_BYTES: Final = 8 << 20
+
+# Clocks of shop and service differ; an event this far ahead still counts as just happened.
+MAX_CLOCK_SKEW: Final = timedelta(minutes=5)
+
+_EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_LATEST: Final = datetime(2200, 1, 1, tzinfo=UTC)
+
+
+def _check_time(value: datetime) -> datetime:
+    if not _EARLIEST <= value < _LATEST:
+        raise ValueError(f"time must lie between {_EARLIEST.year} and {_LATEST.year}")
+    return value
+
+
+Time = Annotated[AwareDatetime, AfterValidator(_check_time)]
+Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
+Text = Annotated[str, Field(max_length=MAX_ID_LENGTH)]
+
+
+class Strict(BaseModel):
+    """Base of requests: no unknown field, no coercion, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Event(Strict):
+    """Something that a shopper did; the fields are those of the event schema."""
+
+    event_type: EventType
+    ts: Time = Field(description="When it happened, ISO 8601 with a time zone.")
+    event_id: Identifier | None = None
+    item_id: Text | None = None
+    category: Text | None = None
+    brand: Text | None = None
+    price: Annotated[float, Field(ge=0)] | None = Field(default=None, description="Unit price.")
+    quantity: float | None = None
+    query: Annotated[str, Field(max_length=MAX_QUERY_LENGTH)] | None = Field(
+        default=None, description="The search text."
+    )
+    session_id: Text | None = None
+
+
+class Profile(Strict):
+    """What is known of a shopper beside the events."""
+
+    age: Annotated[float, Field(ge=0, le=150)] | None = None
+    gender: Text | None = None
+    region: Text | None = None
+    signup_ts: Time | None = None
+
+
+class User(Strict):
+    """A shopper with recent events, in any order."""
+
+    user_id: Identifier
+    profile: Profile | None = None
+    events: Annotated[list[Event], Field(min_length=1, max_length=MAX_EVENTS)]
+
+
+class PredictRequest(Strict):
+    """Shoppers to predict, and from when on."""
+
+    users: Annotated[list[User], Field(min_length=1, max_length=MAX_USERS)]
+    now: Time | None = Field(
+        default=None,
+        description="Predictions look ahead from here; all events lie before. Default: the "
+        "service's clock.",
+    )
+
+
+class Prediction(BaseModel):
+    """What a shopper is expected to do. Keys are target names such as purchase_14d."""
+
+    user_id: str
+    probabilities: dict[str, float]
+    expected_spend: dict[str, float]
+
+
+class PredictResponse(BaseModel):
+    """Predictions in the order of the request."""
+
+    model: str = Field(description="Digest of the model's files.")
+    now: datetime
+    predictions: list[Prediction]
+
+
+def resolve_now(request: PredictRequest, clock: datetime) -> datetime:
+    """Return the time from which to look ahead.
+
+    Without ``now`` in the request it is the service's clock, moved behind events that a faster
+    clock stamped.
+
+    Args:
+        request: users with events.
+        clock: the service's time, UTC.
+
+    Raises:
+        ValidationError: an event lies at or after ``now``, or further ahead than clocks differ.
+    """
+    now = request.now or clock
+    tolerance = timedelta(0) if request.now else MAX_CLOCK_SKEW
+    latest = now
+    for i, user in enumerate(request.users):
+        for j, event in enumerate(user.events):
+            if event.ts >= now:
+                if event.ts >= now + tolerance:
+                    raise _refuse_future(("users", i, "events", j, "ts"), event.ts, now)
+                latest = max(latest, event.ts + timedelta(microseconds=1))
+    return latest
+
+
+def _refuse_future(field: tuple[str | int, ...], value: datetime, now: datetime) -> ValidationError:
+    problem = PydanticCustomError(
+        "event_in_future", "Event must lie before now ({now})", {"now": now.isoformat()}
+    )
+    return ValidationError.from_exception_data(
+        PredictRequest.__name__, [InitErrorDetails(type=problem, loc=field, input=value)]
+    )

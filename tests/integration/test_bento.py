@@ -1,0 +1,406 @@
+"""The packaged Bento, served for real: one model, built once, asked over loopback."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+from pipelines.config import parse_params
+from pipelines.events import EVENT_TYPES
+from pipelines.features.store import Sequences, encode_events
+from pipelines.io import digest_directory, read_json, write_json
+from pipelines.model.calibration import Calibration
+from pipelines.model.heads import Heads, Target
+from pipelines.model.network import Network, NetworkConfig
+from pipelines.model.predictor import ModelSpec, Predictor
+from pipelines.model.timeline import feature_names
+from pipelines.model.tokens import Vocabulary
+from pipelines.stages import package
+from serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_USERS
+
+ROOT = Path(__file__).resolve().parents[2]
+NOW = datetime(2025, 3, 1, tzinfo=UTC)
+
+TARGETS = (
+    Target(name="purchase_14d", kind="binary", event="purchase", horizon_days=14),
+    Target(name="churn_14d", kind="binary", event=None, horizon_days=14),
+    Target(name="spend_14d", kind="amount", event="purchase", horizon_days=14),
+)
+
+
+def make_predictor() -> Predictor:
+    """A model with random weights: small, but with every part of a real one."""
+    import torch
+
+    torch.manual_seed(1)
+    heads = Heads.for_targets(TARGETS)
+    config = NetworkConfig(
+        width=16,
+        layers=1,
+        heads=2,
+        dropout=0.0,
+        types=len(EVENT_TYPES) + 2,
+        categories=2,
+        brands=2,
+        genders=2,
+        regions=2,
+        item_buckets=16,
+        query_buckets=16,
+        next_codes=32,
+        features=len(feature_names()),
+        fusion_width=16,
+        events=len(heads.events),
+        bins=len(heads.grid),
+        amounts=len(heads.amounts),
+    )
+    spec = ModelSpec(
+        network=config,
+        vocabulary=Vocabulary(),
+        heads=heads,
+        targets=TARGETS,
+        context=16,
+        calibration=Calibration(),
+        thresholds={"purchase_14d": 0.5, "churn_14d": 0.5},
+    )
+    return Predictor(spec, Network(config))
+
+
+def make_events(rng: np.random.Generator, count: int) -> list[dict[str, Any]]:
+    """Events of one shopper before NOW, as a request holds them."""
+    minutes = np.sort(rng.integers(1, 60 * 24 * 60, count))[::-1]
+    return [
+        {
+            "event_type": str(rng.choice(["view", "search", "add_to_cart", "purchase"])),
+            "ts": (NOW - timedelta(minutes=int(m))).isoformat(),
+            "item_id": f"i{rng.integers(50)}",
+            "category": f"c{rng.integers(4)}",
+            "price": float(rng.integers(1, 100)),
+            "query": "red shoes",
+        }
+        for m in minutes
+    ]
+
+
+def encode(users: list[list[dict[str, Any]]]) -> Sequences:
+    parsed = [[{**e, "ts": datetime.fromisoformat(e["ts"])} for e in events] for events in users]
+    return encode_events(parsed)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder in which the package stage finds its inputs."""
+    root = tmp_path_factory.mktemp("bento") / "project"
+    for name in ("pipelines", "serving"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copyfile(ROOT / name, root / name)
+    rng = np.random.default_rng(3)
+    (root / "data/features/sequences").mkdir(parents=True)
+    everyone = encode([make_events(rng, int(n)) for n in rng.integers(1, 40, 12)])
+    everyone.save(root / "data/features/sequences")
+    write_json(root / "data/features/cuts.json", {"end_ts": NOW.isoformat()})
+    (root / "models/gpt").mkdir(parents=True)
+    make_predictor().save(root / "models/gpt")
+    package.run(parse_params({"package": {"golden_users": 5}}), root)
+    return root
+
+
+@dataclass(frozen=True)
+class Service:
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def ask(
+        self, method: str, path: str, body: Any = None, *, kind: str = "application/json"
+    ) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            content = body if body is None or isinstance(body, bytes) else json.dumps(body)
+            headers = {"Content-Type": kind} if body is not None else {}
+            connection.request(method, path, body=content, headers=headers)
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
+        finally:
+            connection.close()
+
+    def is_ready(self) -> bool:
+        try:
+            return self.ask("GET", "/readyz")[0] == 200
+        except OSError:
+            return False
+
+    def predict(self, body: Any, **options: Any) -> tuple[int, Any]:
+        status, headers, content = self.ask("POST", "/predict", body, **options)
+        assert headers["content-type"] == "application/json", content
+        return status, json.loads(content)
+
+
+@contextmanager
+def start(directory: Path, folder: Path) -> Iterator[Service]:
+    """Serve a Bento or a model as `forecart serve` does; end it with all its children."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = (
+        "import sys; from pathlib import Path; from serving.run import serve; "
+        "serve(Path(sys.argv[1]), port=int(sys.argv[2]))"
+    )
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(directory), str(port)],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    service = Service(port=port, process=process, log=folder / "log")
+    alive: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 120
+        while not service.is_ready():
+            assert process.poll() is None, service.log.read_text()
+            assert time.monotonic() < deadline, service.log.read_text()
+            time.sleep(0.2)
+        yield service
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        finally:
+            _, alive = psutil.wait_procs(children, timeout=10)
+            for child in alive:
+                child.kill()
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    assert not alive, "the server left children behind"
+
+
+@pytest.fixture(scope="module")
+def service(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The packaged Bento."""
+    with start(project / "build/bento", tmp_path_factory.mktemp("service")) as running:
+        yield running
+
+
+def make_request(users: int, seed: int = 5) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {
+        "users": [{"user_id": f"u{i}", "events": make_events(rng, 10 + i)} for i in range(users)],
+        "now": NOW.isoformat(),
+    }
+
+
+def test_the_bento_holds_what_serving_needs_and_nothing_else(project: Path) -> None:
+    bento = project / "build/bento"
+    content = yaml.safe_load((bento / "bento.yaml").read_text())
+    digest = digest_directory(project / "models/gpt")
+    assert content["name"] == "forecart"
+    assert content["version"] == digest.removeprefix("sha256:")[:12]
+    assert digest_directory(bento / "src/model") == digest
+    assert not list(bento.rglob("__pycache__"))
+    assert not list(bento.rglob("*.pkl"))
+    lines = (bento / "env/python/requirements.txt").read_text().split()
+    names = {line.split("==")[0] for line in lines}
+    assert {"torch", "safetensors", "numpy", "pyarrow", "pydantic", "bentoml"} <= names
+    assert not names & {"mlflow", "duckdb", "apache-airflow", "dvc", "pandas"}
+    assert all("==" in line for line in lines)
+    assert str(project) not in (bento / "bento.yaml").read_text()
+
+
+def test_equal_inputs_give_equal_bytes(project: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere"
+    shutil.copytree(project, other, ignore=shutil.ignore_patterns("build"))
+    package.run(parse_params({"package": {"golden_users": 5}}), other)
+    assert digest_directory(other / "build/bento") == digest_directory(project / "build/bento")
+
+
+def test_a_bento_that_predicts_something_else_is_refused(project: Path, tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    shutil.copytree(project / "build/bento/src", source)
+    golden = read_json(source / "golden.json")
+    golden["expected"]["purchase_14d"][0] += 1e-3
+    write_json(source / "golden.json", golden)
+    with pytest.raises(RuntimeError, match=r"purchase_14d differs by up to 0\.001"):
+        package._run(["serving.golden"], folder=source, environment={})
+
+
+def test_one_user_gets_what_the_model_says(service: Service, project: Path) -> None:
+    request = make_request(1)
+    status, answer = service.predict(request)
+    assert status == 200, answer
+    sequences = encode([request["users"][0]["events"]])
+    now = np.array([int(NOW.timestamp() * 1e6)])
+    expected = Predictor.load(project / "models/gpt").predict(sequences, now)
+    prediction = answer["predictions"][0]
+    assert prediction["user_id"] == "u0"
+    assert prediction["probabilities"].keys() == {"purchase_14d", "churn_14d"}
+    for name, value in {**prediction["probabilities"], **prediction["expected_spend"]}.items():
+        assert value == pytest.approx(float(expected[name][0]), abs=1e-5, rel=1e-5)
+    assert answer["model"] == digest_directory(project / "models/gpt")
+
+
+def test_many_users_get_what_each_gets_alone(service: Service) -> None:
+    request = make_request(20)
+    status, together = service.predict(request)
+    assert status == 200, together
+    assert [p["user_id"] for p in together["predictions"]] == [f"u{i}" for i in range(20)]
+    for user, prediction in list(zip(request["users"], together["predictions"], strict=True))[::7]:
+        _, alone = service.predict({"users": [user], "now": request["now"]})
+        for name, value in alone["predictions"][0]["probabilities"].items():
+            assert prediction["probabilities"][name] == pytest.approx(value, abs=1e-5)
+
+
+def test_the_order_of_events_in_a_request_does_not_matter(service: Service) -> None:
+    request = make_request(1)
+    _, forwards = service.predict(request)
+    request["users"][0]["events"].reverse()
+    _, backwards = service.predict(request)
+    assert forwards == backwards
+
+
+def test_without_now_the_clock_of_the_service_counts(service: Service) -> None:
+    event = {"event_type": "view", "ts": datetime.now(UTC).isoformat()}
+    status, answer = service.predict({"users": [{"user_id": "a", "events": [event]}]})
+    assert status == 200, answer
+    assert datetime.fromisoformat(answer["now"]) >= datetime.fromisoformat(event["ts"])
+
+
+def change(path: str, value: Any) -> dict[str, Any]:
+    """A good request with one thing changed; None removes it."""
+    request = make_request(2)
+    *parents, last = [int(p) if p.isdigit() else p for p in path.split(".")]
+    place: Any = request
+    for part in parents:
+        place = place[part]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return request
+
+
+VIEW = {"event_type": "view", "ts": (NOW - timedelta(days=1)).isoformat()}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        ("users.1.events.2.colour", "red", "users.1.events.2.colour"),
+        ("users.0.events.0.price", "12.5", "users.0.events.0.price"),
+        ("users.0.events.0.price", -1, "users.0.events.0.price"),
+        ("users.0.events.0.event_type", "teleport", "users.0.events.0.event_type"),
+        ("users.1.events.3.ts", None, "users.1.events.3.ts"),
+        ("users.1.events.3.ts", "yesterday", "users.1.events.3.ts"),
+        ("users.1.events.3.ts", "2025-01-01T00:00:00", "users.1.events.3.ts"),
+        ("users.1.events.3.ts", 1735689600, "users.1.events.3.ts"),
+        ("users.1.events.3.ts", "2025-03-01T00:00:00Z", "users.1.events.3.ts"),
+        ("users.0.user_id", 7, "users.0.user_id"),
+        ("users.0.user_id", "", "users.0.user_id"),
+        ("users.0.profile", {"age": -3}, "users.0.profile.age"),
+        ("users.0.events", [], "users.0.events"),
+        ("users.0.events", [VIEW] * (MAX_EVENTS + 1), "users.0.events"),
+        ("users", [], "users"),
+        ("users", [{"user_id": "a", "events": [VIEW]}] * (MAX_USERS + 1), "users"),
+        ("users", None, "users"),
+        ("model", "another", "model"),
+    ],
+)
+def test_a_wrong_request_is_422_and_names_the_field(
+    service: Service, path: str, value: Any, field: str
+) -> None:
+    status, answer = service.predict(change(path, value))
+    assert status == 422, answer
+    assert answer["error"].keys() == {"code", "message", "field"}
+    assert answer["error"]["code"] == "invalid_request"
+    assert answer["error"]["field"] == field
+
+
+@pytest.mark.parametrize("body", [b"{", b"users=1", b'{"users": }', b"\xff\xfe", b"[" * 100_000])
+def test_malformed_json_is_400(service: Service, body: bytes) -> None:
+    status, answer = service.predict(body)
+    assert status == 400, answer
+    assert answer["error"]["code"] == "malformed_json"
+
+
+def test_a_large_body_is_413(service: Service) -> None:
+    status, answer = service.predict(b" " * (MAX_BODY_BYTES + 1))
+    assert status == 413
+    assert answer["error"]["code"] == "too_large"
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/vnd.bentoml+pickle", "multipart/form-data; boundary=x", "text/plain"]
+)
+def test_other_media_types_are_415(service: Service, kind: str) -> None:
+    status, answer = service.predict(b"\x80\x04N.", kind=kind)
+    assert status == 415
+    assert answer["error"]["code"] == "unsupported_media_type"
+
+
+def test_unknown_paths_and_methods_have_the_same_form_of_error(service: Service) -> None:
+    for method, path, expected in (("GET", "/nowhere", 404), ("GET", "/predict", 405)):
+        status, _, body = service.ask(method, path)
+        assert status == expected
+        assert json.loads(body)["error"].keys() == {"code", "message", "field"}
+
+
+def test_health_metrics_and_description(service: Service) -> None:
+    assert service.ask("GET", "/livez")[0] == 200
+    assert service.ask("GET", "/readyz")[0] == 200
+    service.predict(make_request(1))
+    status, _, metrics = service.ask("GET", "/metrics")
+    assert status == 200
+    assert b'endpoint="/predict"' in metrics
+    status, _, description = service.ask("GET", "/docs.json")
+    assert status == 200
+    document = json.loads(description)
+    assert "/predict" in document["paths"]
+    assert "event_type" in document["components"]["schemas"]["Event"]["properties"]
+
+
+def test_refused_requests_leave_no_personal_data_in_the_log(service: Service) -> None:
+    service.predict(change("users.0.events.0.price", "secret-price-of-anna"))
+    service.predict(change("users.0.events.0.ts", "2031-03-01T00:00:00Z"))
+    log = service.log.read_text()
+    assert "secret-price-of-anna" not in log
+    assert "2031" not in log
+
+
+def test_a_port_in_use_is_told(service: Service, project: Path) -> None:
+    from pipelines.errors import UserError
+    from serving.run import serve
+
+    with pytest.raises(UserError, match=f"port {service.port} on 127.0.0.1 is in use"):
+        serve(project / "build/bento", port=service.port)
+
+
+def test_a_model_is_served_by_the_projects_own_code(
+    service: Service, project: Path, tmp_path: Path
+) -> None:
+    request = make_request(3)
+    with start(project / "models/gpt", tmp_path) as other:
+        assert other.predict(request) == service.predict(request)
+    with pytest.raises(OSError, match="refused"):
+        other.ask("GET", "/livez")

@@ -1,0 +1,114 @@
+"""Cuts, pieces and rows."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.features.store import Sequences
+from pipelines.model.batches import cut_pieces, iterate, pack, sample_cuts
+from pipelines.model.timeline import DAY, Cuts, Timeline
+from pipelines.model.tokens import Tokenizer, Vocabulary
+from tests.model.conftest import PERIODS
+
+
+def sample(timeline: Timeline, count: int = 500, active_days: float | None = 14.0) -> Cuts:
+    return sample_cuts(
+        timeline,
+        count=count,
+        first=PERIODS.first,
+        last=PERIODS.calibration,
+        active_days=active_days,
+        rng=np.random.default_rng(0),
+    )
+
+
+def test_cuts_lie_in_the_population_and_in_bounds(shop: Sequences) -> None:
+    timeline = Timeline(shop)
+    cuts = sample(timeline)
+    assert len(cuts) == 500
+    assert ((cuts.ts > PERIODS.first) & (cuts.ts <= PERIODS.calibration)).all()
+    last = timeline.ts[cuts.position - 1]
+    assert (cuts.position > timeline.offsets[cuts.user]).all()
+    assert ((last < cuts.ts) & (last >= cuts.ts - 14 * DAY)).all()
+    order = np.lexsort((cuts.ts, cuts.user))
+    assert (order == np.arange(len(cuts))).all()
+
+
+def test_cuts_are_uniform_over_active_time(shop: Sequences) -> None:
+    cuts = sample(Timeline(shop), count=20_000, active_days=None)
+    active = np.bincount(cuts.user, minlength=shop.users)
+    start = np.maximum(shop.ts[shop.offsets[:-1]], PERIODS.first)
+    share = np.maximum(PERIODS.calibration - start, 0).astype(float)
+    expected = 20_000 * share / share.sum()
+    assert np.abs(active - expected).max() <= 2  # stratified: all but exact
+
+
+def test_nobody_in_the_population_gives_no_cuts(shop: Sequences) -> None:
+    cuts = sample_cuts(
+        Timeline(shop), count=10, first=0, last=1, active_days=1, rng=np.random.default_rng(0)
+    )
+    assert len(cuts) == 0
+
+
+def test_pieces_hold_enough_history(shop: Sequences) -> None:
+    timeline = Timeline(shop)
+    cuts = sample(timeline)
+    shift = np.random.default_rng(1).integers(6, size=shop.users)
+    pieces = cut_pieces(timeline, cuts, context=10, stride=6, shift=shift)
+    piece = np.repeat(np.arange(len(pieces.start)), np.diff(pieces.cut_start))
+    start = pieces.start[piece]
+    assert (cuts.user == pieces.user[piece]).all()
+    assert (cuts.position <= pieces.stop[piece]).all()
+    assert (pieces.stop - pieces.start <= 10).all()
+    seen = cuts.position - start
+    assert (seen >= np.minimum(4, cuts.position - timeline.offsets[cuts.user])).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=200), st.integers(20, 30), st.booleans())
+def test_packed_pieces_do_not_overlap(lengths: list[int], row: int, shuffle: bool) -> None:
+    rng = np.random.default_rng(0) if shuffle else None
+    piece_row, column = pack(np.array(lengths), row, rng)
+    used = np.zeros((piece_row.max() + 1, row), dtype=int)
+    for length, r, c in zip(lengths, piece_row, column, strict=True):
+        assert c + length <= row
+        used[r, c : c + length] += 1
+    assert used.max() == 1
+    assert (used.sum(axis=1) > 0).all()
+
+
+def test_rows_are_nearly_full() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 140, size=5000)
+    piece_row, _ = pack(lengths, 143, rng)
+    assert lengths.sum() / ((piece_row.max() + 1) * 143) > 0.97
+
+
+def test_batches_cover_every_cut_once(shop: Sequences) -> None:
+    timeline = Timeline(shop)
+    cuts = sample(timeline)
+    shift = np.zeros(shop.users, dtype=np.int64)
+    pieces = cut_pieces(timeline, cuts, context=10, stride=6, shift=shift)
+    tokenizer = Tokenizer(Vocabulary(), item_buckets=4, query_buckets=4)
+    rows: list[int] = []
+    for collated in iterate(
+        timeline,
+        tokenizer,
+        pieces,
+        row=20,
+        tokens_per_batch=100,
+        features=False,
+        rng=np.random.default_rng(0),
+    ):
+        rows += collated.rows.tolist()
+        batch = collated.batch
+        filled = (batch.source > 0).sum()
+        listed = len(batch.profile_codes) + len(batch.event_codes) + len(batch.now_numbers)
+        assert filled == listed
+        assert len(np.unique(batch.source[batch.source > 0])) == listed
+        # Time never runs backwards within a segment.
+        same = batch.segment[:, 1:] == batch.segment[:, :-1]
+        assert (batch.time.diff(dim=1)[same] >= 0).all()
+    assert sorted(rows) == list(range(len(cuts)))

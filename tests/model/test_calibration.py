@@ -1,0 +1,49 @@
+"""Corrections of probabilities and the choice of a threshold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipelines.model.calibration import Calibration, choose_threshold, fit_probability
+
+
+def test_recovers_a_distortion() -> None:
+    rng = np.random.default_rng(0)
+    truth = 1 / (1 + np.exp(-rng.normal(-1, 1, size=(20_000, 1))))
+    label = rng.random(truth.shape) < truth
+    log_odds = np.log(truth / (1 - truth))
+    distorted = 1 / (1 + np.exp(-(log_odds - 0.6) / 0.5))
+    slope, shift = fit_probability(distorted, label)
+    assert slope == pytest.approx(0.5, abs=0.03)
+    assert shift[0] == pytest.approx(0.6, abs=0.05)
+    fixed = Calibration(slope={"purchase": slope}, shift={"purchase": shift})
+    assert np.abs(fixed.probability("purchase", distorted) - truth).mean() < 0.01
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_labels_all_alike_stay_finite(value: bool) -> None:
+    predicted = np.linspace(0.01, 0.99, 50)[:, None]
+    slope, shift = fit_probability(predicted, np.full((50, 1), value))
+    assert np.isfinite([slope, *shift]).all()
+    assert slope > 0
+
+
+def test_order_of_horizons_stays() -> None:
+    calibration = Calibration(slope={"x": 1.2}, shift={"x": [0.5, -0.5]})
+    result = calibration.probability("x", np.array([[0.30, 0.31], [0.1, 0.9]]))
+    assert (np.diff(result, axis=1) >= 0).all()
+
+
+def test_threshold_maximises_f1() -> None:
+    rng = np.random.default_rng(1)
+    p = rng.random(300).round(2)
+    label = rng.random(300) < p
+
+    def f1(threshold: float) -> float:
+        called = p >= threshold
+        return float(2 * (called & label).sum() / (called.sum() + label.sum()))
+
+    best = max(f1(t) for t in np.unique(p))
+    assert f1(choose_threshold(p, label)) == pytest.approx(best)
+    assert choose_threshold(p, np.zeros(300, dtype=bool)) == 0.5

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.config import Gate, parse_params
+from pipelines.errors import UserError
+from pipelines.io import digest_directory, write_json
+from pipelines.registry.gate import decide
+from pipelines.stages import gate as stage
+
+POLICY = Gate()
+CANDIDATE, CHAMPION, DATA = "sha256:" + "a" * 64, "sha256:" + "c" * 64, "sha256:" + "d" * 64
+VALID = {"passed": True}
+
+
+def interval(value: float, width: float = 0.01) -> dict[str, float]:
+    return {"value": value, "low": value - width, "high": value + width}
+
+
+def pair(diff: float, width: float = 0.005) -> dict[str, Any]:
+    """A paired difference in both directions of metrics: the loss falls as the AUC rises."""
+    return {
+        "roc_auc": {"diff": diff, "low": diff - width, "high": diff + width},
+        "log_loss": {"diff": -diff, "low": -diff - width, "high": -diff + width},
+    }
+
+
+def make_evaluation(**gains: float) -> dict[str, Any]:
+    """An evaluation in which the candidate has certain gains over other models."""
+    auc = 0.72
+    usual = {"majority": 0.22, "recency": 0.05, "logistic": 0.02, "lightgbm": 0.0}
+    gains = usual | gains
+    models = {
+        name: {
+            "roc_auc": interval(auc - gain),
+            "log_loss": interval(0.4 + gain),
+            "ece": {"value": 0.02, "low": 0.01, "high": 0.03},
+        }
+        for name, gain in {"gpt": 0.0, **gains, "oracle": -0.02}.items()
+    }
+    return {
+        "data": {"source": "simulator"},
+        "targets": {
+            "purchase_14d": {
+                "kind": "binary",
+                "base_rate": 0.15,
+                "users": 3000,
+                "models": models,
+                "paired": {f"gpt-{name}": pair(gain) for name, gain in gains.items()},
+            },
+            "spend_14d": {"kind": "amount", "users": 3000, "models": {"gpt": {"mae": 3.0}}},
+        },
+    }
+
+
+def judge(
+    evaluation: dict[str, Any],
+    *,
+    validation: dict[str, Any] = VALID,
+    policy: Gate = POLICY,
+    champion: str | None = None,
+    candidate: str = CANDIDATE,
+) -> dict[str, Any]:
+    verdict = decide(
+        evaluation, validation, policy, candidate=candidate, champion=champion, data=DATA
+    )
+    json.dumps(verdict, allow_nan=False)
+    assert all(
+        c.keys() == {"name", "passed", "value", "limit", "why"} and c["why"]
+        for c in verdict["checks"]
+    )
+    assert verdict["passed"] == (not failed(verdict))
+    return verdict
+
+
+def failed(verdict: dict[str, Any]) -> list[str]:
+    return [c["name"] for c in verdict["checks"] if not c["passed"]]
+
+
+def test_a_first_model_as_good_as_the_best_baseline_passes() -> None:
+    verdict = judge(make_evaluation())
+    assert verdict["passed"]
+    assert verdict["candidate"] == CANDIDATE
+    assert verdict["champion"] is None
+    assert verdict["data"] == DATA
+    assert [c["name"] for c in verdict["checks"]] == [
+        "validation",
+        "users",
+        "positives",
+        "base_rate",
+        "calibration",
+        "beats_majority",
+        "beats_recency",
+        "not_worse_than_best_baseline",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gain", "passed"), [(0.03, True), (0.0, True), (-0.004, True), (-0.006, False), (-0.05, False)]
+)
+def test_the_margin_holds_against_the_best_baseline_by_interval(gain: float, passed: bool) -> None:
+    verdict = judge(make_evaluation(lightgbm=gain))
+    assert failed(verdict) == ([] if passed else ["not_worse_than_best_baseline"])
+
+
+def test_the_best_baseline_is_the_one_that_counts() -> None:
+    verdict = judge(make_evaluation(lightgbm=0.05, logistic=-0.05))
+    assert failed(verdict) == ["not_worse_than_best_baseline"]
+    assert "logistic" in verdict["checks"][-1]["why"]
+
+
+@pytest.mark.parametrize("rule", ["majority", "recency"])
+def test_a_gain_within_the_noise_does_not_beat_a_rule_of_thumb(rule: str) -> None:
+    assert failed(judge(make_evaluation(**{rule: 0.004}))) == [f"beats_{rule}"]
+
+
+def test_where_less_is_better_the_sign_is_turned() -> None:
+    policy = Gate(primary_metric="log_loss")
+    assert judge(make_evaluation(), policy=policy)["passed"]
+    verdict = judge(make_evaluation(lightgbm=-0.05), policy=policy)
+    assert failed(verdict) == ["not_worse_than_best_baseline"]
+    assert "lightgbm" in verdict["checks"][-1]["why"]
+
+
+@pytest.mark.parametrize("metric", ["roc_auc", "log_loss"])
+@pytest.mark.parametrize(("gain", "passed"), [(0.03, True), (-0.03, False)])
+def test_a_pair_may_be_written_either_way_round(metric: Any, gain: float, passed: bool) -> None:
+    evaluation = make_evaluation(champion=gain)
+    paired = evaluation["targets"]["purchase_14d"]["paired"]
+    paired["champion-gpt"] = {
+        name: {"diff": -p["diff"], "low": -p["high"], "high": -p["low"]}
+        for name, p in paired.pop("gpt-champion").items()
+    }
+    verdict = judge(evaluation, champion=CHAMPION, policy=Gate(primary_metric=metric))
+    assert failed(verdict) == ([] if passed else ["not_worse_than_champion"])
+
+
+def test_failed_validation_fails() -> None:
+    assert failed(judge(make_evaluation(), validation={"passed": False})) == ["validation"]
+    assert failed(judge(make_evaluation(), validation={})) == ["validation"]
+
+
+def test_a_badly_calibrated_candidate_fails() -> None:
+    evaluation = make_evaluation()
+    evaluation["targets"]["purchase_14d"]["models"]["gpt"]["ece"] = 0.08
+    assert failed(judge(evaluation)) == ["calibration"]
+    del evaluation["targets"]["purchase_14d"]["models"]["gpt"]["ece"]
+    assert failed(judge(evaluation)) == ["calibration"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "names"),
+    [
+        ("users", 150, ["users"]),
+        ("base_rate", 0.005, ["positives"]),
+        ("base_rate", 0.0, ["positives", "base_rate"]),
+        ("base_rate", 1.0, ["base_rate"]),
+    ],
+)
+def test_too_little_or_strange_data_fails(key: str, value: float, names: list[str]) -> None:
+    evaluation = make_evaluation()
+    evaluation["targets"]["purchase_14d"][key] = value
+    assert failed(judge(evaluation)) == names
+
+
+@pytest.mark.parametrize(
+    ("gain", "passed"), [(0.03, True), (0.0, True), (-0.006, False), (-0.05, False)]
+)
+def test_a_champion_is_what_later_candidates_are_held_against(gain: float, passed: bool) -> None:
+    evaluation = make_evaluation(champion=gain, lightgbm=-0.05)
+    verdict = judge(evaluation, champion=CHAMPION)
+    assert failed(verdict) == ([] if passed else ["not_worse_than_champion"])
+
+
+def test_worse_calibration_than_the_champion_fails() -> None:
+    evaluation = make_evaluation(champion=0.02)
+    models = evaluation["targets"]["purchase_14d"]["models"]
+    models["gpt"]["ece"]["value"] = 0.029
+    assert judge(evaluation, champion=CHAMPION)["passed"]
+    models["gpt"]["ece"]["value"] = 0.031
+    assert failed(judge(evaluation, champion=CHAMPION)) == ["calibration_against_champion"]
+
+
+def test_a_champion_that_was_not_scored_fails() -> None:
+    verdict = judge(make_evaluation(), champion=CHAMPION)
+    assert failed(verdict) == ["calibration_against_champion", "not_worse_than_champion"]
+
+
+def test_the_champion_itself_passes_again() -> None:
+    verdict = judge(make_evaluation(), champion=CANDIDATE)
+    assert verdict["passed"]
+    assert verdict["checks"][-1]["why"] == "the candidate is the champion"
+
+
+@pytest.mark.parametrize("target", ["search_14d", "spend_14d"])
+def test_a_target_that_cannot_be_judged_fails_with_the_way_out(target: str) -> None:
+    evaluation = make_evaluation()
+    evaluation["omitted"] = [{"name": "search_14d", "why": "no search events"}]
+    verdict = judge(evaluation, policy=Gate(primary_target=target))
+    assert failed(verdict) == ["primary_target"]
+    assert "gate.primary_target" in verdict["checks"][-1]["why"]
+    if target == "search_14d":
+        assert "no search events" in verdict["checks"][-1]["why"]
+
+
+@pytest.mark.parametrize("part", ["gpt", "lightgbm", "pairs"])
+def test_what_was_not_measured_fails(part: str) -> None:
+    evaluation = make_evaluation()
+    target = evaluation["targets"]["purchase_14d"]
+    if part == "pairs":
+        del target["paired"]
+    elif part == "gpt":
+        del target["models"]["gpt"]
+    else:
+        for name in ("majority", "recency", "logistic", "lightgbm"):
+            del target["models"][name]
+    assert not judge(evaluation)["passed"]
+
+
+def test_the_verdict_is_a_pure_function_of_its_inputs() -> None:
+    evaluation = make_evaluation(logistic=0.0)
+    before = copy.deepcopy(evaluation)
+    assert judge(evaluation) == judge(evaluation)
+    assert evaluation == before
+
+
+def test_the_stage_writes_the_verdict(tmp_path: Path) -> None:
+    for folder in ("models/gpt", "data/features", "reports"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "models/gpt/config.json").write_text("{}")
+    (tmp_path / "data/features/cuts.json").write_text("{}")
+    params = parse_params({})
+    with pytest.raises(UserError, match=r"reports/evaluation\.json"):
+        stage.run(params, tmp_path)
+    write_json(tmp_path / "reports/evaluation.json", make_evaluation())
+    write_json(tmp_path / "reports/validation.json", VALID)
+    assert "passed 8 checks" in stage.run(params, tmp_path)
+    verdict = json.loads((tmp_path / "reports/verdict.json").read_text())
+    assert verdict["candidate"] == digest_directory(tmp_path / "models/gpt")
+    assert verdict["data"] == digest_directory(tmp_path / "data/features")

@@ -1,0 +1,326 @@
+"""Promotion on a real MLflow registry (SQLite) in a folder of its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.io import digest_directory, read_json, write_json
+from pipelines.registry import promotion
+from pipelines.registry.champion import DIGEST_TAG, connect, fetch_champion
+from pipelines.registry.tracking import track
+
+DATA = "sha256:" + "d" * 64
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry without models; making its tables takes seconds, so tests copy it."""
+    root = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        connect(root).search_experiments()
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def root(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    (tmp_path / "params.yaml").write_text("{}\n")
+    write_json(tmp_path / "champion.json", {"digest": None, "version": None, "verdict": None})
+    return tmp_path
+
+
+def train(root: Path, weights: str, *, log: bool = True) -> str:
+    """Put a model into models/gpt and log it as the train stage does; return its digest."""
+    folder = root / "models/gpt"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_text(weights)
+    write_json(folder / "config.json", {"targets": [{"name": "purchase_14d"}]})
+    digest = digest_directory(folder)
+    if log:
+        with track(root, params={}, data_digest=DATA, name="gpt") as run:
+            run.log_model(folder, digest, ["purchase_14d"])
+    return digest
+
+
+def judge(
+    root: Path, candidate: str, *, passed: bool = True, champion: str | None = None
+) -> dict[str, Any]:
+    """Write the verdict of the gate stage."""
+    check = {"name": "validation", "passed": passed, "value": 1, "limit": 1, "why": "it is so"}
+    verdict = {
+        "passed": passed,
+        "checks": [check],
+        "candidate": candidate,
+        "champion": champion,
+        "data": DATA,
+    }
+    write_json(root / "reports/verdict.json", verdict)
+    return verdict
+
+
+def install(root: Path, weights: str, champion: str | None = None) -> str:
+    digest = train(root, weights)
+    judge(root, digest, champion=champion)
+    promotion.promote(root)
+    return digest
+
+
+def alias(root: Path, name: str) -> int:
+    return int(connect(root).get_model_version_by_alias("forecart", name).version)
+
+
+def champion_of(root: Path) -> tuple[str | None, int | None]:
+    content = read_json(root / "champion.json")
+    return content["digest"], content["version"]
+
+
+def test_registering_twice_gives_one_version(root: Path) -> None:
+    digest = train(root, "one")
+    assert "version 1 registered" in promotion.register(root)
+    assert "version 1 was registered already" in promotion.register(root)
+    versions = connect(root).search_model_versions("name = 'forecart'")
+    assert [v.tags[DIGEST_TAG] for v in versions] == [digest]
+    assert alias(root, "candidate") == 1
+
+
+def test_a_model_trained_again_with_equal_bytes_is_the_same_version(root: Path) -> None:
+    train(root, "one")
+    promotion.register(root)
+    train(root, "two")
+    promotion.register(root)
+    assert alias(root, "candidate") == 2
+    train(root, "one")
+    promotion.register(root)
+    assert alias(root, "candidate") == 1
+    assert len(connect(root).search_model_versions("name = 'forecart'")) == 2
+
+
+def test_a_model_that_no_run_of_this_registry_trained_is_logged(root: Path) -> None:
+    digest = train(root, "one", log=False)
+    (root / "data/features").mkdir(parents=True)
+    (root / "data/features/cuts.json").write_text("{}")
+    judge(root, digest)
+    promotion.promote(root)
+    assert digest_directory(fetch_champion(root) or Path()) == digest
+
+
+def test_a_model_with_other_files_is_not_registered(root: Path) -> None:
+    train(root, "one", log=False)
+    (root / "models/gpt/model.pkl").write_bytes(b"\x80\x04N.")
+    with pytest.raises(UserError, match=r"model\.pkl: a model holds"):
+        promotion.register(root)
+
+
+def test_promote_needs_a_verdict(root: Path) -> None:
+    train(root, "one")
+    with pytest.raises(UserError, match=r"verdict\.json: no such file"):
+        promotion.promote(root)
+    assert champion_of(root) == (None, None)
+
+
+def test_promote_needs_a_passing_verdict(root: Path) -> None:
+    judge(root, train(root, "one"), passed=False)
+    with pytest.raises(UserError, match="did not pass: it is so"):
+        promotion.promote(root)
+    assert champion_of(root) == (None, None)
+
+
+def test_promote_needs_a_verdict_about_that_very_model(root: Path) -> None:
+    judge(root, train(root, "one"))
+    train(root, "two")
+    with pytest.raises(UserError, match="about model"):
+        promotion.promote(root)
+    assert champion_of(root) == (None, None)
+
+
+def test_promote_needs_a_verdict_against_the_champion_that_serves(root: Path) -> None:
+    one = install(root, "one")
+    judge(root, train(root, "two"), champion=None)
+    with pytest.raises(UserError, match="compares with champion -"):
+        promotion.promote(root)
+    assert champion_of(root) == (one, 1)
+
+
+def test_promoting_sets_alias_and_file_and_does_nothing_twice(root: Path) -> None:
+    digest = install(root, "one")
+    assert alias(root, "champion") == 1
+    assert champion_of(root) == (digest, 1)
+    assert read_json(root / "champion.json")["verdict"].startswith("sha256:")
+    before = (root / "champion.json").stat().st_mtime_ns
+    # The gate runs again after a promotion; even without a verdict the champion stays.
+    (root / "reports/verdict.json").unlink()
+    assert "champion already" in promotion.promote(root)
+    assert (root / "champion.json").stat().st_mtime_ns == before
+
+
+def test_rollback_walks_back_through_the_champions(root: Path) -> None:
+    one = install(root, "one")
+    two = install(root, "two", champion=one)
+    three = install(root, "three", champion=two)
+    assert champion_of(root) == (three, 3)
+    assert "version 2 is champion again" in promotion.rollback(root)
+    assert champion_of(root) == (two, 2)
+    promotion.rollback(root)
+    assert champion_of(root) == (one, 1)
+    with pytest.raises(UserError, match="first champion"):
+        promotion.rollback(root)
+    assert champion_of(root) == (one, 1)
+
+
+def test_a_champion_of_old_can_be_promoted_again_and_rolled_back(root: Path) -> None:
+    one = install(root, "one")
+    two = install(root, "two", champion=one)
+    install(root, "one", champion=two)
+    assert champion_of(root) == (one, 1)
+    promotion.rollback(root)
+    assert champion_of(root) == (two, 2)
+    promotion.rollback(root)
+    assert champion_of(root) == (one, 1)
+    with pytest.raises(UserError, match="first champion"):
+        promotion.rollback(root)
+
+
+def test_rollback_needs_a_champion(root: Path) -> None:
+    with pytest.raises(UserError, match="no champion to roll back"):
+        promotion.rollback(root)
+
+
+class Killed(BaseException):
+    """Ends an act like a kill: nothing catches it."""
+
+
+# Every write of an act, in order.
+WRITES = (
+    "create_registered_model",
+    "create_model_version",
+    "set_registered_model_alias",
+    "set_model_version_tag",
+    "set_registered_model_tag",
+    "write_champion",
+)
+
+
+def kill_at(patch: pytest.MonkeyPatch, count: int) -> None:
+    """Kill the process at the write with a number."""
+    left = iter(range(count))
+
+    def wrap(target: Any, name: str) -> None:
+        write = getattr(target, name)
+
+        def killer(*args: Any, **options: Any) -> Any:
+            if next(left, None) is None:
+                raise Killed
+            return write(*args, **options)
+
+        patch.setattr(target, name, killer)
+
+    for name in WRITES[:-1]:
+        wrap(mlflow.MlflowClient, name)
+    wrap(promotion, WRITES[-1])
+
+
+@pytest.mark.parametrize("act", ["promote", "rollback"])
+def test_an_act_killed_at_any_write_leaves_one_champion_and_is_completed(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, act: str
+) -> None:
+    one = install(root, "one")
+    two = install(root, "two", champion=one)
+    if act == "promote":
+        start, end = two, train(root, "three")
+        judge(root, end, champion=two)
+    else:
+        start, end = two, one
+    for count in range(20):
+        copy = tmp_path_factory.mktemp("killed") / "root"
+        shutil.copytree(root, copy)
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, count)
+            try:
+                getattr(promotion, act)(copy)
+            except Killed:
+                done = False
+            else:
+                done = True
+        # Whoever looks next sees one champion, in the registry and in the file.
+        promotion.status(copy)
+        decided = connect(copy).get_model_version_by_alias("forecart", "champion").tags[DIGEST_TAG]
+        assert decided == champion_of(copy)[0]
+        assert decided in (start, end)
+        if decided == start:
+            getattr(promotion, act)(copy)
+        assert champion_of(copy)[0] == end
+        # Nothing of the killed act is left in the way back.
+        if act == "promote":
+            promotion.rollback(copy)
+            assert champion_of(copy)[0] == two
+            promotion.rollback(copy)
+        assert champion_of(copy)[0] == one
+        with pytest.raises(UserError, match="first champion"):
+            promotion.rollback(copy)
+        if done:
+            break
+    assert done
+    assert count >= 3
+
+
+def test_a_file_of_another_registry_is_not_overwritten(
+    root: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(root, "one")
+    shutil.copyfile(empty_store, root / "other.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'other.db'}")
+    for act in (promotion.status, promotion.promote):
+        with pytest.raises(UserError, match="does not know"):
+            act(root)
+    assert champion_of(root)[1] == 1
+
+
+def test_status_tells_roles(root: Path) -> None:
+    assert "forecart register" in promotion.status(root)
+    one = install(root, "one")
+    install(root, "two", champion=one)
+    train(root, "three")
+    promotion.register(root)
+    lines = promotion.status(root).splitlines()
+    assert lines[1].split() == ["version", "model", "role", "verdict"]
+    assert "champion before (1)" in lines[2]
+    assert lines[3].split()[2] == "champion"
+    assert lines[4].split()[2] == "candidate"
+
+
+def test_fetching_gives_the_champions_files(root: Path) -> None:
+    assert fetch_champion(root) is None
+    one = install(root, "one")
+    train(root, "two")
+    fetched = fetch_champion(root)
+    assert fetched is not None
+    assert digest_directory(fetched) == one
+    assert sorted(p.name for p in fetched.iterdir()) == ["config.json", "model.safetensors"]
+    # The kept copy is checked as well.
+    (fetched / "model.safetensors").write_text("damaged")
+    assert digest_directory(fetch_champion(root) or Path()) == one
+
+
+def test_files_that_were_changed_in_the_registry_are_refused(root: Path) -> None:
+    install(root, "one")
+    stored = next((root / "mlartifacts").rglob("model.safetensors"))
+    stored.write_text("changed")
+    with pytest.raises(UserError, match="has changed"):
+        fetch_champion(root)
+    assert not list((root / ".forecart").rglob("model.safetensors"))
+
+
+def test_a_pickle_in_the_registry_is_refused(root: Path) -> None:
+    install(root, "one")
+    stored = next((root / "mlartifacts").rglob("model.safetensors"))
+    (stored.parent / "model.pkl").write_bytes(b"\x80\x04N.")
+    with pytest.raises(UserError, match=r"model\.pkl: a model holds"):
+        fetch_champion(root)

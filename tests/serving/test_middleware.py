@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from serving.middleware import DropValidationErrors, LimitBody, ShapeErrors
+
+
+def call(
+    app: Any,
+    chunks: list[bytes],
+    *,
+    headers: dict[str, str] | None = None,
+    method: str = "POST",
+) -> tuple[int, dict[str, str], bytes]:
+    """Send one request to an ASGI application."""
+    left = list(chunks)
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        if not left:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    pairs = [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()]
+    scope = {"type": "http", "method": method, "path": "/predict", "headers": pairs}
+    asyncio.run(app(scope, receive, send))
+    start, *rest = sent
+    head = {k.decode(): v.decode() for k, v in start["headers"]}
+    return start["status"], head, b"".join(m.get("body", b"") for m in rest)
+
+
+def answer(status: int, body: bytes) -> Any:
+    """An application that reads the request and answers with fixed content, in two pieces."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        assert not message["more_body"]
+        echo = body or message["body"]
+        headers = [(b"content-length", str(len(echo)).encode()), (b"server", b"test")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": echo[:3], "more_body": True})
+        await send({"type": "http.response.body", "body": echo[3:]})
+
+    return app
+
+
+def test_a_body_within_the_limit_is_handed_on_whole() -> None:
+    app = LimitBody(answer(200, b""), max_bytes=10)
+    assert call(app, [b"12345", b"67890"])[2] == b"1234567890"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "length"),
+    [([b"12345", b"678901"], None), ([b"12345678901"], "11"), ([b"1"], "11"), ([b"1" * 11], "2")],
+)
+def test_a_larger_body_is_refused_whatever_length_it_announces(
+    chunks: list[bytes], length: str | None
+) -> None:
+    app = LimitBody(answer(200, b""), max_bytes=10)
+    headers = {} if length is None else {"Content-Length": length}
+    status, head, body = call(app, chunks, headers=headers)
+    assert status == 413
+    assert head["content-length"] == str(len(body))
+    assert json.loads(body)["error"]["code"] == "too_large"
+
+
+def test_reading_stops_at_the_limit() -> None:
+    chunks = [b"1" * 8] * 1000
+    status, _, _ = call(LimitBody(answer(200, b""), max_bytes=10), chunks)
+    assert status == 413
+
+
+def test_other_methods_pass_untouched() -> None:
+    app = LimitBody(answer(200, b"pong"), max_bytes=1)
+    assert call(app, [b"12345"], method="GET")[2] == b"pong"
+
+
+def test_success_is_not_touched() -> None:
+    status, head, body = call(ShapeErrors(answer(200, b'{"error": "no"}')), [b""])
+    assert (status, head["server"], body) == (200, "test", b'{"error": "no"}')
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected", "code", "field"),
+    [
+        (400, {"detail": [{"type": "missing", "loc": ["a", 1], "msg": "m"}]}, 422, None, "a.1"),
+        (400, {"detail": [{"type": "json_invalid", "loc": [], "msg": "m"}]}, 400, None, None),
+        (404, "Not Found", 404, "not_found", None),
+        (500, {"error": "secret"}, 500, "internal_error", None),
+        (503, "down", 503, "unavailable", None),
+        (418, "teapot", 418, "http_418", None),
+    ],
+)
+def test_errors_get_one_form(
+    status: int, body: Any, expected: int, code: str | None, field: str | None
+) -> None:
+    content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+    found, head, shaped = call(ShapeErrors(answer(status, content)), [b""])
+    error = json.loads(shaped)["error"]
+    assert found == expected
+    assert head["content-type"] == "application/json"
+    assert head["server"] == "test"
+    assert error.keys() == {"code", "message", "field"}
+    assert error["field"] == field
+    assert code is None or error["code"] == code
+    assert "secret" not in error["message"]
+
+
+def test_validation_errors_are_not_logged_and_others_are() -> None:
+    class Model(BaseModel):
+        x: int
+
+    def log(error: Exception) -> bool:
+        record = logging.LogRecord(
+            "n", logging.ERROR, "p", 1, "m", None, (type(error), error, None)
+        )
+        return DropValidationErrors().filter(record)
+
+    with pytest.raises(ValidationError) as caught:
+        Model.model_validate({"x": "secret"})
+    assert not log(caught.value)
+    assert log(ValueError("broken"))

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.graph import Hints, load_graph
+
+ROOT = Path(__file__).parent.parent
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "dvc.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_the_graph_is_dvcs_own() -> None:
+    from dvc.repo import Repo
+
+    with Repo(str(ROOT)) as repo:
+        theirs = repo.index.graph
+        nodes = {s.addressing for s in theirs.nodes}
+        # DVC draws an edge from a stage to what it depends on.
+        edges = {(up.addressing, down.addressing) for down, up in theirs.edges}
+    ours = load_graph(ROOT / "dvc.yaml")
+    assert set(ours.stages) == nodes
+    assert ours.edges == edges
+
+
+def test_stages_come_in_an_order_that_can_run() -> None:
+    graph = load_graph(ROOT / "dvc.yaml")
+    done: set[str] = set()
+    for name in graph.stages:
+        assert set(graph.upstream[name]) <= done
+        done.add(name)
+    assert list(graph.stages)[0] == "fingerprint"
+
+
+def test_paths_within_each_other_connect(tmp_path: Path) -> None:
+    graph = load_graph(
+        write(
+            tmp_path,
+            "stages:\n"
+            "  c: {cmd: x, deps: [out/a/file]}\n"
+            "  a: {cmd: x, outs: [out/a]}\n"
+            "  b: {cmd: x, outs: [{out/b: {cache: false}}]}\n"
+            "  d: {cmd: x, deps: [out]}\n"
+            "  e: {cmd: x, deps: [outer]}\n",
+        )
+    )
+    assert graph.edges == {("a", "c"), ("a", "d"), ("b", "d")}
+
+
+def test_hints_are_read(tmp_path: Path) -> None:
+    file = write(
+        tmp_path, "stages: {a: {cmd: x, meta: {airflow: {pool: gpu, timeout_minutes: 5}}}}"
+    )
+    assert load_graph(file).stages["a"].hints == Hints(pool="gpu", timeout_minutes=5)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("stages: {a: {cmd: x, outs: [o]}, b: {cmd: x, outs: [o]}}", "o is written by a and b"),
+        (
+            "stages: {a: {cmd: x, deps: [p], outs: [o]}, b: {cmd: x, deps: [o], outs: [p]}}",
+            "circle",
+        ),
+        ("stages: {a: {foreach: [1], do: {cmd: x}}}", "foreach"),
+        ("stages: {a: {cmd: x, deps: ['${p}']}}", "templates"),
+        ("stages: {a: {cmd: x, meta: {airflow: {pol: gpu}}}}", "meta.airflow knows only"),
+        ("stages: [", "not valid YAML"),
+        ("{}", "no stages"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, text: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        load_graph(write(tmp_path, text))
+
+
+def test_it_is_light() -> None:
+    code = (
+        "import sys, time; t = time.perf_counter();"
+        "from pathlib import Path; from pipelines.graph import load_graph;"
+        f"load_graph(Path({str(ROOT / 'dvc.yaml')!r}));"
+        "heavy = {'dvc', 'mlflow', 'torch', 'pandas', 'numpy', 'bentoml', 'pydantic'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
+        "print(time.perf_counter() - t)"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        out = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert time.perf_counter() - started < 30
+        seconds.append(float(out.stdout))
+    assert min(seconds) < 0.1
