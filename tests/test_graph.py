@@ -38,7 +38,7 @@ def test_stages_come_in_an_order_that_can_run() -> None:
     for name in graph.stages:
         assert set(graph.upstream[name]) <= done
         done.add(name)
-    assert list(graph.stages)[0] == "fingerprint"
+    assert next(iter(graph.stages)) == "fingerprint"
 
 
 def test_paths_within_each_other_connect(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def _check_calibration(
 
 
 def _check_floors(target: dict[str, Any], policy: Gate) -> Iterator[Check]:
-    """Is there no champion yet, the candidate has to beat every rule of thumb for sure."""
+    """Does the candidate beat every rule of thumb for sure? Asked while there is no champion."""
     for other in FLOORS:
         low = _read_gain(target, other, policy.primary_metric)
         passed = low is not None and low > 0
