@@ -41,7 +41,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 run: $(VENV)/.installed ## events -> validated data, trained and compared models, verdict, Bento
-	@dvc repro --quiet
+	@dvc repro
 	@forecart summary
 
 test: $(VENV)/.installed system ## every test, integration tests with the real components included
@@ -61,6 +61,8 @@ up: $(VENV)/.installed ## start Airflow, MLflow and the service
 down: ## stop what `make up` started
 	@[ ! -x $(BIN)/forecart ] || forecart down
 
+# The registry goes, so champion.json, which names a model in it, goes back to what is committed.
 clean: down ## remove everything that the targets made
+	@git checkout --quiet -- champion.json 2>/dev/null || true
 	@rm -rf $(VENV) data models reports build mlflow.db* mlartifacts mlruns .forecart .dvc/cache .dvc/tmp dvc.lock \
 		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info

@@ -29,11 +29,10 @@ class Linear:
     def fit(self, x: Floats, y: Floats) -> None:
         """Fit scaling and coefficients."""
         self.gaps = np.asarray(~np.isfinite(x).all(axis=0))
-        squashed = _squash(x)
-        self.mean = np.nanmean(np.where(np.isfinite(squashed), squashed, np.nan), axis=0)
-        self.mean = np.nan_to_num(self.mean)
-        spread = np.nanstd(squashed, axis=0)
-        self.scale = np.where(np.isfinite(spread) & (spread > 1e-9), spread, 1.0)
+        squashed = np.ma.masked_invalid(_squash(x))  # a column that is never known has mean 0
+        self.mean = squashed.mean(axis=0).filled(0.0)
+        spread = squashed.std(axis=0).filled(0.0)
+        self.scale = np.where(spread > 1e-9, spread, 1.0)
         design = self._design(x)
         if self.kind is Kind.BINARY:
             if y.min() == y.max():  # a single class has no boundary

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from pipelines.baselines.boosting import Boosting
+from pipelines.baselines.linear import Linear
+from pipelines.baselines.protocol import fit_twice
+from pipelines.baselines.simple import Majority, Recency
+from pipelines.config import Baselines
+from pipelines.features.cuts import Split
+from pipelines.features.labels import Kind, Target
+from pipelines.features.snapshot_table import SnapshotTable
+
+BUY = Target(name="purchase_14d", kind=Kind.BINARY, event="purchase", horizon_days=14)
+SPEND = Target(name="spend_14d", kind=Kind.AMOUNT, event=None, horizon_days=14)
+
+
+def make_table(seed: int = 0, users: int = 1500) -> SnapshotTable:
+    random = np.random.default_rng(seed)
+    rows = 4 * users
+    recency = random.exponential(10, rows)
+    recency[random.random(rows) < 0.2] = np.nan
+    views = random.poisson(4, rows).astype(float)
+    noise = random.normal(size=rows)
+    odds = -1.5 - 0.1 * np.nan_to_num(recency, nan=30) + 0.4 * views
+    y = (random.random(rows) < 1 / (1 + np.exp(-odds))).astype(float)
+    return SnapshotTable(
+        user=np.tile(np.arange(users, dtype=np.int32), 4),
+        cut=np.repeat(np.arange(4, dtype=np.int32), users),
+        features=np.column_stack([recency, views, noise]),
+        feature_names=["f_recency_purchase", "f_views", "f_noise"],
+        labels={BUY.name: y, SPEND.name: y * random.gamma(2, 10, rows)},
+        targets=(BUY, SPEND),
+        omitted=[],
+        splits={0: Split.TRAIN, 1: Split.TRAIN, 2: Split.CALIBRATION, 3: Split.TEST},
+        cut_times={k: f"2025-0{k + 1}-01" for k in range(4)},
+    )
+
+
+@pytest.fixture(scope="module")
+def table() -> SnapshotTable:
+    return make_table()
+
+
+def test_order_tells_buyers_in_every_model_but_the_majority(table: SnapshotTable) -> None:
+    known = table.rows_of(Split.CALIBRATION, Split.TEST)
+    y = table.labels[BUY.name][known]
+    test = table.rows_of(Split.TEST)[known]
+    scores = {
+        "majority": fit_twice(table, BUY, Majority(), Majority()),
+        "recency": fit_twice(table, BUY, Recency(0), Recency(0)),
+        "logistic": fit_twice(table, BUY, Linear(Kind.BINARY), Linear(Kind.BINARY)),
+        "lightgbm": Boosting(table, Baselines()).fit_target(BUY)[0],
+    }
+    auc = {name: roc_auc_score(y[test], p[test]) for name, p in scores.items()}
+    assert auc["majority"] == 0.5
+    assert auc["recency"] > 0.6
+    assert auc["logistic"] > auc["recency"]
+    assert auc["lightgbm"] > auc["recency"]
+    for name, p in scores.items():
+        assert p.mean() == pytest.approx(y.mean(), rel=0.1), name
+
+
+def test_expected_totals_match(table: SnapshotTable) -> None:
+    y = table.labels[SPEND.name][table.rows_of(Split.CALIBRATION, Split.TEST)]
+    for p in (
+        fit_twice(table, SPEND, Linear(Kind.AMOUNT), Linear(Kind.AMOUNT)),
+        Boosting(table, Baselines()).fit_target(SPEND)[0],
+    ):
+        assert (p >= 0).all()
+        assert p.sum() / y.sum() == pytest.approx(1, abs=0.1)
+
+
+def test_the_test_labels_change_nothing(table: SnapshotTable) -> None:
+    other = make_table()
+    other.labels[BUY.name][other.rows_of(Split.TEST)] = 1
+    for model in (Majority, lambda: Recency(0), lambda: Linear(Kind.BINARY)):
+        np.testing.assert_array_equal(
+            fit_twice(table, BUY, model(), model()), fit_twice(other, BUY, model(), model())
+        )
+    ours, text = Boosting(table, Baselines()).fit_target(BUY)
+    theirs, other_text = Boosting(other, Baselines()).fit_target(BUY)
+    np.testing.assert_array_equal(ours, theirs)
+    assert text == other_text
+
+
+def test_calibration_rows_are_predicted_without_their_labels(table: SnapshotTable) -> None:
+    other = make_table()
+    calibration = other.rows_of(Split.CALIBRATION)
+    other.labels[BUY.name][calibration] = 1 - other.labels[BUY.name][calibration]
+    first = slice(0, int(calibration.sum()))
+    a = fit_twice(table, BUY, Linear(Kind.BINARY), Linear(Kind.BINARY))
+    b = fit_twice(other, BUY, Linear(Kind.BINARY), Linear(Kind.BINARY))
+    np.testing.assert_array_equal(a[first], b[first])
+    assert not np.array_equal(a, b)
+
+
+def test_a_single_class_gives_its_rate() -> None:
+    x = np.random.default_rng(0).normal(size=(50, 3))
+    model = Linear(Kind.BINARY)
+    model.fit(x, np.zeros(50))
+    assert (model.predict(x) == 0).all()
+
+
+def test_a_column_that_is_never_known_is_no_error() -> None:
+    x = np.random.default_rng(0).normal(size=(80, 3))
+    x[:, 1] = np.nan
+    y = (x[:, 0] > 0).astype(float)
+    model = Linear(Kind.BINARY)
+    model.fit(x, y)
+    assert np.isfinite(model.predict(x)).all()
+    recency = Recency(1)
+    recency.fit(x, y)
+    assert recency.predict(x) == pytest.approx(y.mean())

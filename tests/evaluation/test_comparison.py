@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.config import Evaluation
+from pipelines.evaluation.comparison import add_ensemble, collect_test_rows, compare
+from pipelines.evaluation.curves import (
+    calibration_curve,
+    confusion_rows,
+    lift_curve,
+    pr_curve,
+    roc_curve,
+    spend_deciles,
+)
+from pipelines.evaluation.findings import Standing, describe_target, gap_closed, judge
+from pipelines.evaluation.report import render_report
+from pipelines.evaluation.summary import format_summary
+from pipelines.features.cuts import Split
+from pipelines.features.labels import Kind, Target
+from pipelines.features.snapshot_table import SnapshotTable
+
+CONFIG = Evaluation(bootstrap_samples=100)
+DATA = {
+    "source": "simulator",
+    "events": 10,
+    "users": 5,
+    "first_ts": "2025-01-01T00:00:00+00:00",
+    "last_ts": "2025-05-01T00:00:00+00:00",
+}
+TARGETS = (
+    Target(name="purchase_14d", kind=Kind.BINARY, event="purchase", horizon_days=14),
+    Target(name="spend_14d", kind=Kind.AMOUNT, event=None, horizon_days=14),
+)
+
+
+def make_table(users: int = 800) -> tuple[SnapshotTable, dict[str, Any]]:
+    """Three cuts; the truth depends on a score that the better model sees with less noise."""
+    random = np.random.default_rng(4)
+    rows = 3 * users
+    score = random.normal(size=rows)
+    p = 1 / (1 + np.exp(1.2 - 1.5 * score))
+    y = (random.random(rows) < p).astype(float)
+    spend = y * random.gamma(2, 20 * np.exp(0.3 * score))
+    table = SnapshotTable(
+        user=np.tile(np.arange(users, dtype=np.int32), 3),
+        cut=np.repeat(np.arange(3, dtype=np.int32), users),
+        features=np.zeros((rows, 1)),
+        feature_names=["f_x"],
+        labels={"purchase_14d": y, "spend_14d": spend},
+        targets=TARGETS,
+        omitted=[{"name": "search_14d", "why": "no search in any training window"}],
+        splits={0: Split.TRAIN, 1: Split.CALIBRATION, 2: Split.TEST},
+        cut_times={0: "2025-01-01", 1: "2025-02-01", 2: "2025-03-01T00:00:00+00:00"},
+    )
+    known = table.rows_of(Split.CALIBRATION, Split.TEST)
+
+    def noisy(sd: float) -> dict[str, Any]:
+        seen = score + random.normal(0, sd, rows)
+        q = 1 / (1 + np.exp(1.2 - 1.5 * seen))
+        return {"purchase_14d": q[known], "spend_14d": (q * 40)[known]}
+
+    predictions = {
+        "gpt": noisy(0.2),
+        "lightgbm": noisy(1.5),
+        "oracle": {"purchase_14d": p[known], "spend_14d": (p * 40)[known]},
+        "majority": {
+            k: np.full(known.sum(), v) for k, v in (("purchase_14d", 0.3), ("spend_14d", 9.0))
+        },
+    }
+    return table, predictions
+
+
+@pytest.fixture(scope="module")
+def compared() -> tuple[dict[str, Any], Any]:
+    table, predictions = make_table()
+    add_ensemble(table, predictions)
+    test = collect_test_rows(table, predictions, CONFIG)
+    return compare(table, test, CONFIG, data=DATA), test
+
+
+def test_the_report_has_the_agreed_keys(compared: tuple[dict[str, Any], Any]) -> None:
+    evaluation, _test = compared
+    target = evaluation["targets"]["purchase_14d"]
+    assert {"kind", "base_rate", "users", "cuts", "models", "paired"} <= target.keys()
+    assert set(target["models"]["gpt"]) == {
+        "roc_auc",
+        "pr_auc",
+        "log_loss",
+        "brier",
+        "ece",
+        "accuracy",
+        "precision",
+        "recall",
+        "f1",
+        "threshold",
+        "lift_at_10pct",
+    }
+    assert set(evaluation["targets"]["spend_14d"]["models"]["gpt"]) == {
+        "mae",
+        "gini",
+        "top_decile_capture",
+        "total_ratio",
+    }
+    assert target["cuts"] == ["2025-03-01T00:00:00+00:00"]
+    auc = target["models"]["gpt"]["roc_auc"]
+    assert auc["low"] < auc["value"] < auc["high"]
+
+
+def test_the_better_model_is_ahead_and_nobody_beats_the_oracle(
+    compared: tuple[dict[str, Any], Any],
+) -> None:
+    target = compared[0]["targets"]["purchase_14d"]
+    assert judge(target, "gpt", "lightgbm", "roc_auc") is Standing.AHEAD
+    assert judge(target, "lightgbm", "gpt", "roc_auc") is Standing.BEHIND
+    assert judge(target, "gpt", "lightgbm", "brier") is Standing.AHEAD
+    assert judge(target, "gpt", "oracle", "roc_auc") is not Standing.AHEAD
+    assert judge(target, "gpt", "nobody", "roc_auc") is Standing.UNKNOWN
+    assert 0.8 < (gap_closed(target, "gpt") or 0) <= 1.02
+    assert "ahead of LightGBM" in describe_target("purchase_14d", target)
+
+
+def test_the_ensemble_leans_on_the_better_model(compared: tuple[dict[str, Any], Any]) -> None:
+    models = compared[0]["targets"]["purchase_14d"]["models"]
+    assert models["ensemble"]["roc_auc"]["value"] > models["lightgbm"]["roc_auc"]["value"] + 0.02
+    assert models["ensemble"]["log_loss"]["value"] < models["gpt"]["log_loss"]["value"] + 0.01
+
+
+def test_the_test_cut_chooses_nothing() -> None:
+    """Other outcomes on the test cut leave thresholds and the ensemble as they are."""
+    table, predictions = make_table()
+    other, same = make_table()
+    test_rows = other.rows_of(Split.TEST)
+    for values in other.labels.values():
+        values[test_rows] = 0
+    add_ensemble(table, predictions)
+    add_ensemble(other, same)
+    for name in ("purchase_14d", "spend_14d"):
+        np.testing.assert_array_equal(predictions["ensemble"][name], same["ensemble"][name])
+    a = collect_test_rows(table, predictions, CONFIG)[0].thresholds
+    b = collect_test_rows(other, same, CONFIG)[0].thresholds
+    assert a == b
+
+
+def test_the_page_and_the_table_show_everything(compared: tuple[dict[str, Any], Any]) -> None:
+    evaluation, (binary, amount) = compared
+    curves = {
+        "roc": roc_curve(binary),
+        "pr": pr_curve(binary),
+        "lift": lift_curve(binary),
+        "calibration": calibration_curve(binary),
+        "spend": spend_deciles(amount),
+    }
+    settings = {
+        "bootstrap_samples": 100,
+        "confidence": 0.95,
+        "threshold": "f1",
+        "active_within_days": None,
+    }
+    page = render_report(evaluation, curves, settings=settings)
+    assert page.count("<svg") == 5
+    assert "search_14d" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert render_report(evaluation, curves, settings=settings) == page
+    text = format_summary(evaluation, {"passed": False, "checks": []})
+    assert "purchase_14d" in text
+    assert "left out: search_14d" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_name_from_the_data_cannot_break_the_page(compared: tuple[dict[str, Any], Any]) -> None:
+    evaluation = compared[0] | {"data": DATA | {"source": "<script>alert(1)</script>"}}
+    empty: dict[str, list[dict[str, Any]]] = {
+        k: [] for k in ("roc", "pr", "lift", "calibration", "spend")
+    }
+    page = render_report(
+        evaluation,
+        empty,
+        settings={"bootstrap_samples": 1, "confidence": 0.9, "threshold": "f1"},
+    )
+    assert "<script>" not in page
+
+
+def test_confusion_rows_count_every_test_row(compared: tuple[dict[str, Any], Any]) -> None:
+    rows = confusion_rows(compared[1][0], "gpt")
+    assert len(rows) == 800
+    assert {r["actual"] for r in rows} == {"yes", "no"}

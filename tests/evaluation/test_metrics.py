@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from pipelines.evaluation.metrics import (
+    amount_metrics,
+    binary_metrics,
+    calibration_error,
+    choose_threshold,
+    draw_weights,
+    interval,
+    summarise,
+)
+
+RANDOM = np.random.default_rng(0)
+N = 600
+P = np.round(RANDOM.random(N), 2)  # rounding makes ties
+Y = (RANDOM.random(N) < P * 0.6).astype(float)
+W = np.vstack([np.ones(N), RANDOM.integers(0, 4, N)])
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_binary_metrics_equal_scikit_learn(row: int) -> None:
+    ours = {k: v[row] for k, v in binary_metrics(Y, P, W, threshold=0.4).items()}
+    w = W[row]
+    called = P >= 0.4
+    clipped = np.clip(P, 1e-7, 1 - 1e-7)
+    theirs = {
+        "roc_auc": sk.roc_auc_score(Y, P, sample_weight=w),
+        "pr_auc": sk.average_precision_score(Y, P, sample_weight=w),
+        "log_loss": sk.log_loss(Y, clipped, sample_weight=w),
+        "brier": sk.brier_score_loss(Y, P, sample_weight=w),
+        "accuracy": sk.accuracy_score(Y, called, sample_weight=w),
+        "precision": sk.precision_score(Y, called, sample_weight=w),
+        "recall": sk.recall_score(Y, called, sample_weight=w),
+        "f1": sk.f1_score(Y, called, sample_weight=w),
+    }
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(value, abs=1e-9), name
+
+
+def test_a_weight_is_a_repeated_row() -> None:
+    repeats = W[1].astype(int)
+    weighted = binary_metrics(Y, P, W, threshold=0.4)
+    repeated = binary_metrics(
+        np.repeat(Y, repeats), np.repeat(P, repeats), np.ones((1, repeats.sum())), threshold=0.4
+    )
+    for name in ("roc_auc", "pr_auc", "lift_at_10pct", "f1"):
+        assert weighted[name][1] == pytest.approx(repeated[name][0]), name
+
+
+def test_one_class_only_is_undefined_not_an_error() -> None:
+    found = binary_metrics(np.zeros(N), P, W, threshold=0.4)
+    assert np.isnan(found["roc_auc"]).all()
+    assert summarise(found["roc_auc"], 0.95) == {"value": None, "low": None, "high": None}
+    assert np.isfinite(found["brier"]).all()
+
+
+def test_calibrated_predictions_have_little_error_and_biased_ones_have_theirs() -> None:
+    p = np.random.default_rng(1).random(200_000)
+    y = (np.random.default_rng(2).random(200_000) < p).astype(float)
+    ones = np.ones((1, len(p)))
+    assert calibration_error(y, p, ones)[0] < 0.005
+    assert calibration_error(y, p * 0.5, ones)[0] == pytest.approx(0.25, abs=0.01)
+    assert calibration_error(y, np.full_like(p, 0.3), ones)[0] == pytest.approx(0.2, abs=0.01)
+
+
+def test_lift_of_a_perfect_and_of_a_blind_order() -> None:
+    y = np.zeros(1000)
+    y[:100] = 1
+    ones = np.ones((1, 1000))
+    assert binary_metrics(y, y, ones, threshold=0.5)["lift_at_10pct"][0] == pytest.approx(10)
+    blind = np.full(1000, 0.1)
+    assert binary_metrics(y, blind, ones, threshold=0.5)["lift_at_10pct"][0] == pytest.approx(1)
+
+
+def test_amount_metrics_at_their_ends() -> None:
+    y = np.random.default_rng(3).gamma(0.5, 40, 2000)
+    ones = np.ones((1, len(y)))
+    perfect = amount_metrics(y, y, ones)
+    assert perfect["gini"][0] == pytest.approx(1)
+    assert perfect["mae"][0] == 0
+    assert perfect["total_ratio"][0] == pytest.approx(1)
+    top = np.sort(y)[-200:].sum() / y.sum()
+    assert perfect["top_decile_capture"][0] == pytest.approx(top, abs=1e-6)
+    blind = amount_metrics(y, np.full_like(y, 2 * y.mean()), ones)
+    assert blind["gini"][0] == pytest.approx(0, abs=1e-9)
+    assert blind["total_ratio"][0] == pytest.approx(2)
+    assert amount_metrics(y, -y, ones)["gini"][0] == pytest.approx(-1)
+
+
+def test_the_threshold_maximises_its_objective() -> None:
+    f1 = choose_threshold(Y, P, "f1")
+    best = max(sk.f1_score(Y, t <= P) for t in np.unique(P))
+    assert sk.f1_score(Y, f1 <= P) == pytest.approx(best)
+    youden = choose_threshold(Y, P, "youden")
+    rates = sk.roc_curve(Y, P, drop_intermediate=False)
+    assert youden == pytest.approx(rates[2][np.argmax(rates[1] - rates[0])])
+
+
+def test_bootstrap_weights_are_seeded_and_by_user() -> None:
+    users = np.repeat(np.arange(50), 3).astype(np.int32)
+    weights = draw_weights(users, samples=200, seed=5)
+    assert (weights[0] == 1).all()
+    assert (weights.reshape(201, 50, 3).std(axis=2) == 0).all()
+    assert (weights[1:].sum(axis=1) == 150).all()
+    np.testing.assert_array_equal(weights, draw_weights(users, samples=200, seed=5))
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    random = np.random.default_rng(9)
+    users = np.arange(300, dtype=np.int32)
+    covered = 0
+    for trial in range(200):
+        y = (random.random(300) < 0.3).astype(float)
+        weights = draw_weights(users, samples=200, seed=trial)
+        low, high = interval((weights @ y / weights.sum(1))[1:], 0.9)
+        assert low is not None
+        assert high is not None
+        covered += low <= 0.3 <= high
+    assert 0.82 < covered / 200 < 0.97
