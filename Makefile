@@ -16,6 +16,9 @@ export BENTOML_DO_NOT_TRACK ?= True
 export GX_ANALYTICS_ENABLED ?= false
 export AIRFLOW__USAGE_DATA_COLLECTION__ENABLED ?= false
 
+# Waiting threads sleep instead of spinning, so that parallel work does not starve.
+export OMP_WAIT_POLICY ?= passive
+
 # The first interpreter that runs and is new enough, unless PYTHON names one.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)

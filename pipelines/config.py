@@ -213,8 +213,6 @@ class Features(Section):
 
     windows_days: Annotated[list[Positive], Field(min_length=1)] = [1, 3, 7, 14, 28, 90]
     max_vocabulary: Positive = 20_000
-    item_buckets: Positive = 4096
-    query_buckets: Positive = 2048
     engine: Engine = Engine.DUCKDB
 
 

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,7 +74,7 @@ def hash_query(text: str | None) -> list[int]:
     is two neighbouring words joined by one space.
     """
     words = _WORD.findall(text.casefold()) if text else []
-    bigrams = [f"{first} {second}" for first, second in zip(words, words[1:], strict=False)]
+    bigrams = [f"{first} {second}" for first, second in pairwise(words)]
     return [hash_text(gram) for gram in (*words, *bigrams)]
 
 
@@ -182,7 +183,9 @@ def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.
     """Concatenate ``arange(start, start + length)`` over all pairs, without a loop."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+    places: NDArray[np.int64] = np.arange(total, dtype=np.int64)
+    places += np.repeat(starts - (ends - lengths), lengths)
+    return places
 
 
 def encode_events(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -238,7 +239,7 @@ def iterate(
     rows = int(piece_row.max()) + 1
     per_batch = max(1, tokens_per_batch // row)
     bounds = np.searchsorted(piece_row[by_row], np.arange(0, rows + per_batch, per_batch))
-    for batch, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for batch, (low, high) in enumerate(pairwise(bounds)):
         chosen = by_row[low:high]
         first_row = batch * per_batch
         yield collate(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from pipelines.errors import UserError
 from pipelines.events import EventType
@@ -22,7 +22,7 @@ from pipelines.model.calibration import Calibration
 from pipelines.model.heads import Heads, Target, buyer_mean, survival
 from pipelines.model.network import Network, NetworkConfig
 from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline
-from pipelines.model.tokens import Scale, Tokenizer, Vocabulary
+from pipelines.model.tokens import Tokenizer, Vocabulary
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
@@ -69,13 +69,9 @@ class ModelSpec:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ModelSpec:
         """Build from ``to_json``'s value."""
-        words = {
-            name: Scale(**item) if isinstance(item, dict) else tuple(item)
-            for name, item in value["vocabulary"].items()
-        }
         return cls(
             network=NetworkConfig.from_json(value["network"]),
-            vocabulary=Vocabulary(**words),
+            vocabulary=Vocabulary.from_json(value["vocabulary"]),
             heads=Heads.from_json(value["heads"]),
             targets=tuple(Target(**target) for target in value["targets"]),
             context=value["context"],
@@ -141,7 +137,8 @@ class Predictor:
             name: tensor.detach().cpu().contiguous()
             for name, tensor in self.network.state_dict().items()
         }
-        save_file(weights, directory / WEIGHTS)
+        # Not save_file, whose files nobody but their owner may read.
+        (directory / WEIGHTS).write_bytes(save(weights))
         write_json(directory / CONFIG, self.spec.to_json())
 
     def calibrated(self, calibration: Calibration, thresholds: dict[str, float]) -> Predictor:

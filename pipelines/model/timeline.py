@@ -144,9 +144,9 @@ class Timeline:
 
     def cuts(self, user: NDArray[np.integer[Any]], ts: Ints) -> Cuts:
         """Locate cuts in the flat columns."""
-        user = np.asarray(user, dtype=np.int64)
-        position = bisect(self.ts, self.offsets[user], self.offsets[user + 1], ts)
-        return Cuts(user=user, ts=np.asarray(ts, dtype=np.int64), position=position)
+        users: Ints = np.asarray(user, dtype=np.int64)
+        position = bisect(self.ts, self.offsets[users], self.offsets[users + 1], ts)
+        return Cuts(user=users, ts=np.asarray(ts, dtype=np.int64), position=position)
 
     def features(self, cuts: Cuts) -> Floats:
         """Return ``len(feature_names())`` features of every cut, (M, F); all are finite."""
@@ -169,7 +169,7 @@ class Timeline:
 
     def _focus_features(self, cuts: Cuts) -> NDArray[Any]:
         """Recent counts within the category that the user touched last, (M, ...)."""
-        order, rank, last_of = self._focus
+        _, rank, last_of = self._focus
         width = len(_FOCUS_WINDOWS) * len(_FOCUS_TYPES)
         if not len(self.ts):
             return np.zeros((len(cuts), width + 1))
@@ -179,7 +179,6 @@ class Timeline:
         # Events of one user and category lie together in `order`, in time order, so the place
         # of the last one ends every window.
         place = np.where(known, rank[np.maximum(last, 0)], 0)
-        category = np.asarray(self.sequences.category)
         same_from = self._focus_starts[place]
         times = self._focus_ts
         columns = []
@@ -187,7 +186,6 @@ class Timeline:
             low = bisect(times, same_from, place + 1, cuts.ts - int(window * DAY))
             counts = self._focus_counts[place + 1] - self._focus_counts[low]
             columns.append(np.log1p(counts) * known[:, None])
-        del category, order
         columns.append((known * np.log1p(place + 1 - same_from))[:, None])
         return np.concatenate(columns, axis=1)
 

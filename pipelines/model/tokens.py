@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,6 +51,19 @@ class Vocabulary:
     log_quantity: Scale = Scale()
     age: Scale = Scale()
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Vocabulary:
+        """Build from an object of lists of hashes and of scales."""
+        return cls(
+            category=tuple(value["category"]),
+            brand=tuple(value["brand"]),
+            gender=tuple(value["gender"]),
+            region=tuple(value["region"]),
+            log_price=Scale(**value["log_price"]),
+            log_quantity=Scale(**value["log_quantity"]),
+            age=Scale(**value["age"]),
+        )
+
 
 class Coder:
     """Maps hashes to codes: 0 = missing, 1 = unknown, then the known ones in order."""
@@ -76,7 +90,7 @@ def encode_gap(gap: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
     """Piecewise-linear encoding (Gorishniy et al. 2022) of gaps in microseconds, (M, GAP_BINS)."""
     log = np.log1p(np.maximum(gap, 0) / _SECOND)[:, None]
     low, high = _GAP_EDGES[:-1], _GAP_EDGES[1:]
-    return np.clip((log - low) / (high - low), 0.0, 1.0).astype(np.float32)
+    return np.asarray(np.clip((log - low) / (high - low), 0.0, 1.0), dtype=np.float32)
 
 
 def encode_calendar(ts: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -204,4 +218,4 @@ assert len(_GAP_EDGES) - 1 == GAP_BINS  # noqa: S101
 
 def _standardise(x: NDArray[np.floating[Any]], scale: Scale) -> NDArray[np.float32]:
     scaled = np.clip((x - scale.mean) / max(scale.std, 1e-6), -5.0, 5.0)
-    return np.nan_to_num(scaled, nan=0.0).astype(np.float32)
+    return np.asarray(np.nan_to_num(scaled, nan=0.0), dtype=np.float32)

@@ -124,7 +124,7 @@ def seed_everything(seed: int) -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Every buffer here is written before it is read; filling them first costs a tenth.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Moments of rarely met embeddings fade into denormal numbers, on which CPUs are slow.
     torch.set_flush_denormal(True)
 
@@ -328,7 +328,7 @@ class _Fit:
             following = self._next_event_loss(collated, batch.event_place, hidden, close)
             loss = loss + self.config.next_event_weight * following
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.network.parameters(), _MAX_NORM)
         optimizer.step()
         return np.array([hazard.item(), amount.item(), following.item()])

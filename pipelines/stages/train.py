@@ -19,7 +19,7 @@ from pipelines.features.store import Sequences
 from pipelines.io import digest_directory, read_json, replace_directory, write_table, write_text
 from pipelines.model.heads import Target
 from pipelines.model.timeline import DAY, Timeline
-from pipelines.model.tokens import Scale, Vocabulary
+from pipelines.model.tokens import Vocabulary
 from pipelines.model.training import Periods, TrainedModel, train_model
 from pipelines.registry.tracking import track
 
@@ -84,13 +84,9 @@ def read_periods(cuts: dict[str, Any], active_days: float | None) -> Periods:
     by_split: dict[str, list[int]] = {}
     for cut in cuts["cuts"]:
         by_split.setdefault(cut["split"], []).append(cut["ts_us"])
-    first = int(
-        np.datetime64(datetime.fromisoformat(cuts["first_ts"]).replace(tzinfo=None), "us").astype(
-            np.int64
-        )
-    )
+    begin = to_us(datetime.fromisoformat(cuts["first_ts"])) + _HISTORY_DAYS * DAY
     return Periods(
-        first=first,
+        first=min(begin, by_split["train"][0]),
         calibration=by_split["calibration"][0],
         test=by_split["test"][0],
         active_days=active_days,
@@ -100,10 +96,7 @@ def read_periods(cuts: dict[str, Any], active_days: float | None) -> Periods:
 def read_vocabulary(features: Path) -> Vocabulary:
     """Return codes and scales that the features stage fitted."""
     codes, scales = read_json(features / "vocabulary.json"), read_json(features / "scalers.json")
-    return Vocabulary(
-        **{name: tuple(codes[name]) for name in ("category", "brand", "gender", "region")},
-        **{name: Scale(**scales[name]) for name in ("log_price", "log_quantity", "age")},
-    )
+    return Vocabulary.from_json(codes | scales)
 
 
 def predict(

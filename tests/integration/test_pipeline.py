@@ -99,9 +99,9 @@ def test_a_run_killed_in_mid_stage_is_completed_by_the_next(
 def test_a_full_disk_is_told_in_one_line_and_mended_by_the_next_run(
     project: Project, finished: Project
 ) -> None:
-    # No file may grow past 20 kB: every write of data fails as on a full disk.
+    # No file may grow past 4 kB: writes of data fail as on a full disk.
     limited = project.run(
-        "sh", "-c", "ulimit -f 40; forecart fingerprint && exec forecart ingest", check=False
+        "sh", "-c", "ulimit -f 8; forecart fingerprint && exec forecart ingest", check=False
     )
     assert limited.returncode == 2
     assert "Traceback" not in limited.stderr

@@ -33,7 +33,7 @@ def lively(trained: TrainedModel) -> Predictor:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in predictor.network.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return predictor
 
 

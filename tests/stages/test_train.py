@@ -1,0 +1,144 @@
+"""The train stage on a tiny shop, with a real MLflow store in a folder of its own."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.config import Params
+from pipelines.errors import UserError
+from pipelines.features.store import encode_events
+from pipelines.io import digest_directory, write_json, write_table
+from pipelines.model.predictor import Predictor
+from pipelines.model.timeline import DAY, Timeline
+from pipelines.model.training import population
+from pipelines.registry.champion import DIGEST_TAG, connect, locate_files
+from pipelines.registry.tracking import DATA_TAG, EXPERIMENT, track
+from pipelines.stages import train
+
+START = 1_700_000_000_000_000 // DAY * DAY
+CUTS = {0: 30, 1: 40, 2: 47}  # days after the start
+SPLITS = ("train", "calibration", "test")
+
+
+def iso(days: int) -> str:
+    return datetime.fromtimestamp((START + days * DAY) / 1e6, UTC).isoformat()
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    rng = np.random.default_rng(0)
+    kinds = ["view", "search", "purchase"]
+    users = [
+        [
+            {
+                "ts": START + int(at),
+                "event_type": kinds[int(rng.integers(3))],
+                "category": "shoes",
+                "price": 9.0,
+            }
+            for at in np.sort(rng.integers(54 * DAY, size=30))
+        ]
+        for _ in range(40)
+    ]
+    sequences = encode_events(users)
+    features = tmp_path / train.FEATURES
+    (features / "sequences").mkdir(parents=True)
+    sequences.save(features / "sequences")
+    target = {"kind": "binary", "event": "purchase", "horizon_days": 7, "name": "purchase_7d"}
+    spend = {"kind": "amount", "event": None, "horizon_days": 7, "name": "spend_7d"}
+    schema = {"targets": [target, spend], "population_active_within_days": 14}
+    write_json(features / "schema.json", schema)
+    cuts = [
+        {"index": i, "ts": iso(d), "ts_us": START + d * DAY, "split": SPLITS[i]}
+        for i, d in CUTS.items()
+    ]
+    write_json(
+        features / "cuts.json",
+        {"first_ts": iso(0), "last_ts": iso(54), "end_ts": iso(54), "cuts": cuts},
+    )
+    codes = {"category": [int(sequences.category[0])], "brand": [], "gender": [], "region": []}
+    write_json(features / "vocabulary.json", codes)
+    scale = {"mean": 0.0, "std": 1.0}
+    write_json(features / "scalers.json", {"log_price": scale, "log_quantity": scale, "age": scale})
+    timeline = Timeline(sequences)
+    rows = [population(timeline, START + d * DAY, 14.0).user for d in CUTS.values()]
+    write_table(
+        features / "snapshots.parquet",
+        pa.table(
+            {
+                "user": pa.array(np.concatenate(rows), pa.int32()),
+                "cut": pa.array(np.repeat(list(CUTS), [len(r) for r in rows]), pa.int32()),
+            }
+        ),
+    )
+    return tmp_path
+
+
+PARAMS = Params.model_validate(
+    {
+        "train": {
+            "width": 16,
+            "heads": 2,
+            "context": 16,
+            "stride": 8,
+            "epochs": 2,
+            "tokens_per_batch": 256,
+            "device": "cpu",
+        }
+    }
+)
+
+
+def test_trains_predicts_and_logs(root: Path) -> None:
+    assert "events/s" in train.run(PARAMS, root)
+
+    rows = pq.read_table(root / train.FEATURES / "snapshots.parquet")
+    held_out = rows.filter(pa.compute.greater(rows["cut"], 0))
+    predictions = pq.read_table(root / train.PREDICTIONS)
+    assert predictions.column_names == ["user", "cut", "purchase_7d", "spend_7d"]
+    assert predictions.select(["user", "cut"]).equals(held_out)
+    model = Predictor.load(root / train.MODEL)
+    assert 0 < model.spec.thresholds["purchase_7d"] < 1
+
+    digest = digest_directory(root / train.MODEL)
+    store = connect(root)
+    experiment = store.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    (found,) = store.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.data.tags[DIGEST_TAG] == digest
+    assert found.data.tags[DATA_TAG] == digest_directory(root / train.FEATURES)
+    assert found.data.params["width"] == "16"
+    assert len(store.get_metric_history(found.info.run_id, "loss")) == 3
+    (output,) = found.outputs.model_outputs
+    logged = store.get_logged_model(output.model_id)
+    files = Path(logged.artifact_location.removeprefix("file://"))
+    assert "signature" in (files / "MLmodel").read_text()
+    assert digest_directory(locate_files(files)) == digest
+
+    # A stage is a pure function of its inputs.
+    curves = (root / train.CURVES).read_bytes()
+    train.run(PARAMS, root)
+    assert digest_directory(root / train.MODEL) == digest
+    assert (root / train.CURVES).read_bytes() == curves
+    assert pq.read_table(root / train.PREDICTIONS).equals(predictions)
+
+
+def test_a_failed_training_is_marked(root: Path) -> None:
+    with pytest.raises(RuntimeError), track(root, params={}, data_digest="sha256:0", name="gpt"):
+        raise RuntimeError
+    store = connect(root)
+    (found,) = store.search_runs([e.experiment_id for e in store.search_experiments()])
+    assert found.info.status == "FAILED"
+
+
+def test_missing_features_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"offsets\.npy"):
+        train.run(PARAMS, tmp_path)
