@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from pipelines.errors import UserError
+from pipelines.graph import load_graph
 from pipelines.io import write_json
 
 HOST = "127.0.0.1"
@@ -83,9 +85,10 @@ def start(root: Path, *, wait_seconds: float = 180) -> str:
     except BaseException:
         stop(root)
         raise
+    user, password = _read_login(state)
+    _create_pools(root, programs[0].address, user, password)
     write_json(state / "platform.json", {p.name: p.address for p in programs})
     lines = [f"{p.name:<8} {p.address}" for p in programs]
-    user, password = _read_login(state)
     lines.append(f"login    {user} / {password} (Airflow)")
     if all(p.name != "service" for p in programs):
         lines.append("service  not started: no champion yet; run: .venv/bin/forecart promote")
@@ -244,6 +247,30 @@ def _read_login(state: Path) -> tuple[str, str]:
     file = state / "airflow" / "simple_auth_manager_passwords.json.generated"
     logins: dict[str, str] = json.loads(file.read_text())
     return next(iter(logins.items()))
+
+
+def _create_pools(root: Path, airflow: str, user: str, password: str) -> None:
+    """Create the pools that stages name; a task whose pool is missing would wait for ever."""
+    wanted = {s.hints.pool for s in load_graph(root / "dvc.yaml").stages.values()} - {None}
+    login = {"username": user, "password": password}
+    token = _post(f"{airflow}/auth/token", login, {})["access_token"]
+    for pool in sorted(filter(None, wanted)):
+        body = {"name": pool, "slots": 1, "description": "created by forecart up"}
+        try:
+            _post(f"{airflow}/api/v2/pools", body, {"Authorization": f"Bearer {token}"})
+        except urllib.error.HTTPError as error:
+            if error.code != 409:  # it exists
+                raise
+
+
+def _post(url: str, body: dict[str, Any], headers: dict[str, str]) -> Any:
+    request = urllib.request.Request(  # noqa: S310 - loopback, our own address
+        url,
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"} | headers,
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+        return json.loads(answer.read())
 
 
 def _find_processes(state: Path) -> Iterator[psutil.Process]:

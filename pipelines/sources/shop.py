@@ -215,7 +215,7 @@ def operational_time(days: Floats) -> Floats:
 def clock_time(operational: Floats, low: float, high: float) -> Floats:
     """Invert `operational_time` between two clock times (days), to well below a microsecond."""
     grid = np.arange(low - 1, high + 1, 1 / 48)
-    days = np.interp(operational, operational_time(grid), grid)
+    days: Floats = np.interp(operational, operational_time(grid), grid)
     for _ in range(3):  # Newton's method; the rate of time is never below 0.25
         rate = np.ones_like(days)
         for period, amplitude, peak in RHYTHM:

@@ -1,0 +1,117 @@
+"""`forecart up` and `forecart down` with the real Airflow and MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipelines.platform import MARKER, STATE
+from tests.integration.conftest import Project
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def marked(project: Project) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARKER) == str(project.path / STATE):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture
+def ports(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    chosen = {name: free_port() for name in ("airflow", "mlflow", "service")}
+    for name, port in chosen.items():
+        monkeypatch.setenv(f"FORECART_{name.upper()}_PORT", str(port))
+    return chosen
+
+
+@pytest.fixture
+def running(project: Project, ports: dict[str, int]) -> Iterator[str]:
+    try:
+        yield project.run("forecart", "up").stdout
+    finally:
+        project.run("forecart", "down")
+
+
+def call(url: str, body: dict[str, Any] | None = None, token: str | None = None) -> Any:
+    headers = {"Content-Type": "application/json"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    data = json.dumps(body).encode() if body is not None else None
+    with urllib.request.urlopen(
+        urllib.request.Request(url, data=data, headers=headers), timeout=30
+    ) as answer:
+        return json.loads(answer.read())
+
+
+def test_up_shows_the_dag_and_down_leaves_nothing(
+    project: Project, ports: dict[str, int], running: str
+) -> None:
+    airflow = f"http://127.0.0.1:{ports['airflow']}"
+    assert airflow in running
+    assert f"http://127.0.0.1:{ports['mlflow']}" in running
+    assert "not started: no champion yet" in running
+    user, _, password = running.split("login")[1].split("(", maxsplit=1)[0].partition("/")
+    token = call(f"{airflow}/auth/token", {"username": user.strip(), "password": password.strip()})[
+        "access_token"
+    ]
+    assert call(f"{airflow}/api/v2/pools/gpu", token=token)["slots"] == 1
+    for connection in (c for p in marked(project) for c in p.net_connections("inet")):
+        if connection.status == psutil.CONN_LISTEN:
+            assert connection.laddr.ip in ("127.0.0.1", "::1"), connection
+    again = project.run("forecart", "up", check=False)
+    assert again.returncode == 2
+    assert "running already" in again.stderr
+    assert "stopped" in project.run("forecart", "down").stdout
+    assert marked(project) == []
+    assert "nothing was running" in project.run("forecart", "down").stdout
+
+
+def test_a_port_in_use_is_told_and_nothing_is_started(
+    project: Project, ports: dict[str, int]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", ports["mlflow"]))
+        taken.listen()
+        result = project.run("forecart", "up", check=False)
+    assert result.returncode == 2
+    assert f"port {ports['mlflow']} for mlflow is in use" in result.stderr
+    assert "FORECART_MLFLOW_PORT" in result.stderr
+    assert marked(project) == []
+
+
+def test_down_ends_what_a_killed_supervisor_left(project: Project) -> None:
+    marker = os.environ | {MARKER: str(project.path / STATE)}
+    orphan = subprocess.Popen(["sleep", "300"], env=marker, start_new_session=True)
+    try:
+        assert "stopped 1 processes" in project.run("forecart", "down").stdout
+        assert orphan.wait(timeout=10) != 0
+    finally:
+        orphan.kill()
+
+
+def test_a_port_that_is_none_is_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORECART_AIRFLOW_PORT", "many")
+    result = project.run("forecart", "up", check=False)
+    assert result.returncode == 2
+    assert "FORECART_AIRFLOW_PORT" in result.stderr
+    assert not (Path(project.path) / STATE / "logs").exists()
