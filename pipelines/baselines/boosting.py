@@ -33,7 +33,9 @@ class Boosting:
         self._fit_data = lgb.Dataset(
             x[self._train], feature_name=names, params=parameters, free_raw_data=False
         ).construct()
-        self._stop_data = self._fit_data.create_valid(x[self._calibration]).construct()
+        self._stop_data = self._fit_data.create_valid(
+            x[self._calibration], params=parameters
+        ).construct()
         self._refit_data = lgb.Dataset(
             x[self._known], feature_name=names, params=parameters, free_raw_data=False
         ).construct()

@@ -107,11 +107,15 @@ def _title(name: str) -> str:
 
 
 def _best(target: dict[str, Any], models: Sequence[str], metric: str) -> str | None:
-    """Who leads in a metric; the oracle, which nobody can have, does not compete."""
+    """Who leads in a metric.
+
+    The oracle, which nobody can have, does not compete, nor does the majority rule, which gets a
+    recall of 1 for calling everybody.
+    """
     values = {
         m: target["models"][m][metric]["value"]
         for m in models
-        if m != "oracle" and target["models"][m][metric]["value"] is not None
+        if m not in ("oracle", "majority") and target["models"][m][metric]["value"] is not None
     }
     if not values:
         return None

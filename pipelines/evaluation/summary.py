@@ -24,6 +24,11 @@ def order_models(names: Any) -> list[str]:
     return sorted(names, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n))
 
 
+def _target_order(item: tuple[str, dict[str, Any]]) -> tuple[bool, str, int]:
+    name, target = item
+    return target["kind"] != "binary", name.rpartition("_")[0], target["horizon_days"]
+
+
 def format_summary(evaluation: dict[str, Any], verdict: dict[str, Any] | None) -> str:
     """Format models x targets and the verdict, at most 100 columns wide.
 
@@ -40,7 +45,7 @@ def format_summary(evaluation: dict[str, Any], verdict: dict[str, Any] | None) -
     ]
     models = order_models({m for t in targets.values() for m in t["models"]})
     lines.append(f"{'target':<14}{'base':>7}" + "".join(f"{m:>10.9}" for m in models))
-    for name, target in targets.items():
+    for name, target in sorted(targets.items(), key=_target_order):
         metric = main_metric(target)
         base = target["base_rate"] if target["kind"] == "binary" else None
         cells = [target["models"].get(m, {}).get(metric, {}).get("value") for m in models]
