@@ -1,10 +1,13 @@
 """dvc.yaml as stages and edges: the one graph, for whoever orchestrates it.
 
-Reads YAML and nothing else, so that a scheduler can parse it many times a minute.
+Reads YAML and nothing else, so that a scheduler can parse it many times a minute. Of what
+DVC's own graph can express it refuses what cannot be known without evaluating templates
+(foreach, matrix, ${...} in a path); a template in a command is left for DVC to fill in.
 """
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -44,8 +47,8 @@ class Stage:
         name: unique.
         command: what DVC runs.
         description: one sentence.
-        deps: paths read.
-        outs: paths written, metrics and plots included.
+        deps: paths read, relative to the folder of dvc.yaml.
+        outs: paths written, metrics and plots included; relative likewise.
         params: keys of params.yaml that it depends on.
         hints: for the orchestrator.
     """
@@ -84,8 +87,9 @@ def load_graph(path: Path) -> Graph:
         path: the file.
 
     Raises:
-        UserError: the file is missing or damaged, two stages write the same path, the stages
-            form a circle, or a stage uses a template (foreach, matrix, ${...} in a path).
+        UserError: the file is missing or damaged, two outputs are the same path or lie within
+            each other, the stages form a circle, a hint is wrong, or a stage uses a template
+            (foreach, matrix, ${...} in a path).
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)  # noqa: S506 - a safe loader
@@ -96,7 +100,7 @@ def load_graph(path: Path) -> Graph:
     entries = content.get("stages") if isinstance(content, Mapping) else None
     if not isinstance(entries, Mapping) or not entries:
         raise UserError(f"{path}: no stages")
-    stages = {name: _read_stage(path, name, entry) for name, entry in entries.items()}
+    stages = {str(name): _read_stage(path, str(name), entry) for name, entry in entries.items()}
     upstream = _connect(path, stages)
     try:
         order = list(TopologicalSorter(upstream).static_order())
@@ -112,57 +116,77 @@ def load_graph(path: Path) -> Graph:
 
 
 def _read_stage(path: Path, name: str, entry: Any) -> Stage:
-    if not isinstance(entry, Mapping) or "cmd" not in entry:
+    if not isinstance(entry, Mapping) or "cmd" not in entry or "matrix" in entry:
         raise UserError(f"{path}: stage {name} has no cmd (foreach and matrix are not supported)")
     command = entry["cmd"]
-    outs = [
-        out
-        for kind in ("outs", "metrics", "plots")
-        for item in entry.get(kind) or ()
-        for out in _names(item)
-    ]
-    deps = list(entry.get("deps") or ())
-    templates = [p for p in (*deps, *outs) if "${" in p]
+    folder = str(entry.get("wdir", ""))
+    deps = _read_names(entry, "deps")
+    outs = _read_names(entry, "outs", "metrics", "plots")
+    templates = [p for p in (folder, *deps, *outs) if "${" in p]
     if templates:
         raise UserError(f"{path}: stage {name}: templates in paths are not supported: {templates}")
-    hints = (entry.get("meta") or {}).get("airflow") or {}
-    try:
-        read = Hints(**hints)
-    except TypeError:
-        known = ", ".join(Hints.__dataclass_fields__)
-        raise UserError(f"{path}: stage {name}: meta.airflow knows only {known}") from None
     return Stage(
         name=name,
-        command=" && ".join(command) if isinstance(command, list) else str(command),
+        command=" && ".join(map(str, command)) if isinstance(command, list) else str(command),
         description=str(entry.get("desc", "")),
-        deps=tuple(deps),
-        outs=tuple(outs),
-        params=tuple(p for item in entry.get("params") or () for p in _names(item)),
-        hints=read,
+        deps=tuple(posixpath.normpath(posixpath.join(folder, dep)) for dep in deps),
+        outs=tuple(posixpath.normpath(posixpath.join(folder, out)) for out in outs),
+        params=tuple(_read_names(entry, "params")),
+        hints=_read_hints(path, name, entry.get("meta")),
     )
+
+
+def _read_hints(path: Path, name: str, meta: Any) -> Hints:
+    given = meta.get("airflow") if isinstance(meta, Mapping) else None
+    where = f"{path}: stage {name}: meta.airflow"
+    if given is None:
+        return Hints()
+    if not isinstance(given, Mapping) or set(given) - set(Hints.__dataclass_fields__):
+        raise UserError(f"{where} knows only {', '.join(Hints.__dataclass_fields__)}")
+    hints = Hints(**given)
+    for key, least in (("timeout_minutes", 1), ("retries", 0)):
+        value = getattr(hints, key)
+        if key in given and (type(value) is not int or value < least):
+            raise UserError(
+                f"{where}.{key}: expected a whole number from {least} (found {value!r})"
+            )
+    for key in ("pool", "queue"):
+        value = getattr(hints, key)
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{where}.{key}: expected a name (found {value!r})")
+    return hints
+
+
+def _read_names(entry: Mapping[str, Any], *kinds: str) -> list[str]:
+    return [name for kind in kinds for item in entry.get(kind) or () for name in _names(item)]
 
 
 def _names(item: Any) -> Iterable[str]:
     """Paths are written plain, or as keys of a mapping with options."""
-    return list(item) if isinstance(item, Mapping) else [str(item)]
+    return map(str, item) if isinstance(item, Mapping) else [str(item)]
 
 
 def _connect(path: Path, stages: Mapping[str, Stage]) -> dict[str, tuple[str, ...]]:
     writers: dict[PurePosixPath, str] = {}
     for stage in stages.values():
-        for out in stage.outs:
-            place = PurePosixPath(out)
-            if place in writers:
-                raise UserError(f"{path}: {out} is written by {writers[place]} and {stage.name}")
-            writers[place] = stage.name
+        for out in map(PurePosixPath, stage.outs):
+            for other, writer in writers.items():
+                if _overlap(out, other):
+                    both = f"{out} is" if out == other else f"{other} and {out} overlap,"
+                    raise UserError(f"{path}: {both} written by {writer} and {stage.name}")
+            writers[out] = stage.name
     return {
         stage.name: tuple(
             dict.fromkeys(
                 writer
                 for dep in map(PurePosixPath, stage.deps)
                 for out, writer in writers.items()
-                if writer != stage.name and (dep.is_relative_to(out) or out.is_relative_to(dep))
+                if _overlap(dep, out)
             )
         )
         for stage in stages.values()
     }
+
+
+def _overlap(a: PurePosixPath, b: PurePosixPath) -> bool:
+    return a.is_relative_to(b) or b.is_relative_to(a)

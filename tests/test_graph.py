@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipelines.errors import UserError
 from pipelines.graph import Hints, load_graph
@@ -24,12 +26,61 @@ def test_the_graph_is_dvcs_own() -> None:
 
     with Repo(str(ROOT)) as repo:
         theirs = repo.index.graph
-        nodes = {s.addressing for s in theirs.nodes}
+        nodes = {s.name for s in theirs.nodes}
         # DVC draws an edge from a stage to what it depends on.
-        edges = {(up.addressing, down.addressing) for down, up in theirs.edges}
+        edges = {(up.name, down.name) for down, up in theirs.edges}
     ours = load_graph(ROOT / "dvc.yaml")
     assert set(ours.stages) == nodes
     assert ours.edges == edges
+
+
+@pytest.fixture(scope="module")
+def dvc_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dvc.repo import Repo
+
+    folder = tmp_path_factory.mktemp("dvc")
+    Repo.init(str(folder), no_scm=True).close()
+    return folder
+
+
+def draw_stages(draw: random.Random) -> dict[str, dict[str, object]]:
+    paths = ["a/x", "a/x/1", "a/y", "ab", "b", "b/x", "c/d/e", "./c/d", "d", "e/f", "f.json"]
+    stages: dict[str, dict[str, object]] = {}
+    for name in "stuvw"[: draw.randint(2, 4)]:
+        picked = draw.sample(paths, 3)
+        stage: dict[str, object] = {"cmd": "x ${later}", "desc": "d", "deps": picked[:2]}
+        kind = draw.choice(["outs", "metrics", "plots"])
+        stage[kind] = [{picked[2]: {"cache": False}}] if draw.random() < 0.5 else [picked[2]]
+        if draw.random() < 0.2:
+            stage["wdir"] = "a"
+        stages[name] = stage
+    return stages
+
+
+def test_any_graph_is_dvcs_or_refused_by_both(dvc_folder: Path) -> None:
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    (dvc_folder / "a").mkdir()
+    (dvc_folder / "params.yaml").write_text("later: 1\n")
+    file = dvc_folder / "dvc.yaml"
+    draw, outcomes = random.Random(7), {"equal": 0, "refused": 0}
+    for _ in range(120):
+        stages = draw_stages(draw)
+        file.write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+        edges: set[tuple[str, str]] | None = None
+        try:
+            with Repo(str(dvc_folder)) as repo:
+                theirs = repo.index.graph.edges
+                edges = {(up.name, down.name) for down, up in theirs}
+        except DvcException:
+            with pytest.raises(UserError):
+                load_graph(file)
+            outcomes["refused"] += 1
+            continue
+        assert load_graph(file).edges == edges, stages
+        outcomes["equal"] += bool(edges)
+    assert min(outcomes.values()) >= 20, outcomes
 
 
 def test_stages_come_in_an_order_that_can_run() -> None:
@@ -67,13 +118,19 @@ def test_hints_are_read(tmp_path: Path) -> None:
     ("text", "named"),
     [
         ("stages: {a: {cmd: x, outs: [o]}, b: {cmd: x, outs: [o]}}", "o is written by a and b"),
+        ("stages: {a: {cmd: x, outs: [o]}, b: {cmd: x, outs: [o/p]}}", "o and o/p overlap"),
+        ("stages: {a: {cmd: x, deps: [o/p], outs: [o]}}", "circle: a -> a"),
         (
             "stages: {a: {cmd: x, deps: [p], outs: [o]}, b: {cmd: x, deps: [o], outs: [p]}}",
             "circle",
         ),
         ("stages: {a: {foreach: [1], do: {cmd: x}}}", "foreach"),
         ("stages: {a: {cmd: x, deps: ['${p}']}}", "templates"),
+        ("stages: {a: {cmd: x, matrix: {m: [1]}}}", "matrix"),
         ("stages: {a: {cmd: x, meta: {airflow: {pol: gpu}}}}", "meta.airflow knows only"),
+        ("stages: {a: {cmd: x, meta: {airflow: {retries: -1}}}}", "retries: expected"),
+        ("stages: {a: {cmd: x, meta: {airflow: {timeout_minutes: soon}}}}", "found 'soon'"),
+        ("stages: {a: {cmd: x, meta: {airflow: {pool: 3}}}}", "pool: expected a name"),
         ("stages: [", "not valid YAML"),
         ("{}", "no stages"),
     ],

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipelines.graph import load_graph
@@ -54,9 +56,8 @@ def project(tmp_path: Path) -> Path:
 
 
 def environment(home: Path, project: Path) -> dict[str, str]:
-    binaries = str(Path(sys.executable).parent)
-    return os.environ | {
-        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW_", "FORECART_"))}
+    return keep | {
         "PYTHONPATH": str(ROOT),
         "FORECART_HOME": str(project),
         "AIRFLOW_HOME": str(home),
@@ -84,26 +85,34 @@ def run_airflow(
     return result
 
 
-RUN = """
-import runpy
-module = runpy.run_path({file!r}, run_name="dag")
-run = module["DAG"].test()
-print("STATES", run.state, {{t.task_id: str(t.state) for t in run.get_task_instances()}})
+DAG_FILE = str(ROOT / "dags/forecart_train.py")
+LOAD = f"import runpy; module = runpy.run_path({DAG_FILE!r}, run_name='dag'); d = module['DAG'];"
+RUN = (
+    LOAD
+    + """
+for force in {forces}:
+    run = d.test(run_conf={{"force": force}})
+    print("STATES", run.state, {{t.task_id: str(t.state) for t in run.get_task_instances()}})
+    print("END OF RUN")
 """
+)
 
 
-def test_it_runs_offline(airflow_home: Path, project: Path) -> None:
-    code = RUN.format(file=str(ROOT / "dags/forecart_train.py"))
-    out = run_airflow(airflow_home, project, "-c", code).stdout
+def test_it_runs_offline_and_again_only_when_forced(airflow_home: Path, project: Path) -> None:
+    code = RUN.format(forces=[False, False, True])
+    first, again, forced, _ = run_airflow(airflow_home, project, "-c", code).stdout.split(
+        "END OF RUN"
+    )
     assert (project / "c.txt").read_text() == "aa"
-    assert "STATES success" in out
-    assert "the first speaks" in out
+    assert all("STATES success" in out for out in (first, again, forced))
+    assert "the first speaks" in first
+    assert "the first speaks" not in again
+    assert "the first speaks" in forced
 
 
 def test_a_failing_stage_fails_the_run_and_is_told(airflow_home: Path, project: Path) -> None:
     (project / "second.py").write_text("raise SystemExit('the second gave up')")
-    code = RUN.format(file=str(ROOT / "dags/forecart_train.py"))
-    result = run_airflow(airflow_home, project, "-c", code, check=False)
+    result = run_airflow(airflow_home, project, "-c", RUN.format(forces=[False]), check=False)
     text = result.stdout + result.stderr
     assert "the second gave up" in text
     assert "stage second ended with code" in text
@@ -112,26 +121,100 @@ def test_a_failing_stage_fails_the_run_and_is_told(airflow_home: Path, project: 
     assert not (project / "c.txt").exists()
 
 
+SLOW = """
+import os, pathlib, time
+if pathlib.Path("slow").exists():
+    pathlib.Path("new").write_text(str(os.getpid()))
+    pathlib.Path("new").rename("pid")
+    time.sleep(60)
+pathlib.Path("a.txt").write_text("a")
+"""
+# Airflow's task runner answers SIGTERM with the task's on_kill, in the midst of execute.
+EXECUTE = (
+    LOAD
+    + """
+import signal
+task = d.task_dict["first"]
+signal.signal(signal.SIGTERM, lambda *_: task.on_kill())
+module["StageOperator"].execute.__wrapped__(task, {"params": {"force": False}})
+"""
+)
+
+
+def start_slow_stage(home: Path, project: Path) -> tuple[subprocess.Popen[str], int]:
+    """Start a task whose stage sleeps; the task's process, and the stage's id."""
+    (project / "first.py").write_text(SLOW)
+    (project / "slow").touch()
+    task = subprocess.Popen(
+        [sys.executable, "-c", EXECUTE],
+        cwd=home,
+        env=environment(home, project),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (project / "pid").exists():
+        assert task.poll() is None, task.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return task, int((project / "pid").read_text())
+
+
+def is_running(pid: int) -> bool:
+    # A dead process whose new parent has not asked for its exit code yet still has its id.
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_stopped_task_takes_its_stage_along(airflow_home: Path, project: Path) -> None:
+    task, stage = start_slow_stage(airflow_home, project)
+    task.terminate()
+    _, errors = task.communicate(timeout=20)
+    assert "stage first ended with code -9" in errors
+    assert not is_running(stage)
+
+
+def test_a_retry_ends_what_a_killed_task_left_running(airflow_home: Path, project: Path) -> None:
+    task, stage = start_slow_stage(airflow_home, project)
+    task.kill()
+    task.wait()
+    assert is_running(stage)
+    (project / "slow").unlink()
+    run_airflow(airflow_home, project, "-c", EXECUTE)
+    assert (project / "a.txt").read_text() == "a"
+    assert not is_running(stage)
+
+
 def test_its_edges_are_the_graphs(airflow_home: Path) -> None:
-    code = (
-        "import runpy; d = runpy.run_path({!r}, run_name='dag')['DAG'];"
+    code = LOAD + (
         "print('EDGES', sorted((t.task_id, n) for t in d.tasks for n in t.downstream_task_ids));"
         "print('DOCS', all(t.doc_md for t in d.tasks) and bool(d.doc_md))"
-    ).format(str(ROOT / "dags/forecart_train.py"))
+    )
     out = run_airflow(airflow_home, ROOT, "-c", code).stdout
     assert f"EDGES {sorted(load_graph(ROOT / 'dvc.yaml').edges)}" in out
     assert "DOCS True" in out
 
 
+def test_a_pool_is_used_where_it_exists(airflow_home: Path, project: Path) -> None:
+    show = "print('POOL', d.task_dict['first'].pool, d.task_dict['second'].pool);"
+    code = f"{LOAD}{show} import os; os.environ['FORECART_POOLS'] = 'cpu,gpu'; {LOAD}{show}"
+    out = run_airflow(airflow_home, project, "-c", code).stdout
+    assert "POOL default_pool default_pool" in out
+    assert "POOL gpu default_pool" in out
+
+
 def test_parsing_it_is_light(airflow_home: Path) -> None:
+    # The first load pays for airflow.sdk's own lazy imports, the second is the file's own time.
     code = (
-        "import airflow.sdk, sys, time, runpy; from airflow.sdk import dag, task;"
+        "import sys, time, airflow.sdk; from airflow.sdk import BaseOperator, Param, dag;"
         "from airflow.sdk.exceptions import AirflowException; before = set(sys.modules);"
-        "d = runpy.run_path({0!r}, run_name='dag'); t = time.perf_counter();"
-        "d = runpy.run_path({0!r}, run_name='dag'); print('SECONDS', time.perf_counter() - t);"
-        "heavy = {{'mlflow', 'torch', 'pandas', 'dvc', 'bentoml', 'ibis', 'numpy'}};"
+        f"{LOAD} t = time.perf_counter(); {LOAD} print('SECONDS', time.perf_counter() - t);"
+        "heavy = {'mlflow', 'torch', 'pandas', 'dvc', 'bentoml', 'ibis', 'numpy', 'pydantic'};"
         "print('HEAVY', sorted(heavy & (set(sys.modules) - before)))"
-    ).format(str(ROOT / "dags/forecart_train.py"))
+    )
     out = run_airflow(airflow_home, ROOT, "-c", code).stdout
     assert "HEAVY []" in out
     assert float(out.split("SECONDS ")[1].split()[0]) < 0.1
