@@ -1,14 +1,17 @@
 """Starts and stops what a team uses daily: Airflow, the MLflow pages and the service.
 
-Every process is started with a marker in its environment, which its descendants inherit, and
-`stop` ends exactly the processes that carry it. That also finds the executor's children that
-`airflow standalone` leaves behind when it is interrupted.
+Every program is started in a session of its own and with a marker in its environment. `stop` ends
+exactly the processes of these sessions and those that carry the marker, so it also finds the
+executor's children, which Airflow leaves behind when its scheduler is killed. One sign alone does
+not do: a child may open a session of its own, and a program that renames itself (as Airflow's do)
+may overwrite its environment.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -25,11 +28,14 @@ import psutil
 
 from pipelines.errors import UserError
 from pipelines.graph import load_graph
-from pipelines.io import write_json
+from pipelines.io import read_json, write_json
 
 HOST = "127.0.0.1"
 STATE = Path(".forecart")
 MARKER = "FORECART_PLATFORM"
+_PASSWORDS = "passwords.json"
+_SESSIONS = "sessions.json"
+USER = "admin"
 PORTS = {"airflow": 8080, "mlflow": 5000, "service": 3000}
 
 
@@ -40,14 +46,14 @@ class Program:
     Attributes:
         name: key of PORTS.
         command: argument list.
-        port: loopback port it binds.
+        port: loopback port it binds; None for a part that only the health of another tells of.
         health: path that answers 200 when it is ready.
         environment: variables on top of this process's.
     """
 
     name: str
     command: list[str]
-    port: int
+    port: int | None
     health: str
     environment: dict[str, str]
 
@@ -75,21 +81,23 @@ def start(root: Path, *, wait_seconds: float = 180) -> str:
     if next(_find_processes(state), None) is not None:
         raise UserError("the platform is running already; stop it with: make down")
     programs = _plan_programs(root)
-    for program in programs:
+    pages = [p for p in programs if p.port is not None]
+    for program in pages:
         _check_port(program)
     (state / "logs").mkdir(parents=True, exist_ok=True)
+    login = _make_login(state)
     try:
+        _migrate(programs[0], state)
         running = [(program, _launch(program, state)) for program in programs]
         for program, process in running:
             _await_health(program, process, state, wait_seconds)
     except BaseException:
         stop(root)
         raise
-    user, password = _read_login(state)
-    _create_pools(root, programs[0].address, user, password)
-    write_json(state / "platform.json", {p.name: p.address for p in programs})
-    lines = [f"{p.name:<8} {p.address}" for p in programs]
-    lines.append(f"login    {user} / {password} (Airflow)")
+    _create_pools(root, programs[0].address, login)
+    write_json(state / "platform.json", {p.name: p.address for p in pages})
+    lines = [f"{p.name:<8} {p.address}" for p in pages]
+    lines.append(f"login    {USER} / {login[USER]} (Airflow)")
     if all(p.name != "service" for p in programs):
         lines.append("service  not started: no champion yet; run: .venv/bin/forecart promote")
     lines.append(f"logs     {state / 'logs'}")
@@ -115,26 +123,39 @@ def stop(root: Path, *, grace_seconds: float = 15) -> str:
         for process in alive:
             _ignore_gone(process.kill)
         psutil.wait_procs(alive, timeout=grace_seconds)
-    (state / "platform.json").unlink(missing_ok=True)
+    for file in ("platform.json", _SESSIONS):
+        (state / file).unlink(missing_ok=True)
     return f"stopped {count} processes" if count else "nothing was running"
 
 
 def _plan_programs(root: Path) -> list[Program]:
     from pipelines.registry.champion import fetch_champion
 
-    state = root / STATE
-    binaries = Path(sys.executable).parent
     ports = {name: _read_port(name, default) for name, default in PORTS.items()}
+    binaries = Path(sys.executable).parent
     path = {"PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"}
     store = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    airflow = path | _airflow_environment(root, ports["airflow"])
+    server = ["api-server", "--host", HOST, "--port", str(ports["airflow"])]
+    # `airflow standalone` would open its log servers on every network of the machine; with one
+    # machine they are not needed, so the parts are started one by one without them.
+    parts = {
+        "airflow": server,
+        "scheduler": ["scheduler", "--skip-serve-logs"],
+        "dag-processor": ["dag-processor"],
+        "triggerer": ["triggerer", "--skip-serve-logs"],
+    }
     programs = [
         Program(
-            name="airflow",
-            command=[sys.executable, "-m", "airflow", "standalone"],
-            port=ports["airflow"],
+            name=name,
+            command=[sys.executable, "-m", "airflow", *arguments],
+            port=ports["airflow"] if name == "airflow" else None,
             health="/api/v2/monitor/health",
-            environment=path | _airflow_environment(root, ports["airflow"]),
-        ),
+            environment=airflow,
+        )
+        for name, arguments in parts.items()
+    ]
+    programs.append(
         Program(
             name="mlflow",
             command=[
@@ -146,8 +167,8 @@ def _plan_programs(root: Path) -> list[Program]:
             port=ports["mlflow"],
             health="/health",
             environment=path,
-        ),
-    ]
+        )
+    )
     if fetch_champion(root) is not None:
         programs.append(
             Program(
@@ -161,7 +182,6 @@ def _plan_programs(root: Path) -> list[Program]:
                 environment=path,
             )
         )
-    (state / "airflow").mkdir(parents=True, exist_ok=True)
     return programs
 
 
@@ -173,12 +193,20 @@ def _airflow_environment(root: Path, port: int) -> dict[str, str]:
         "PYTHONPATH": str(root),
         "AIRFLOW__CORE__DAGS_FOLDER": str(root / "dags"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
-        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": "admin:admin",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(home / _PASSWORDS),
+        "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
+        # The executor starts as many processes, busy or not.
+        "AIRFLOW__CORE__PARALLELISM": "4",
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://{HOST}:{port}/execution/",
         "AIRFLOW__API__HOST": HOST,
         "AIRFLOW__API__PORT": str(port),
         "AIRFLOW__API__BASE_URL": f"http://{HOST}:{port}",
         "AIRFLOW__API__WORKERS": "1",
+        # The parts of one start trust each other, and nobody from another start.
+        "AIRFLOW__API_AUTH__JWT_SECRET": secrets.token_urlsafe(32),
+        "AIRFLOW__API__SECRET_KEY": secrets.token_urlsafe(32),
+        "FORECART_POOLS": ",".join(_list_pools(root)),
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}",
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
     }
@@ -207,7 +235,7 @@ def _check_port(program: Program) -> None:
 def _launch(program: Program, state: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | program.environment | {MARKER: str(state)}
     with (state / "logs" / f"{program.name}.log").open("wb") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             program.command,
             cwd=state.parent,
             env=environment,
@@ -216,11 +244,15 @@ def _launch(program: Program, state: Path) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    _record_session(state, process)
+    return process
 
 
 def _await_health(
     program: Program, process: subprocess.Popen[bytes], state: Path, seconds: float
 ) -> None:
+    if program.port is None:
+        return
     deadline = time.monotonic() + seconds
     while not _is_healthy(program):
         log = state / "logs" / f"{program.name}.log"
@@ -240,21 +272,48 @@ def _is_healthy(program: Program) -> bool:
     if program.name != "airflow":
         return True
     parts = json.loads(body)
-    return all(parts[part]["status"] == "healthy" for part in ("metadatabase", "scheduler"))
+    needed = ("metadatabase", "scheduler", "dag_processor", "triggerer")
+    return all(parts[part]["status"] == "healthy" for part in needed)
 
 
-def _read_login(state: Path) -> tuple[str, str]:
-    file = state / "airflow" / "simple_auth_manager_passwords.json.generated"
-    logins: dict[str, str] = json.loads(file.read_text())
-    return next(iter(logins.items()))
+def _make_login(state: Path) -> dict[str, str]:
+    """Return user and password of Airflow's pages, drawn at the first start and kept."""
+    file = state / "airflow" / _PASSWORDS
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+        file.write_text(json.dumps({USER: secrets.token_urlsafe(12)}))
+    login: dict[str, str] = json.loads(file.read_text())
+    return login
 
 
-def _create_pools(root: Path, airflow: str, user: str, password: str) -> None:
+def _migrate(airflow: Program, state: Path) -> None:
+    """Make or upgrade Airflow's database."""
+    log = state / "logs" / "migrate.log"
+    with log.open("wb") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "airflow", "db", "migrate"],
+            cwd=state.parent,
+            env=os.environ | airflow.environment | {MARKER: str(state)},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode:
+        raise UserError(f"Airflow's database could not be made; see {log}")
+
+
+def _list_pools(root: Path) -> list[str]:
+    pools = {stage.hints.pool for stage in load_graph(root / "dvc.yaml").stages.values()}
+    return sorted(filter(None, pools))
+
+
+def _create_pools(root: Path, airflow: str, login: dict[str, str]) -> None:
     """Create the pools that stages name; a task whose pool is missing would wait for ever."""
-    wanted = {s.hints.pool for s in load_graph(root / "dvc.yaml").stages.values()} - {None}
-    login = {"username": user, "password": password}
-    token = _post(f"{airflow}/auth/token", login, {})["access_token"]
-    for pool in sorted(filter(None, wanted)):
+    account = {"username": USER, "password": login[USER]}
+    token = _post(f"{airflow}/auth/token", account, {})["access_token"]
+    for pool in _list_pools(root):
         body = {"name": pool, "slots": 1, "description": "created by forecart up"}
         try:
             _post(f"{airflow}/api/v2/pools", body, {"Authorization": f"Bearer {token}"})
@@ -274,12 +333,39 @@ def _post(url: str, body: dict[str, Any], headers: dict[str, str]) -> Any:
 
 
 def _find_processes(state: Path) -> Iterator[psutil.Process]:
+    sessions = _read_sessions(state)
     for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARKER) == str(state) and process.pid != os.getpid():
+        with suppress(psutil.Error, ProcessLookupError):
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            started = sessions.get(os.getsid(process.pid))
+            in_session = started is not None and process.create_time() >= started
+            if in_session or _is_marked(process, state):
                 yield process
-        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
+
+
+def _is_marked(process: psutil.Process, state: Path) -> bool:
+    try:
+        return process.environ().get(MARKER) == str(state)
+    except psutil.Error:
+        return False
+
+
+def _record_session(state: Path, process: subprocess.Popen[bytes]) -> None:
+    """Note a program's session with its start, which tells it from a later one of that number."""
+    known = _read_sessions(state) | {process.pid: psutil.Process(process.pid).create_time()}
+    content = {"boot": psutil.boot_time(), "sessions": {str(k): v for k, v in known.items()}}
+    write_json(state / _SESSIONS, content)
+
+
+def _read_sessions(state: Path) -> dict[int, float]:
+    if not (state / _SESSIONS).exists():
+        return {}
+    content = read_json(state / _SESSIONS)
+    # The clock may be set a little; a restart of the machine is further away than that.
+    if abs(content["boot"] - psutil.boot_time()) > 60:
+        return {}
+    return {int(pid): started for pid, started in content["sessions"].items()}
 
 
 def _ignore_gone(act: Callable[[], None]) -> None:

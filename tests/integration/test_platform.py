@@ -8,13 +8,14 @@ import socket
 import subprocess
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from pipelines.platform import MARKER, STATE
+from pipelines.platform import MARKER, STATE, _find_processes
 from tests.integration.conftest import Project
 
 
@@ -26,14 +27,25 @@ def free_port() -> int:
 
 
 def marked(project: Project) -> list[psutil.Process]:
+    return list(_find_processes(project.path / STATE))
+
+
+def listening(ports: dict[str, int]) -> list[int]:
+    """Those of the ports that somebody still answers on."""
     found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARKER) == str(project.path / STATE):
-                found.append(process)
-        except psutil.Error:
-            continue
+    for port in ports.values():
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                found.append(port)
     return found
+
+
+def everybody() -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                process.cmdline()
+                yield process
 
 
 @pytest.fixture
@@ -83,6 +95,8 @@ def test_up_shows_the_dag_and_down_leaves_nothing(
     assert "running already" in again.stderr
     assert "stopped" in project.run("forecart", "down").stdout
     assert marked(project) == []
+    assert listening(ports) == []
+    assert not any(str(project.path) in " ".join(p.cmdline()) for p in everybody())
     assert "nothing was running" in project.run("forecart", "down").stdout
 
 
