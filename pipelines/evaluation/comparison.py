@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -137,7 +139,11 @@ def compare(
     weights = draw_weights(table.user[rows], samples=config.bootstrap_samples, seed=config.seed)
     cuts = [table.cut_times[c] for c, split in table.splits.items() if split is Split.TEST]
     targets = {}
-    for part in progress(test, "evaluation", unit="target"):
+    # The sums over the samples run in NumPy outside the interpreter's lock.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        scores = pool.map(lambda part: _score_models(part, weights, config), test)
+        scored = list(progress(scores, "evaluation", total=len(test), unit="target"))
+    for part, score in zip(test, scored, strict=True):
         targets[part.target.name] = {
             "kind": str(part.target.kind),
             "horizon_days": part.target.horizon_days,
@@ -146,7 +152,7 @@ def compare(
             "rows": len(part.y),
             "positives": int((part.y > 0).sum()),
             "cuts": cuts,
-            **_score_models(part, weights, config),
+            **score,
         }
     return {"data": data, "targets": targets, "omitted": table.omitted}
 

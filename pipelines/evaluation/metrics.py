@@ -81,10 +81,12 @@ def rank_rows(outcome: Floats, score: Floats, weights: Floats) -> Ranking:
         weights: (B, N).
     """
     order = np.argsort(-score, kind="stable")
-    sorted_weights = weights[:, order]
+    sorted_weights = np.take(weights, order, axis=1)
     last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
-    rows = np.cumsum(sorted_weights, axis=1)[:, last]
-    gain = np.cumsum(sorted_weights * outcome[order], axis=1)[:, last]
+    rows = np.cumsum(sorted_weights, axis=1)
+    gain = np.cumsum(np.multiply(sorted_weights, outcome[order], out=sorted_weights), axis=1)
+    if len(last) < len(score):
+        rows, gain = rows[:, last], gain[:, last]
     return Ranking(rows=rows, gain=gain)
 
 

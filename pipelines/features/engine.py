@@ -1,12 +1,14 @@
 """The Ibis backends, and the events as the expressions want them.
 
-Times are integers (microseconds since the epoch) and amounts are integers (hundredths), so that
-sums are exact: they neither depend on the order of the rows nor on the engine.
+Times are integers (microseconds since the epoch) and amounts are integers (ten-thousandths), so
+that sums are exact: they depend neither on the order of the rows nor on the engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,45 +17,63 @@ import pyarrow as pa
 from ibis import _
 
 from pipelines.config import Engine
-from pipelines.events import SESSION_GAP_SECONDS
+from pipelines.events import EVENT_CODES, EVENT_SCHEMA, SESSION_GAP_SECONDS, EventType
 
 DAY_US: Final = 86_400_000_000
 SECOND_US: Final = 1_000_000
+# Amounts are counted in this part of the currency unit.
+AMOUNT_SCALE: Final = 10_000
+# Larger prices and amounts would overflow exact sums; in no currency is one an order.
+MAX_AMOUNT: Final = 1e13
+
+_PURCHASE: Final = EVENT_CODES[EventType.PURCHASE]
 
 
-def connect(engine: Engine) -> Any:
-    """Open an Ibis backend that computes in UTC.
+@contextmanager
+def connect(engine: Engine) -> Iterator[Any]:
+    """Open an Ibis backend that computes in UTC and may spill to disk; close it at the end.
+
+    A Spark session that runs already is used and left running. Otherwise the master is what
+    Spark's own configuration says, and all local cores where it says nothing.
 
     Args:
         engine: which.
 
-    Returns:
-        An Ibis connection; close it with ``disconnect``.
+    Yields:
+        An Ibis connection.
     """
     if engine is Engine.DUCKDB:
-        return ibis.duckdb.connect()
+        with tempfile.TemporaryDirectory(prefix="forecart-") as spill:
+            connection = ibis.duckdb.connect(temp_directory=spill)
+            try:
+                yield connection
+            finally:
+                connection.disconnect()
+        return
+    from pyspark import SparkConf
     from pyspark.sql import SparkSession
 
-    session = (
-        SparkSession.builder.master("local[2]")
-        .appName("forecart")
-        .config("spark.sql.session.timeZone", "UTC")
-        .config("spark.sql.shuffle.partitions", "4")
-        .config("spark.sql.ansi.enabled", "true")
-        .config("spark.ui.enabled", "false")
-        .config("spark.driver.host", "127.0.0.1")
-        .config("spark.driver.bindAddress", "127.0.0.1")
-        .getOrCreate()
-    )
-    return ibis.pyspark.connect(session)
+    running = SparkSession.getActiveSession() is not None
+    settings = SparkConf().setAppName("forecart").set("spark.sql.session.timeZone", "UTC")
+    settings.setIfMissing("spark.master", "local[*]")
+    if str(settings.get("spark.master")).startswith("local"):
+        settings.set("spark.driver.host", "127.0.0.1").set("spark.driver.bindAddress", "127.0.0.1")
+        settings.setIfMissing("spark.ui.enabled", "false")
+        settings.setIfMissing("spark.sql.shuffle.partitions", "4")
+    connection = ibis.pyspark.connect(SparkSession.builder.config(conf=settings).getOrCreate())
+    try:
+        yield connection
+    finally:
+        if not running:
+            connection.disconnect()
 
 
 def read_parquet(connection: Any, path: Path) -> Any:
     """Return a table expression over a Parquet file or a folder of day partitions."""
-    if connection.name == "duckdb":
-        pattern = f"{path}/*/*.parquet" if path.is_dir() else str(path)
-        return connection.read_parquet(pattern, hive_partitioning=False)
-    return connection.read_parquet(str(path))
+    if connection.name != "duckdb":
+        return connection.read_parquet(str(path))
+    files = sorted(path.glob("*/*.parquet")) if path.is_dir() else [path]
+    return connection.read_parquet(files, hive_partitioning=False)
 
 
 @ibis.udf.scalar.builtin(name="epoch_us", signature=(("timestamp('UTC', 6)",), "int64"))
@@ -88,36 +108,100 @@ def index_users(events: Any, profiles: Any) -> Any:
 
 
 def prepare_events(connection: Any, events: Any, users: Any) -> Any:
-    """Return events by user number, with exact integers and the marks of new sessions and days.
+    """Return events by user number, with exact integers and what their order tells.
 
-    Columns: user, us, event_type, item_id, category, price, cents (of a purchase: price x
-    quantity), new_session, new_day, gap_s (seconds since the user's event before, null at the
-    first).
+    Args:
+        connection: where the expressions live.
+        events: expression in the schema of ``pipelines.events``.
+        users: of ``index_users``.
+
+    Returns:
+        Expression with the columns of events but ids, and
+        user, us (microseconds since the epoch),
+        number: position in the user's events by (time, event_id), from 0,
+        code: ``EVENT_CODES``,
+        price_units, amount_units: price and purchased amount (price x quantity; a missing price
+        counts as 0, a missing quantity as 1) in 1 / ``AMOUNT_SCALE``,
+        new_session, new_day: 1 at the first event of a session and of a UTC day,
+        gap_s: whole seconds since the user's event before, null at the first,
+        purchase_gap_days: whole UTC days since the day of the purchase before, at the first
+        purchase of a day; else null,
+        next_purchase_us: time of the user's next purchase, the event itself included; else null.
+        Only what compares it with a cut may use it, as it looks ahead.
     """
-    amount = _.price.fill_null(0.0) * _.quantity.fill_null(1.0)
-    is_purchase = _.event_type == "purchase"
     rows = (
-        events.join(users.select("user", "user_id"), "user_id")
-        .mutate(us=microseconds(connection, _.ts))
-        .mutate(cents=ibis.ifelse(is_purchase, (amount * 100).round().cast("int64"), 0))
+        events.select(EVENT_SCHEMA.names)
+        .join(users.select("user", "user_id"), "user_id")
+        .mutate(
+            us=microseconds(connection, _.ts),
+            code=ibis.cases(*((_.event_type == n, c) for n, c in EVENT_CODES.items())),
+            price=_.price.nullif(float("nan")),
+            quantity=_.quantity.nullif(float("nan")),
+        )
+        .mutate(day=(_.us / DAY_US).floor().cast("int64"), is_purchase=_.code == _PURCHASE)
     )
-    order = ibis.window(group_by="user", order_by=["us", "event_id"])
-    rows = rows.mutate(before=_.us.lag().over(order), session_before=_.session_id.lag().over(order))
-    gap = _.us - _.before
-    by_gap = gap > SESSION_GAP_SECONDS * SECOND_US
-    named = _.session_id.notnull() & _.session_before.notnull()
-    new_session = ibis.ifelse(named, _.session_id != _.session_before, by_gap)
+    by_time = ibis.window(group_by="user", order_by=["us", "event_id"])
+    from_last = ibis.window(
+        group_by="user",
+        order_by=[ibis.desc("us"), ibis.desc("event_id")],
+        rows=(None, 0),
+    )
+    by_time_and_kind = ibis.window(group_by=["user", "is_purchase"], order_by=["us", "event_id"])
+    rows = rows.mutate(
+        number=ibis.row_number().over(by_time),
+        us_before=_.us.lag().over(by_time),
+        day_before=_.day.lag().over(by_time),
+        session_before=_.session_id.lag().over(by_time),
+        days_since_same=_.day - _.day.lag().over(by_time_and_kind),
+        next_purchase_us=ibis.ifelse(_.is_purchase, _.us, ibis.null("int64")).min().over(from_last),
+    )
+    gap = _.us - _.us_before
+    both_named = _.session_id.notnull() & _.session_before.notnull()
+    new_session = ibis.ifelse(
+        both_named, _.session_id != _.session_before, gap > SESSION_GAP_SECONDS * SECOND_US
+    )
+    is_first = _.us_before.isnull()
+    amount = ibis.ifelse(_.is_purchase, _.price.fill_null(0.0) * _.quantity.fill_null(1.0), 0.0)
     return rows.select(
         "user",
         "us",
-        "event_type",
+        "number",
+        "code",
         "item_id",
         "category",
+        "brand",
         "price",
-        "cents",
-        new_session=(_.before.isnull() | new_session).cast("int64"),
-        new_day=(_.before.isnull() | ((_.us / DAY_US).floor() != (_.before / DAY_US).floor())).cast(
-            "int64"
-        ),
+        "quantity",
+        "query",
+        price_units=(_.price * AMOUNT_SCALE).round().cast("int64"),
+        amount_units=(amount * AMOUNT_SCALE).round().cast("int64"),
+        new_session=(is_first | new_session).cast("int64"),
+        new_day=(is_first | (_.day != _.day_before)).cast("int64"),
         gap_s=(gap / SECOND_US).floor().cast("int64"),
+        purchase_gap_days=ibis.ifelse(_.is_purchase, _.days_since_same, ibis.null("int64")).nullif(
+            0
+        ),
+        next_purchase_us="next_purchase_us",
     )
+
+
+def stack_cuts(events: Any, cut_times: Sequence[int], span: Any) -> Any:
+    """Repeat the events once a cut, each time those of one span around it.
+
+    A union of filters streams through both engines; a join on inequalities would not.
+
+    Args:
+        events: of ``prepare_events``.
+        cut_times: microseconds since the epoch; the place in the list is the cut's number.
+        span: function of a cut time that gives the filter.
+
+    Returns:
+        ``events`` with the columns cut and cut_us.
+    """
+    parts = [
+        events.filter(span(us)).mutate(
+            cut=ibis.literal(index, "int32"), cut_us=ibis.literal(us, "int64")
+        )
+        for index, us in enumerate(cut_times)
+    ]
+    return parts[0] if len(parts) == 1 else ibis.union(*parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 from ibis import _
 
 from pipelines.config import TargetsConfig
+from pipelines.events import EVENT_CODES
 from pipelines.features.cuts import Cut
-from pipelines.features.engine import DAY_US
+from pipelines.features.engine import AMOUNT_SCALE, DAY_US, stack_cuts
 
 
 class Kind(StrEnum):
@@ -52,33 +54,38 @@ def list_targets(config: TargetsConfig) -> tuple[Target, ...]:
     )
 
 
-def build_labels(events: Any, population: Any, *, cut: Cut, targets: tuple[Target, ...]) -> Any:
-    """Return (user, y_...) for everybody in the population at a cut.
+def build_labels(
+    events: Any, population: Any, *, cuts: Sequence[Cut], targets: Sequence[Target]
+) -> Any:
+    """Return (cut, user, y_...) for everybody in the population.
 
     Args:
         events: of ``pipelines.features.engine.prepare_events``.
-        population: expression with a column user.
-        cut: when.
+        population: expression with the columns cut and user.
+        cuts: when; numbered from 0 without holes.
         targets: what.
     """
     longest = max(t.horizon_days for t in targets)
-    ahead = events.filter((_.us >= cut.us) & (_.us < cut.us + longest * DAY_US))
+    ahead = stack_cuts(
+        events, [c.us for c in cuts], lambda us: (_.us >= us) & (_.us < us + longest * DAY_US)
+    ).mutate(lead_us=_.us - _.cut_us)
     columns: dict[str, Any] = {}
+    silent: dict[str, float] = {}
     for target in targets:
-        inside = _.us < cut.us + target.horizon_days * DAY_US
+        name = f"y_{target.name}"
+        inside = _.lead_us < target.horizon_days * DAY_US
+        is_churn = target.kind is Kind.BINARY and target.event is None
+        silent[name] = float(is_churn)
         if target.kind is Kind.AMOUNT:
-            columns[f"y_{target.name}"] = _.cents.sum(where=inside) / 100.0
+            columns[name] = _.amount_units.sum(where=inside) / float(AMOUNT_SCALE)
         elif target.event is None:
-            columns[f"y_{target.name}"] = 1 - inside.cast("int32").max()
+            columns[name] = 1 - inside.cast("int32").max()
         else:
-            columns[f"y_{target.name}"] = (
-                (inside & (_.event_type == target.event)).cast("int32").max()
-            )
-    silent = {
-        f"y_{t.name}": 1.0 if t.kind is Kind.BINARY and t.event is None else 0.0 for t in targets
-    }
-    seen = ahead.group_by("user").aggregate(**columns)
-    rows = population.select("user").left_join(seen, "user").drop("user_right")
+            happens = inside & (_.code == EVENT_CODES[target.event])
+            columns[name] = happens.cast("int32").max()
+    seen = ahead.group_by("cut", "user").aggregate(**columns)
+    rows = population.select("cut", "user").left_join(seen, ["cut", "user"])
+    rows = rows.drop("cut_right", "user_right")
     return rows.mutate(
         **{name: rows[name].cast("float64").fill_null(value) for name, value in silent.items()}
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -9,78 +10,76 @@ import pyarrow as pa
 from ibis import _
 from numpy.typing import NDArray
 
-from pipelines.events import EVENT_CODES, SESSION_GAP_SECONDS
-from pipelines.features.engine import SECOND_US, fetch_batches, microseconds
+from pipelines.features.engine import fetch_batches
 from pipelines.features.store import MISSING_TIME, Sequences, hash_query, hash_text
 
 _BATCH_ROWS: Final = 1 << 18
-_HASHED: Final = ("item_id", "category", "brand", "session_id")
+_HASHED: Final = {"item": "item_id", "category": "category", "brand": "brand"}
+_COPIED: Final = {
+    "ts": ("us", np.int64),
+    "type": ("code", np.uint8),
+    "price": ("price", np.float32),
+    "quantity": ("quantity", np.float32),
+    "session_start": ("new_session", np.uint8),
+}
 
 
-def build_sequences(connection: Any, events: Any, users: Any) -> Sequences:
-    """Sort all events by (user, ts, event_id) and code them.
+def write_sequences(connection: Any, events: Any, people: pa.Table, folder: Path) -> Sequences:
+    """Write all events, sorted by (user, ts, event_id), as flat columns.
 
-    The engine sorts (out of core where it must); rows arrive in batches and are written into
-    flat arrays, so that texts are never all in memory. Each distinct text is hashed once.
+    The engine sorts, out of core where it must; rows arrive in batches and go to files of their
+    final size, so that memory holds one batch. Each distinct text is hashed once.
 
     Args:
         connection: where the expressions live.
-        events: expression in the schema of ``pipelines.events``.
-        users: of ``pipelines.features.engine.index_users``.
+        events: of ``pipelines.features.engine.prepare_events``.
+        people: of ``pipelines.features.engine.index_users``, sorted by user.
+        folder: an existing directory.
+
+    Returns:
+        The sequences, mapped from the files.
     """
-    rows = (
-        events.join(users.select("user", "user_id"), "user_id")
-        .mutate(us=microseconds(connection, _.ts))
-        .order_by("user", "us", "event_id")
-        .select("user", "us", "event_type", *_HASHED, "price", "quantity", "query")
+    counts = events.group_by("user").aggregate(n=_.count()).order_by("user").to_pyarrow()
+    offsets = np.concatenate([[0], np.cumsum(counts["n"].to_numpy())]).astype(np.int64)
+    rows = events.order_by("user", "number").select(
+        *(column for column, _dtype in _COPIED.values()), *_HASHED.values(), "query"
     )
-    total = int(events.count().execute())
-    user = np.empty(total, np.int64)
-    columns: dict[str, NDArray[Any]] = {
-        "us": np.empty(total, np.int64),
-        "event_type": np.empty(total, np.uint8),
-        "price": np.empty(total, np.float32),
-        "quantity": np.empty(total, np.float32),
-        "query": np.empty(total, np.int32),
-        **{name: np.empty(total, np.uint32) for name in _HASHED},
+    dtypes: dict[str, Any] = {name: dtype for name, (_column, dtype) in _COPIED.items()}
+    dtypes |= dict.fromkeys(_HASHED, np.uint32) | {"query": np.int32}
+    files = {
+        name: np.lib.format.open_memmap(
+            folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(int(offsets[-1]),)
+        )
+        for name, dtype in dtypes.items()
     }
     hashes: dict[str, dict[str | None, int]] = {name: {} for name in _HASHED}
     queries: dict[str | None, int] = {None: 0, "": 0}
     low = 0
     for batch in fetch_batches(connection, rows, _BATCH_ROWS):
-        high = low + batch.num_rows
-        user[low:high] = batch.column("user").to_numpy()
-        columns["us"][low:high] = batch.column("us").to_numpy()
-        columns["event_type"][low:high] = _code(batch.column("event_type"), EVENT_CODES)
-        for name in ("price", "quantity"):
-            columns[name][low:high] = batch.column(name).to_numpy(zero_copy_only=False)
-        for name in _HASHED:
-            _learn(batch.column(name), hashes[name], hash_text)
-            columns[name][low:high] = _code(batch.column(name), hashes[name])
+        place = slice(low, low + batch.num_rows)
+        for name, (column, _dtype) in _COPIED.items():
+            files[name][place] = batch.column(column).to_numpy(zero_copy_only=False)
+        for name, column in _HASHED.items():
+            _learn(batch.column(column), hashes[name], hash_text)
+            files[name][place] = _code(batch.column(column), hashes[name])
         _learn(batch.column("query"), queries, lambda _text: len(queries) - 1)
-        columns["query"][low:high] = _code(batch.column("query"), queries)
-        low = high
-    people = users.order_by("user").to_pyarrow()
-    texts = sorted((number, text) for text, number in queries.items() if number > 0)
-    grams = [hash_query(text) for _number, text in texts]
-    return Sequences(
-        offsets=np.searchsorted(user, np.arange(people.num_rows + 1)).astype(np.int64),
-        ts=columns["us"],
-        type=columns["event_type"],
-        item=columns["item_id"],
-        category=columns["category"],
-        brand=columns["brand"],
-        price=columns["price"],
-        quantity=columns["quantity"],
-        query=columns["query"],
-        session_start=_find_session_starts(user, columns["us"], columns["session_id"]),
-        query_offsets=np.cumsum([0, 0, *(len(g) for g in grams)]).astype(np.int64),
-        query_tokens=np.array([token for g in grams for token in g], dtype=np.uint32),
-        age=people["age"].to_numpy().astype(np.float32),
-        gender=_hash_column(people["gender"]),
-        region=_hash_column(people["region"]),
-        signup_ts=_signup_us(people["signup_ts"]),
-    )
+        files["query"][place] = _code(batch.column("query"), queries)
+        low = place.stop
+    for file in files.values():
+        file.flush()
+    grams = [hash_query(text) for text in queries if text]
+    others: dict[str, NDArray[Any]] = {
+        "offsets": offsets,
+        "query_offsets": np.cumsum([0, 0, *(len(g) for g in grams)]).astype(np.int64),
+        "query_tokens": np.array([token for g in grams for token in g], dtype=np.uint32),
+        "age": people["age"].to_numpy().astype(np.float32),
+        "gender": _hash_column(people["gender"]),
+        "region": _hash_column(people["region"]),
+        "signup_ts": _signup_us(people["signup_ts"]),
+    }
+    for name, values in others.items():
+        np.save(folder / f"{name}.npy", values, allow_pickle=False)
+    return Sequences.load(folder)
 
 
 def _learn(column: pa.Array, known: dict[str | None, int], number: Any) -> None:
@@ -106,13 +105,3 @@ def _signup_us(column: pa.ChunkedArray) -> NDArray[np.int64]:
     micros = column.cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())
     filled: NDArray[np.int64] = micros.fill_null(MISSING_TIME).to_numpy()
     return filled
-
-
-def _find_session_starts(
-    user: NDArray[np.int64], us: NDArray[np.int64], session: NDArray[np.uint32]
-) -> NDArray[np.uint8]:
-    starts = np.ones(len(us), bool)
-    named = (session[1:] > 0) & (session[:-1] > 0)
-    by_gap = np.diff(us) > SESSION_GAP_SECONDS * SECOND_US
-    starts[1:] = (np.diff(user) != 0) | np.where(named, np.diff(session) != 0, by_gap)
-    return starts.astype(np.uint8)

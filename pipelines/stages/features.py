@@ -3,91 +3,111 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import ibis
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from ibis import _
 
 from pipelines.config import Params
 from pipelines.errors import UserError
+from pipelines.events import EVENT_SCHEMA, USER_SCHEMA, check_columns
 from pipelines.features.cuts import Cut, Split, describe_cuts, find_end, plan_cuts
 from pipelines.features.engine import (
+    MAX_AMOUNT,
     connect,
     index_users,
-    microseconds,
     prepare_events,
     read_parquet,
 )
 from pipelines.features.labels import Kind, Target, build_labels, list_targets
-from pipelines.features.sequences import build_sequences
-from pipelines.features.snapshots import build_snapshots
-from pipelines.features.store import hash_text
+from pipelines.features.sequences import write_sequences
+from pipelines.features.snapshots import build_snapshots, profile_features
+from pipelines.features.store import Sequences
 from pipelines.features.vocabulary import fit_scalers, fit_vocabulary
-from pipelines.io import progress, replace_directory, write_json, write_table
+from pipelines.io import replace_directory, write_json, write_table
 
-EVENTS = Path("data/valid")
-PROFILES = Path("data/entities/users.parquet")
-OUTPUT = Path("data/features")
+EVENTS: Final = Path("data/valid")
+PROFILES: Final = Path("data/entities/users.parquet")
+OUTPUT: Final = Path("data/features")
 
 
 def run(params: Params, root: Path = Path()) -> str:
     """Build data/features.
 
+    Args:
+        params: all settings; features, population, targets, cuts and ingest.until are used.
+        root: the project's folder.
+
+    Returns:
+        One line for people.
+
     Raises:
-        UserError: no events, too short a span, or no target that can be learnt.
+        UserError: no events, damaged ones, too short a span, or no target that can be learnt.
     """
-    connection = connect(params.features.engine)
-    events = read_parquet(connection, _require(root / EVENTS)).cache()
-    users = index_users(events, read_parquet(connection, _require(root / PROFILES))).cache()
-    first, last = _find_span(events)
+    _check_inputs(root)
+    with (
+        connect(params.features.engine) as connection,
+        ExitStack() as caches,
+        replace_directory(root / OUTPUT) as folder,
+    ):
+        return _build(params, connection, caches, root, folder)
+
+
+def _build(params: Params, connection: Any, caches: ExitStack, root: Path, folder: Path) -> str:
+    raw = read_parquet(connection, root / EVENTS)
+    first, last = _find_span(raw)
     end = find_end(last, params.ingest.until)
     cuts = plan_cuts(first, end, horizon_days=params.targets.horizons_days[-1], params=params.cuts)
-    calibration = next(c for c in cuts if c.split is Split.CALIBRATION)
+    write_json(folder / "cuts.json", describe_cuts(cuts, first=first, last=last, end=end))
 
-    sequences = build_sequences(connection, events, users)
+    users = index_users(raw, read_parquet(connection, root / PROFILES))
+    users = caches.enter_context(users.cache())
+    people = users.order_by("user").to_pyarrow()
+    write_table(folder / "users.parquet", _tidy_people(people))
+    events = caches.enter_context(prepare_events(connection, raw, users).cache())
+    (folder / "sequences").mkdir()
+    sequences = write_sequences(connection, events, people, folder / "sequences")
+
+    calibration = next(c for c in cuts if c.split is Split.CALIBRATION)
     vocabulary = fit_vocabulary(
         sequences, before_us=calibration.us, max_size=params.features.max_vocabulary
     )
-    scalers = fit_scalers(sequences, before_us=calibration.us)
-    snapshots = _collect_snapshots(params, connection, events, users, cuts, vocabulary)
-    targets, omitted = choose_targets(snapshots, cuts, list_targets(params.targets))
-    snapshots = snapshots.drop_columns([f"y_{note['name']}" for note in omitted])
+    write_json(folder / "vocabulary.json", vocabulary)
+    write_json(folder / "scalers.json", fit_scalers(sequences, before_us=calibration.us))
 
-    with replace_directory(root / OUTPUT) as folder:
-        (folder / "sequences").mkdir()
-        sequences.save(folder / "sequences")
-        people = users.order_by("user").to_pyarrow()
-        write_table(
-            folder / "users.parquet",
-            people.select(["user", "user_id", "age", "gender", "region", "signup_ts"]),
-        )
-        write_table(folder / "snapshots.parquet", snapshots)
-        write_json(folder / "cuts.json", describe_cuts(cuts, first=first, last=last, end=end))
-        write_json(folder / "vocabulary.json", vocabulary)
-        write_json(folder / "scalers.json", scalers)
-        write_json(
-            folder / "schema.json",
-            {
-                "features": [n for n in snapshots.column_names if n.startswith("f_")],
-                "targets": [
-                    {
-                        "name": t.name,
-                        "kind": str(t.kind),
-                        "event": t.event,
-                        "horizon_days": t.horizon_days,
-                    }
-                    for t in targets
-                ],
-                "omitted": omitted,
-                "population_active_within_days": params.population.active_within_days,
-            },
-        )
+    wanted = list_targets(params.targets)
+    snapshots = _collect_snapshots(params, events, sequences, cuts, wanted, vocabulary)
+    _check_population(snapshots, cuts, params.population.active_within_days)
+    targets, omitted = choose_targets(snapshots, cuts, wanted)
+    snapshots = snapshots.drop_columns([f"y_{note['name']}" for note in omitted])
+    write_table(folder / "snapshots.parquet", snapshots)
+    write_json(
+        folder / "schema.json",
+        {
+            "features": [n for n in snapshots.column_names if n.startswith("f_")],
+            "targets": [
+                {
+                    "name": t.name,
+                    "kind": str(t.kind),
+                    "event": t.event,
+                    "horizon_days": t.horizon_days,
+                }
+                for t in targets
+            ],
+            "omitted": omitted,
+            "population_active_within_days": params.population.active_within_days,
+        },
+    )
     notes = "".join(f"; {note['name']} left out: {note['why']}" for note in omitted)
+    fewer = params.cuts.train - sum(c.split is Split.TRAIN for c in cuts)
+    if fewer:
+        notes += f"; {fewer} of {params.cuts.train} training cuts left out: the events are too few"
     return (
         f"{sequences.events:,} events of {sequences.users:,} users, "
         f"{snapshots.num_rows:,} snapshots at {len(cuts)} cuts, {len(targets)} targets "
@@ -95,71 +115,100 @@ def run(params: Params, root: Path = Path()) -> str:
     )
 
 
-def _require(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; run the stages before")
-    return path
+def _check_inputs(root: Path) -> None:
+    """Fail when a file is missing, unreadable or of another schema; name the file."""
+    parts = sorted((root / EVENTS).glob("*/*.parquet"))
+    if not parts:
+        raise UserError(f"{root / EVENTS}: no events; run the stages before")
+    profiles = root / PROFILES
+    if not profiles.exists():
+        raise UserError(f"{profiles}: no such file; run the stages before")
+    for path in [*parts, profiles]:
+        schema = USER_SCHEMA if path == profiles else EVENT_SCHEMA
+        try:
+            names = pq.read_schema(path).names
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path}: not a readable Parquet file ({error})") from None
+        check_columns(names, schema, str(path))
 
 
 def _find_span(events: Any) -> tuple[datetime, datetime]:
-    found = events.aggregate(first=_.ts.min(), last=_.ts.max()).to_pyarrow().to_pylist()[0]
-    if found["first"] is None:
+    """Time of the first and the last event; fails on amounts that no exact sum can hold."""
+    amount = _.price.fill_null(0.0) * _.quantity.fill_null(1.0)
+    largest = {"price": _.price.abs().max(), "price x quantity": amount.abs().max()}
+    found = events.aggregate(first=_.ts.min(), last=_.ts.max(), **largest).to_pyarrow()
+    row = found.to_pylist()[0]
+    if row["first"] is None:
         raise UserError(f"{EVENTS}: no events")
-    return found["first"], found["last"]
+    for name in largest:
+        if row[name] is not None and row[name] > MAX_AMOUNT:
+            raise UserError(f"{EVENTS}: {name} reaches {row[name]:g}, more than {MAX_AMOUNT:g}")
+    return row["first"], row["last"]
+
+
+def _tidy_people(people: pa.Table) -> pa.Table:
+    fields = [pa.field("user", pa.int32(), nullable=False), *USER_SCHEMA]
+    return pa.table(
+        [people[f.name].cast(f.type).combine_chunks() for f in fields], schema=pa.schema(fields)
+    )
 
 
 def _collect_snapshots(
     params: Params,
-    connection: Any,
     events: Any,
-    users: Any,
+    sequences: Sequences,
     cuts: Sequence[Cut],
+    targets: Sequence[Target],
     vocabulary: dict[str, list[int]],
 ) -> pa.Table:
-    prepared = prepare_events(connection, events, users).cache()
-    coded = users.mutate(
-        gender_code=_code_profile(users.gender, users, "gender", vocabulary["gender"]),
-        signup_us=microseconds(connection, users.signup_ts),
-        region_code=_code_profile(users.region, users, "region", vocabulary["region"]),
-    ).cache()
-    targets = list_targets(params.targets)
-    tables = []
-    for cut in progress(cuts, "snapshots", unit="cut"):
-        features = build_snapshots(
-            prepared,
-            coded,
-            cut=cut,
-            windows_days=params.features.windows_days,
-            active_within_days=params.population.active_within_days,
-        ).cache()
-        labels = build_labels(prepared, features, cut=cut, targets=targets)
-        rows = features.left_join(labels, "user").drop("user_right").order_by("user")
-        tables.append(_tidy(rows.to_pyarrow()))
-    return pa.concat_tables(tables)
-
-
-def _code_profile(column: Any, users: Any, name: str, known: list[int]) -> Any:
-    """Number of the value in the vocabulary, from 1; 0 unknown; null missing."""
-    codes = {code: number for number, code in enumerate(known, start=1)}
-    values = users.filter(column.notnull()).select(name).distinct().to_pyarrow()[name].to_pylist()
-    branches = [(column == v, codes.get(hash_text(v), 0)) for v in sorted(values)]
-    if not branches:
-        return ibis.null("int32")
-    return ibis.cases(*branches, else_=ibis.null("int32")).cast("int32")
+    """user, cut, f_..., y_..., sorted by cut, then user."""
+    features = build_snapshots(
+        events,
+        cuts=cuts,
+        windows_days=params.features.windows_days,
+        active_within_days=params.population.active_within_days,
+        predicted_types=[t.event for t in targets if t.event],
+    )
+    with features.cache() as population:
+        labels = build_labels(events, population, cuts=cuts, targets=targets)
+        known = _tidy(population.order_by("cut", "user").to_pyarrow())
+        ahead = _tidy(labels.order_by("cut", "user").to_pyarrow())
+    cut_us = np.array([c.us for c in cuts], dtype=np.int64)
+    profiles = profile_features(
+        sequences,
+        vocabulary,
+        user=known["user"].to_numpy(),
+        cut_us=cut_us[known["cut"].to_numpy()],
+    )
+    columns = dict(zip(known.column_names, known.columns, strict=True))
+    columns |= dict(zip(profiles.column_names, profiles.columns, strict=True))
+    columns |= {n: ahead[n] for n in ahead.column_names if n.startswith("y_")}
+    return pa.table(columns)
 
 
 def _tidy(table: pa.Table) -> pa.Table:
-    """user, cut, f_..., y_... with one number type each, whatever the engine made of them."""
-    names = table.column_names
-    ordered = [
-        "user",
-        "cut",
-        *(n for n in names if n.startswith("f_")),
-        *(n for n in names if n.startswith("y_")),
-    ]
-    types = {"user": pa.int32(), "cut": pa.int32()}
-    columns = {n: table[n].cast(types.get(n, pa.float64())).combine_chunks() for n in ordered}
-    return pa.table(columns)
+    """Keys first, then float64 with NaN for unknown, whatever the engine made of them."""
+    keys = {n: table[n].cast(pa.int32()).combine_chunks() for n in ("user", "cut")}
+    values = {
+        n: table[n].cast(pa.float64()).fill_null(float("nan")).combine_chunks()
+        for n in table.column_names
+        if n not in keys
+    }
+    return pa.table(keys | values)
+
+
+def _check_population(
+    snapshots: pa.Table, cuts: Sequence[Cut], active_within_days: float | None
+) -> None:
+    """Fail when a kind of cut has nobody to learn from or to be judged on."""
+    found = set(snapshots["cut"].to_pylist())
+    for split in Split:
+        of_kind = [c for c in cuts if c.split is split]
+        if not any(c.index in found for c in of_kind):
+            raise UserError(
+                f"nobody was active in the {active_within_days} days before the {split} cut of "
+                f"{of_kind[-1].ts:%Y-%m-%d}: raise population.active_within_days (null: everybody)"
+            )
 
 
 def choose_targets(
