@@ -7,6 +7,7 @@ that sums are exact: they depend neither on the order of the rows nor on the eng
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,8 @@ def connect(engine: Engine) -> Iterator[Any]:
             finally:
                 connection.disconnect()
         return
+    # What is used of pandas works; the note would come dozens of times.
+    warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas")
     from pyspark import SparkConf
     from pyspark.sql import SparkSession
 
@@ -60,6 +63,8 @@ def connect(engine: Engine) -> Iterator[Any]:
         settings.set("spark.driver.host", "127.0.0.1").set("spark.driver.bindAddress", "127.0.0.1")
         settings.setIfMissing("spark.ui.enabled", "false")
         settings.setIfMissing("spark.sql.shuffle.partitions", "4")
+    settings.setIfMissing("spark.ui.showConsoleProgress", "false")
+    settings.setIfMissing("spark.log.level", "ERROR")
     connection = ibis.pyspark.connect(SparkSession.builder.config(conf=settings).getOrCreate())
     try:
         yield connection

@@ -77,7 +77,7 @@ def build_labels(
         is_churn = target.kind is Kind.BINARY and target.event is None
         silent[name] = float(is_churn)
         if target.kind is Kind.AMOUNT:
-            columns[name] = _.amount_units.sum(where=inside) / float(AMOUNT_SCALE)
+            columns[name] = _.amount_units.sum(where=inside).cast("float64") / AMOUNT_SCALE
         elif target.event is None:
             columns[name] = 1 - inside.cast("int32").max()
         else:

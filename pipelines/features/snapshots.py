@@ -136,11 +136,11 @@ def _summarise(past: Any, windows: Sequence[int], windowed_types: Sequence[str])
         "f_events": _.n.sum(),
         "f_sessions": _.sessions.sum(),
         "f_days_active": _.days.sum(),
-        "f_spend": _.amount.sum() / float(AMOUNT_SCALE),
+        "f_spend": _.amount.sum().cast("float64") / AMOUNT_SCALE,
         "f_price_mean": _.price_sum.sum().cast("float64") / _.prices.sum().nullif(0) / AMOUNT_SCALE,
-        "f_price_max": _.price_max.max() / float(AMOUNT_SCALE),
+        "f_price_max": _.price_max.max().cast("float64") / AMOUNT_SCALE,
         "f_last_type": _.code.argmax(_.last),
-        "f_gap_last": _.last_gap.argmax(_.last) / float(_SECONDS_PER_DAY),
+        "f_gap_last": _.last_gap.argmax(_.last).cast("float64") / _SECONDS_PER_DAY,
         "f_gap_mean": gap_mean,
         "f_gap_std": _spread(_.gaps, _.gap_sum, _.gap_squares) / _SECONDS_PER_DAY,
         "f_purchase_gap_mean": _.purchase_gap_sum.sum().cast("float64")
@@ -161,7 +161,7 @@ def _summarise(past: Any, windows: Sequence[int], windowed_types: Sequence[str])
         columns[f"f_events_{days}d"] = _sum(_.n, inside)
         columns[f"f_sessions_{days}d"] = _sum(_.sessions, inside)
         columns[f"f_days_active_{days}d"] = _sum(_.days, inside)
-        columns[f"f_spend_{days}d"] = _sum(_.amount, inside) / float(AMOUNT_SCALE)
+        columns[f"f_spend_{days}d"] = _sum(_.amount, inside).cast("float64") / AMOUNT_SCALE
         for name in windowed_types:
             columns[f"f_{name}_{days}d"] = _sum(_.n, inside & (_.code == EVENT_CODES[name]))
     return cells.group_by(*_KEYS).aggregate(**columns)

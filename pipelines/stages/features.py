@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from pipelines.features.engine import (
     MAX_AMOUNT,
     connect,
     index_users,
+    microseconds,
     prepare_events,
     read_parquet,
 )
@@ -61,7 +62,7 @@ def run(params: Params, root: Path = Path()) -> str:
 
 def _build(params: Params, connection: Any, caches: ExitStack, root: Path, folder: Path) -> str:
     raw = read_parquet(connection, root / EVENTS)
-    first, last = _find_span(raw)
+    first, last = _find_span(connection, raw)
     end = find_end(last, params.ingest.until)
     cuts = plan_cuts(first, end, horizon_days=params.targets.horizons_days[-1], params=params.cuts)
     write_json(folder / "cuts.json", describe_cuts(cuts, first=first, last=last, end=end))
@@ -132,18 +133,22 @@ def _check_inputs(root: Path) -> None:
         check_columns(names, schema, str(path))
 
 
-def _find_span(events: Any) -> tuple[datetime, datetime]:
+def _find_span(connection: Any, events: Any) -> tuple[datetime, datetime]:
     """Time of the first and the last event; fails on amounts that no exact sum can hold."""
     amount = _.price.fill_null(0.0) * _.quantity.fill_null(1.0)
     largest = {"price": _.price.abs().max(), "price x quantity": amount.abs().max()}
-    found = events.aggregate(first=_.ts.min(), last=_.ts.max(), **largest).to_pyarrow()
+    us = microseconds(connection, _.ts)
+    found = events.aggregate(first=us.min(), last=us.max(), **largest).to_pyarrow()
     row = found.to_pylist()[0]
     if row["first"] is None:
         raise UserError(f"{EVENTS}: no events")
     for name in largest:
         if row[name] is not None and row[name] > MAX_AMOUNT:
             raise UserError(f"{EVENTS}: {name} reaches {row[name]:g}, more than {MAX_AMOUNT:g}")
-    return row["first"], row["last"]
+    # Whole microseconds, as Spark's times come without their zone.
+    start = datetime(1970, 1, 1, tzinfo=UTC)
+    first, last = (start + timedelta(microseconds=row[name]) for name in ("first", "last"))
+    return first, last
 
 
 def _tidy_people(people: pa.Table) -> pa.Table:

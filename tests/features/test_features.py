@@ -362,7 +362,7 @@ def test_no_purchases_leave_search_and_churn(params: Params, tmp_path: Path) -> 
 def test_no_target_left_is_a_clear_mistake(tmp_path: Path) -> None:
     write_log(tmp_path, without("purchase"))
     targets = SETTINGS["targets"] | {"events": ["purchase"], "churn": False}
-    with pytest.raises(UserError, match="no target can be learnt.*no purchase"):
+    with pytest.raises(UserError, match=r"no target can be learnt.*no purchase"):
         run(parse_params(SETTINGS | {"targets": targets}), tmp_path)
     assert not (tmp_path / "data/features").exists()
 
