@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,10 @@ class Recency:
         self.never = float(y[~known].mean()) if (~known).any() else float(y.mean())
         self._has_curve = bool(known.any())
         if self._has_curve:
-            self._curve.fit(days[known], y[known])
+            with warnings.catch_warnings():
+                # A direction that the data leave open costs little either way.
+                warnings.filterwarnings("ignore", message="Confidence interval of the Spearman")
+                self._curve.fit(days[known], y[known])
 
     def predict(self, x: Floats) -> Floats:
         """Read the curve."""
