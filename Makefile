@@ -16,8 +16,9 @@ export BENTOML_DO_NOT_TRACK ?= True
 export GX_ANALYTICS_ENABLED ?= false
 export AIRFLOW__USAGE_DATA_COLLECTION__ENABLED ?= false
 
-# Waiting threads sleep instead of spinning, so that parallel work does not starve.
-export OMP_WAIT_POLICY ?= passive
+# Tests run side by side: threads that wait for each other sleep at once.
+test check: export OMP_WAIT_POLICY ?= passive
+test check: export GOMP_SPINCOUNT ?= 0
 
 # The first interpreter that runs and is new enough, unless PYTHON names one.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \

@@ -76,12 +76,8 @@ def take_time(work: Callable[[], object]) -> float:
 def rewrite(root: Path) -> None:
     """Read all events, sort them and write them, by DuckDB alone."""
     with duckdb.connect() as connection:
-        connection.execute(
-            "COPY (SELECT * FROM read_parquet(?) ORDER BY user_id, ts, event_id) TO '"
-            + str(root / "sorted.parquet").replace("'", "''")
-            + "' (FORMAT parquet)",
-            [str(root / "data/events/*/*.parquet")],
-        )
+        events = connection.read_parquet(str(root / "data/events/*/*.parquet"))
+        events.order("user_id, ts, event_id").write_parquet(str(root / "sorted.parquet"))
 
 
 if __name__ == "__main__":

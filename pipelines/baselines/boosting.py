@@ -19,6 +19,7 @@ class Boosting:
 
     The rows are binned once and shared by all targets. Rounds are chosen by early stopping on
     the calibration cut; the refit on everything closed before the test cuts uses that number.
+    One object is for one thread.
     """
 
     def __init__(self, table: SnapshotTable, config: Baselines) -> None:
@@ -28,7 +29,7 @@ class Boosting:
         self._calibration = table.rows_of(Split.CALIBRATION)
         self._test = table.rows_of(Split.TEST)
         self._known = self._train | self._calibration
-        parameters = {"feature_pre_filter": False, "verbose": -1}
+        parameters = {"feature_pre_filter": False, "num_threads": 1, "verbose": -1}
         x, names = table.features, table.feature_names
         self._fit_data = lgb.Dataset(
             x[self._train], feature_name=names, params=parameters, free_raw_data=False
@@ -60,6 +61,7 @@ class Boosting:
             "lambda_l2": 1.0,
             "seed": self._config.seed,
             "deterministic": True,
+            "num_threads": 1,
             "force_row_wise": True,
             "feature_pre_filter": False,
             "verbose": -1,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from threadpoolctl import threadpool_limits
 
 from pipelines.baselines.boosting import Boosting
 from pipelines.baselines.linear import Linear
@@ -26,17 +31,21 @@ def run(params: Params, root: Path = Path()) -> str:
         UserError: data/features is missing.
     """
     table = SnapshotTable.load(root / FEATURES)
-    boosting = Boosting(table, params.baselines)
     predictions: dict[str, dict[str, Floats]] = {}
     fitted: dict[str, dict[str, Any]] = {}
     texts: dict[str, str] = {}
-    for target in progress(table.targets, "baselines", unit="target"):
-        for name, first, second in _make_pairs(table, target):
-            values = fit_twice(table, target, first, second)
-            predictions.setdefault(name, {})[target.name] = values
-            fitted.setdefault(name, {})[target.name] = second.to_dict()
-        values, texts[target.name] = boosting.fit_target(target)
-        predictions.setdefault("lightgbm", {})[target.name] = values
+    # Trees of small data gain little from threads of their own; targets side by side do.
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool, threadpool_limits(1):
+        local = threading.local()
+        results = pool.map(lambda target: _fit_target(table, target, params, local), table.targets)
+        fits = progress(results, "baselines", total=len(table.targets), unit="target")
+        for target, (values, parameters, text) in zip(table.targets, fits, strict=True):
+            for name, value in values.items():
+                predictions.setdefault(name, {})[target.name] = value
+            for name, value in parameters.items():
+                fitted.setdefault(name, {})[target.name] = value
+            texts[target.name] = text
     with replace_directory(root / MODELS) as folder:
         for name, parameters in fitted.items():
             write_json(folder / f"{name}.json", {"features": table.feature_names} | parameters)
@@ -46,6 +55,22 @@ def run(params: Params, root: Path = Path()) -> str:
         for name, columns in predictions.items():
             write_table(folder / f"{name}.parquet", table.predictions_table(columns))
     return f"{', '.join(predictions)} on {len(table.targets)} targets in {MODELS}"
+
+
+def _fit_target(
+    table: SnapshotTable, target: Target, params: Params, local: threading.local
+) -> tuple[dict[str, Floats], dict[str, Any], str]:
+    """Fit all baselines on one target: predictions, parameters, and the trees as text."""
+    if not hasattr(local, "boosting"):
+        # One for a thread, since the labels are set on the data it holds.
+        local.boosting = Boosting(table, params.baselines)
+    predictions: dict[str, Floats] = {}
+    parameters: dict[str, Any] = {}
+    for name, first, second in _make_pairs(table, target):
+        predictions[name] = fit_twice(table, target, first, second)
+        parameters[name] = second.to_dict()
+    predictions["lightgbm"], text = local.boosting.fit_target(target)
+    return predictions, parameters, text
 
 
 def _make_pairs(table: SnapshotTable, target: Target) -> list[tuple[str, Any, Any]]:
