@@ -219,7 +219,7 @@ class Features(Section):
 class Train(Section):
     """The train stage."""
 
-    backbone: Literal["gpt"] = "gpt"
+    backbone: Literal["gpt", "bert", "lstm", "cnn", "mlp"] = "gpt"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     width: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 64
     layers: Annotated[int, Field(ge=1, le=64)] = 2
@@ -248,6 +248,13 @@ class Train(Section):
         if self.width % (2 * self.heads):
             raise ValueError("width must be a multiple of 2 x heads (rotary pairs)")
         return self
+
+
+class Pretrain(Section):
+    """The pretrain stage; the network's settings are those of train."""
+
+    epochs: Annotated[int, Field(ge=0, le=1000)] = 1
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
 
 
 class LightGBMConfig(Section):
@@ -307,6 +314,7 @@ class Params(Section):
     targets: TargetsConfig = TargetsConfig()
     cuts: Cuts = Cuts()
     features: Features = Features()
+    pretrain: Pretrain = Pretrain()
     train: Train = Train()
     baselines: Baselines = Baselines()
     evaluation: Evaluation = Evaluation()

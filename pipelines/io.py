@@ -100,13 +100,17 @@ def digest_file(path: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def digest_directory(path: Path) -> str:
+def digest_directory(path: Path, pattern: str = "*") -> str:
     """Return ``sha256:<hex>`` over the relative names and contents of a directory's files.
+
+    Args:
+        path: the directory.
+        pattern: which files of it and of the folders below count, by name.
 
     Raises:
         UserError: the directory is missing or empty.
     """
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    files = sorted(p for p in path.rglob(pattern) if p.is_file()) if path.is_dir() else []
     if not files:
         raise UserError(f"{path}: no such directory, or it is empty")
     digest = hashlib.sha256()

@@ -51,13 +51,19 @@ class Calibration:
 
 
 def fit_probability(
-    happened: Doubles, label: NDArray[np.bool_], *, ridge: float = 1.0, steps: int = 50
+    happened: Doubles,
+    label: NDArray[np.bool_],
+    known: NDArray[np.bool_],
+    *,
+    ridge: float = 1.0,
+    steps: int = 50,
 ) -> tuple[float, list[float]]:
     """Fit slope and shifts by Newton's method (Platt 1999, slope shared by the horizons).
 
     Args:
         happened: (M, bins), predicted.
         label: bool (M, bins), observed.
+        known: bool (M, bins), whether the interval was closed; others do not count.
         ridge: pull towards slope 1 and shift 0, in pseudo-observations; it decides where the
             data do not, for example where everybody or nobody has the event.
         steps: most Newton steps.
@@ -71,7 +77,7 @@ def fit_probability(
     slope, shift = 1.0, np.zeros(bins)
     for _ in range(steps):
         p = _sigmoid(slope * x + shift)
-        error, weight = p - y, p * (1 - p)
+        error, weight = (p - y) * known, p * (1 - p) * known
         gradient = np.concatenate([[(error * x).sum() + ridge * (slope - 1)], error.sum(axis=0)])
         gradient[1:] += ridge * shift
         hessian = np.zeros((bins + 1, bins + 1))

@@ -1,22 +1,15 @@
-"""The behaviour model's network: event tokens, a causal transformer, heads at NOW tokens.
-
-Pre-norm transformer with normalised queries and keys (Henry et al. 2020), a ReLU MLP,
-zero-initialised output projections and rotary embeddings (Su et al. 2021). LayerNorm without
-bias and ReLU predict as well here as RMSNorm and squared ReLU, and have fused CPU kernels that
-make a step a fifth faster. Half of the heads rotate by position, the other half by the time of
-the event in days at frequencies from an hour to years: attention then depends on real time
-differences at every scale, and one fused attention call serves all heads.
-"""
+"""The behaviour model's network: tokens in, a backbone between, heads at NOW tokens."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from pipelines.model.backbones import Layout, make_backbone
 
 PROFILE_NUMBERS: Final = 2
 GAP_BINS: Final = 12
@@ -28,9 +21,10 @@ NEXT_GAP_BINS: Final = 8
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """Sizes of the network.
+    """Kind and sizes of the network.
 
     Attributes:
+        backbone: of ``pipelines.model.backbones``.
         width: of a token.
         layers: transformer blocks.
         heads: attention heads; half of them see time, half position.
@@ -46,6 +40,7 @@ class NetworkConfig:
         amounts: horizons of the spend head.
     """
 
+    backbone: str
     width: int
     layers: int
     heads: int
@@ -141,80 +136,6 @@ class Outputs:
     amount_scale: Tensor
 
 
-class Rotary(nn.Module):
-    """Angles of the rotary embedding: first half of the heads by time, second by position."""
-
-    def __init__(self, heads: int, head_width: int) -> None:
-        super().__init__()
-        pairs = head_width // 2
-        # Periods from about an hour to three years, and from 2 to about 1000 events.
-        days = torch.logspace(math.log10(0.05), math.log10(1000.0), pairs)
-        places = torch.logspace(math.log10(4.0), math.log10(1000.0), pairs)
-        self.time_heads = heads // 2
-        self.place_heads = heads - self.time_heads
-        self.register_buffer("time_rate", 2 * math.pi / days, persistent=False)
-        self.register_buffer("place_rate", 2 * math.pi / places, persistent=False)
-        self.time_rate: Tensor
-        self.place_rate: Tensor
-
-    def forward(self, time: Tensor, position: Tensor) -> Tensor:
-        """Return unit complex numbers by which pairs are turned, (B, L, 1, heads, pairs)."""
-        by_time = (time[..., None] * self.time_rate)[:, :, None, :]
-        by_place = (position[..., None] * self.place_rate)[:, :, None, :]
-        shape = by_time.shape
-        angles = torch.cat(
-            [
-                by_time.expand(shape[0], shape[1], self.time_heads, shape[3]),
-                by_place.expand(shape[0], shape[1], self.place_heads, shape[3]),
-            ],
-            dim=2,
-        )
-        return torch.polar(torch.ones_like(angles), angles)[:, :, None]
-
-
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn each pair of neighbours of (B, L, 2, heads, head width) by its angle."""
-    pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * turn).flatten(-2)
-
-
-class Block(nn.Module):
-    """One pre-norm transformer block."""
-
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.head_width = config.width // config.heads
-        self.dropout = config.dropout
-        self.attention_norm = nn.LayerNorm(config.width, bias=False)
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        # Normalised queries and keys have a bounded product; the gain lets a head be sharp.
-        self.gain = nn.Parameter(torch.full((config.heads, 1), 1.5))
-        self.attention_out = nn.Linear(config.width, config.width, bias=False)
-        self.mlp_norm = nn.LayerNorm(config.width, bias=False)
-        self.mlp_in = nn.Linear(config.width, 4 * config.width, bias=False)
-        self.mlp_out = nn.Linear(4 * config.width, config.width, bias=False)
-        nn.init.zeros_(self.attention_out.weight)
-        nn.init.zeros_(self.mlp_out.weight)
-
-    def forward(self, x: Tensor, mask: Tensor, turn: Tensor) -> Tensor:
-        """Map (B, L, width) to the same; ``mask`` is (B, 1, L, L), True = may attend."""
-        rows, places, width = x.shape
-        qkv = self.qkv(self.attention_norm(x))
-        both, value = qkv.split([2 * width, width], dim=-1)
-        both = both.reshape(rows, places, 2, self.heads, self.head_width)
-        both = rotate(functional.layer_norm(both, (self.head_width,)), turn)
-        query, key = both.transpose(1, 3).unbind(dim=2)
-        value = value.view(rows, places, self.heads, self.head_width).transpose(1, 2)
-        mixed = functional.scaled_dot_product_attention(
-            query * self.gain[:, :, None], key, value, attn_mask=mask
-        )
-        mixed = self.attention_out(mixed.transpose(1, 2).reshape(rows, places, width))
-        x = x + functional.dropout(mixed, self.dropout, self.training)
-        hidden = functional.relu(self.mlp_in(self.mlp_norm(x)))
-        return x + functional.dropout(self.mlp_out(hidden), self.dropout, self.training)
-
-
 class Network(nn.Module):
     """Event tokens in, hazards and amounts at NOW out."""
 
@@ -232,8 +153,17 @@ class Network(nn.Module):
         self.region = nn.Embedding(config.regions, width)
         self.profile_numbers = nn.Linear(PROFILE_NUMBERS, width)
         self.now_numbers = nn.Linear(NOW_NUMBERS, width)
-        self.rotary = Rotary(config.heads, width // config.heads)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        # Not zero, at which the norm before each layer has no direction.
+        self.mask_token = (
+            nn.Parameter(0.3 * torch.randn(width)) if config.backbone == "bert" else None
+        )
+        self.backbone = make_backbone(
+            config.backbone,
+            width=width,
+            layers=config.layers,
+            heads=config.heads,
+            dropout=config.dropout,
+        )
         self.norm = nn.LayerNorm(width, bias=False)
         joined = width
         if config.features:
@@ -247,7 +177,7 @@ class Network(nn.Module):
         self.join = nn.Linear(joined, config.fusion_width)
         self.hazard = nn.Linear(config.fusion_width, config.events * config.bins)
         self.amount = nn.Linear(config.fusion_width, 2 * config.amounts)
-        self.next = nn.Linear(width, config.types + NEXT_GAP_BINS + config.next_codes)
+        self.next = nn.Linear(width, config.types + NEXT_GAP_BINS + config.next_codes + 1)
         for table in (
             self.event_type,
             self.category,
@@ -262,8 +192,13 @@ class Network(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
-    def encode(self, batch: Batch) -> Tensor:
-        """Return the hidden state of every place, (B, L, width)."""
+    def encode(self, batch: Batch, hidden_events: Tensor | None = None) -> Tensor:
+        """Return the hidden state of every place, (B, L, width).
+
+        Args:
+            batch: E events.
+            hidden_events: bool (E,), events whose content a bidirectional backbone must guess.
+        """
         rows, places = batch.source.shape
         width = self.config.width
         profiles = (
@@ -282,18 +217,23 @@ class Network(nn.Module):
         if len(batch.query_rows):
             texts = self.query(batch.query_tokens, batch.query_offsets)
             events = events.index_add(0, batch.query_rows, texts)
+        if hidden_events is not None and self.mask_token is not None:
+            events = torch.where(hidden_events[:, None], self.mask_token, events)
         nows = self.now_numbers(batch.now_numbers)
         tokens = torch.cat([events.new_zeros(1, width), profiles, events, nows])
         x = tokens.index_select(0, batch.source.flatten()).view(rows, places, width)
-        mask = attention_mask(batch.segment, batch.is_now)
-        turn = self.rotary(batch.time, batch.position)
-        for block in self.blocks:
-            x = block(x, mask, turn)
-        return x
+        layout = Layout(
+            segment=batch.segment, is_now=batch.is_now, position=batch.position, time=batch.time
+        )
+        mixed: Tensor = self.backbone(x, layout)
+        return mixed
 
     def forward(self, batch: Batch) -> tuple[Outputs, Tensor]:
         """Return the heads' outputs at NOW and the hidden state of every place."""
-        hidden = self.encode(batch)
+        return self.read(batch, self.encode(batch))
+
+    def read(self, batch: Batch, hidden: Tensor) -> tuple[Outputs, Tensor]:
+        """Read the heads off the hidden states of ``encode``."""
         flat = hidden.flatten(0, 1)
         now = self.norm(flat.index_select(0, batch.now_place))
         if self.config.features:
@@ -306,22 +246,18 @@ class Network(nn.Module):
         mean, scale = self.amount(joined).chunk(2, dim=1)
         return Outputs(hazard=hazard, amount_mean=mean, amount_scale=scale), hidden
 
-    def next_logits(self, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits of the next event's type, gap interval and content at some places."""
+    def next_logits(self, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return logits of an event's type, gap interval and content, and its scaled log price.
+
+        Args:
+            hidden: (B, L, width), of ``encode``.
+            places: int64 (N,), flat places from which the event is told: the event before it, or
+                the event itself where its content was left out.
+
+        Returns:
+            (N, types), (N, NEXT_GAP_BINS), (N, next_codes) and (N,).
+        """
         logits = self.next(self.norm(hidden.flatten(0, 1).index_select(0, places)))
-        sizes = [self.config.types, NEXT_GAP_BINS, self.config.next_codes]
-        kind, gap, content = logits.split(sizes, dim=1)
-        return kind, gap, content
-
-
-def attention_mask(segment: Tensor, is_now: Tensor) -> Tensor:
-    """Return who may attend to whom, (B, 1, L, L).
-
-    A token sees the earlier tokens of its own user and itself; nobody but itself sees a NOW
-    token, so several of them in one pass are as many passes with one.
-    """
-    places = segment.shape[1]
-    itself = torch.eye(places, dtype=torch.bool, device=segment.device)
-    causal = torch.ones_like(itself).tril()
-    same = segment[:, :, None] == segment[:, None, :]
-    return ((same & causal & ~is_now[:, None, :]) | itself)[:, None]
+        sizes = [self.config.types, NEXT_GAP_BINS, self.config.next_codes, 1]
+        kind, gap, content, price = logits.split(sizes, dim=1)
+        return kind, gap, content, price[:, 0]

@@ -26,7 +26,7 @@ from pipelines.model.tokens import Tokenizer, Vocabulary
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 _TOKENS_PER_BATCH: Final = 32_768
 
@@ -177,7 +177,7 @@ class Predictor:
             amount=np.zeros((len(cuts), len(heads.amounts))),
         )
         pieces = cut_pieces(timeline, cuts, context=self.spec.context, stride=1, shift=None)
-        device = self.network.feature_mean.device if config.features else None
+        device = next(self.network.parameters()).device
         for collated in iterate(
             timeline,
             self.tokenizer,
@@ -187,8 +187,7 @@ class Predictor:
             features=config.features > 0,
             rng=None,
         ):
-            batch = collated.batch if device is None else collated.batch.to(device)
-            outputs, _ = self.network(batch)
+            outputs, _ = self.network(collated.batch.to(device))
             result.survival[collated.rows] = survival(outputs)
             result.amount[collated.rows] = buyer_mean(outputs)
         return result

@@ -64,6 +64,15 @@ class Cuts:
     def __len__(self) -> int:
         return len(self.user)
 
+    @classmethod
+    def join(cls, parts: Sequence[Cuts]) -> Cuts:
+        """Put cuts end to end."""
+        return cls(
+            user=np.concatenate([part.user for part in parts]),
+            ts=np.concatenate([part.ts for part in parts]),
+            position=np.concatenate([part.position for part in parts]),
+        )
+
     def take(self, rows: Any) -> Cuts:
         """Return some of the cuts."""
         return Cuts(user=self.user[rows], ts=self.ts[rows], position=self.position[rows])

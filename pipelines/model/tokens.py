@@ -35,6 +35,19 @@ class Scale:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NextEvents:
+    """What pretraining wants to know of N events.
+
+    Attributes:
+        classes: int64 (N,) each: type, interval of the gap before, content.
+        price: float32 (N,), standardised log price; NaN where there is none.
+    """
+
+    classes: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+    price: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Vocabulary:
     """What was known of texts and numbers when the model was fitted.
 
@@ -194,8 +207,8 @@ class Tokenizer:
 
     def next_events(
         self, timeline: Timeline, index: NDArray[np.int64], next_codes: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return type, gap class and content class of the event after each of some events.
+    ) -> NextEvents:
+        """Describe the event after each of some events.
 
         The content is the category, or the item where the data name no categories.
         """
@@ -205,10 +218,15 @@ class Tokenizer:
             content = self.category(np.asarray(timeline.sequences.category)[following])
         else:
             content = np.asarray(timeline.sequences.item)[following].astype(np.int64)
-        return (
-            timeline.type[following].astype(np.int64),
-            np.searchsorted(_NEXT_GAP_EDGES, gap, side="right").astype(np.int64),
-            content % next_codes,
+        price = np.log1p(np.maximum(np.asarray(timeline.sequences.price)[following], 0.0))
+        scale = self.vocabulary.log_price
+        return NextEvents(
+            classes=(
+                timeline.type[following].astype(np.int64),
+                np.searchsorted(_NEXT_GAP_EDGES, gap, side="right").astype(np.int64),
+                content % next_codes,
+            ),
+            price=((price - scale.mean) / max(scale.std, 1e-6)).astype(np.float32),
         )
 
 

@@ -1,4 +1,4 @@
-"""Fits the behaviour model: first fit, calibration, refit up to the last closed window."""
+"""Fits the behaviour model: pretraining, first fit, calibration, refit on all closed windows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,24 +17,43 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.config import Train
+from pipelines.config import Pretrain, Train
 from pipelines.errors import UserError
 from pipelines.events import EVENT_TYPES
 from pipelines.features.store import Sequences
 from pipelines.io import progress
 from pipelines.model.batches import Collated, cut_pieces, iterate, sample_cuts
 from pipelines.model.calibration import Calibration, choose_threshold, fit_probability
+from pipelines.model.checkpoint import (
+    Checkpoint,
+    pack_chance,
+    pack_optimizer,
+    unpack_chance,
+    unpack_optimizer,
+)
 from pipelines.model.heads import Heads, Target, amount_loss, encode_labels, hazard_loss
 from pipelines.model.network import Network, NetworkConfig
-from pipelines.model.predictor import ModelSpec, Predictor, choose_device, select
+from pipelines.model.predictor import ModelSpec, Predictor, choose_device
 from pipelines.model.timeline import ANY_EVENT, DAY, Cuts, Labels, Timeline, feature_names
 from pipelines.model.tokens import Tokenizer, Vocabulary
 
 _NEXT_CODES: Final = 64  # classes of the next event's content
 _NEXT_SHARE: Final = 4  # one event in so many carries the next-event loss
+_LEFT_OUT: Final = 0.15  # of the events, in bidirectional pretraining (Devlin et al. 2019)
+_BIDIRECTIONAL_CUTS: Final = 4
+_PRETRAIN_CUTS: Final = 4  # NOW tokens only mark which histories are read
+_LABELLED: Final = ("hazard.", "amount.", "join.", "feature_")  # not pretrained
 _STATISTICS_CUTS: Final = 20_000
 _WARM_UP: Final = 0.05  # of all steps
 _MAX_NORM: Final = 1.0
+
+
+class Phase(StrEnum):
+    """What a run of epochs is for."""
+
+    PRETRAIN = "pretrain"
+    FIT = "fit"
+    REFIT = "refit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +99,48 @@ class TrainedModel:
         self.shipped.save(directory)
 
 
+def pretrain_model(
+    sequences: Sequences,
+    periods: Periods,
+    targets: tuple[Target, ...],
+    config: Train,
+    pretrain: Pretrain,
+    vocabulary: Vocabulary,
+    on_epoch: Callable[[dict[str, float]], None] = lambda _: None,
+    checkpoint: Checkpoint | None = None,
+) -> dict[str, Tensor]:
+    """Learn to tell the next event (``bert``: events left out), without any label.
+
+    Args:
+        sequences: all events; those before the calibration cut are looked at.
+        periods: the bounds.
+        targets: what will be predicted; only the sizes of heads depend on it.
+        config: the network's settings.
+        pretrain: how long and how fast.
+        vocabulary: codes and scales, fitted before the calibration cut.
+        on_epoch: called after every epoch.
+        checkpoint: where a killed run is gone on with.
+
+    Returns:
+        Weights of the embeddings and the backbone by name; none when there are no epochs.
+
+    Raises:
+        UserError: there is nobody to learn from before the calibration cut.
+    """
+    if not pretrain.epochs:
+        return {}
+    seed_everything(config.seed)
+    heads = Heads.for_targets(targets)
+    fit = _Fit(Timeline(sequences), periods, heads, targets, config, vocabulary)
+    fit.resume(checkpoint, on_epoch)
+    fit.run(Phase.PRETRAIN, pretrain.epochs, periods.calibration, pretrain.learning_rate, on_epoch)
+    return {
+        name: tensor.detach().clone()
+        for name, tensor in fit.network.state_dict().items()
+        if not name.startswith(_LABELLED)
+    }
+
+
 def train_model(
     sequences: Sequences,
     periods: Periods,
@@ -86,6 +148,9 @@ def train_model(
     config: Train,
     vocabulary: Vocabulary,
     on_epoch: Callable[[dict[str, float]], None] = lambda _: None,
+    *,
+    pretrained: dict[str, Tensor] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> TrainedModel:
     """Train, calibrate and refit.
 
@@ -95,7 +160,10 @@ def train_model(
         targets: what to predict.
         config: settings.
         vocabulary: codes and scales, fitted before the calibration cut.
-        on_epoch: called after every epoch with ``epoch``, ``step``, losses and ``events_per_s``.
+        on_epoch: called after every epoch with ``epoch``, ``step``, losses and ``events_per_s``;
+            at a resumed training with the epochs before, too.
+        pretrained: of ``pretrain_model``.
+        checkpoint: where a killed run is gone on with, to the same weights.
 
     Returns:
         The models. Equal arguments give equal weights on one kind of machine.
@@ -107,12 +175,13 @@ def train_model(
     timeline = Timeline(sequences)
     heads = Heads.for_targets(targets)
     fit = _Fit(timeline, periods, heads, targets, config, vocabulary)
-    fit.start(periods.calibration)
-    fit.run(config.epochs, periods.calibration, config.learning_rate, on_epoch)
-    first = calibrate(fit.predictor(), timeline, periods, copy_network=config.refit_epochs > 0)
+    if not fit.resume(checkpoint, on_epoch):
+        fit.start(periods.calibration, pretrained or {})
+    fit.run(Phase.FIT, config.epochs, periods.calibration, config.learning_rate, on_epoch)
+    first = calibrate(fit.take_first(), timeline, periods)
     if config.refit_epochs:
         rate = config.learning_rate * config.refit_rate
-        fit.run(config.refit_epochs, periods.test, rate, on_epoch)
+        fit.run(Phase.REFIT, config.refit_epochs, periods.test, rate, on_epoch)
     shipped = fit.predictor().calibrated(first.spec.calibration, first.spec.thresholds)
     return TrainedModel(first=first, shipped=shipped, events=fit.events, seconds=fit.seconds)
 
@@ -140,45 +209,49 @@ def population(timeline: Timeline, ts: int, active_days: float | None) -> Cuts:
     return cuts.take(np.flatnonzero(inside))
 
 
-def calibrate(
-    predictor: Predictor, timeline: Timeline, periods: Periods, *, copy_network: bool
-) -> Predictor:
-    """Fit corrections and thresholds at the calibration cut.
+def calibrate(predictor: Predictor, timeline: Timeline, periods: Periods) -> Predictor:
+    """Fit corrections and thresholds on the windows between the calibration and the test cut.
+
+    One cut a shortest horizon: all windows that close by the first test cut count, so that short
+    horizons, of which several fit in, are corrected from more than one week's luck.
 
     Args:
         predictor: not calibrated.
         timeline: all events.
-        periods: the calibration cut; windows that close by the first test cut are used.
-        copy_network: leave the result untouched by further training of the network.
+        periods: the bounds.
     """
     heads = predictor.spec.heads
-    cuts = population(timeline, periods.calibration, periods.active_days)
+    shortest = min(target.horizon_days for target in predictor.targets)
+    last = max(periods.calibration, periods.test - shortest * DAY)
+    cuts = Cuts.join(
+        [
+            population(timeline, ts, periods.active_days)
+            for ts in range(periods.calibration, last + 1, shortest * DAY)
+        ]
+    )
     raw = predictor.raw(timeline, cuts)
     labels = timeline.labels(cuts, events=heads.events, horizons=heads.amounts, close=periods.test)
+    grid = np.array(heads.grid)
+    closed = grid <= labels.observed_days[:, None]
     slope: dict[str, float] = {}
     shift: dict[str, list[float]] = {}
     for i, name in enumerate(heads.events):
-        happened = labels.delay[:, i, None] < np.array(heads.grid)
-        slope[name], shift[name] = fit_probability(1.0 - raw.survival[:, i], happened)
+        happened = labels.delay[:, i, None] < grid
+        slope[name], shift[name] = fit_probability(1.0 - raw.survival[:, i], happened, closed)
     calibration = Calibration(slope=slope, shift=shift)
     expected = predictor.calibrated(calibration, {}).finish(raw)
     factor: dict[str, float] = {}
-    for target in select(predictor.targets, "amount"):
-        actual = float(labels.amount[:, heads.amounts.index(target.horizon_days)].sum())
-        total = float(expected[target.name].sum(dtype=np.float64))
+    thresholds: dict[str, float] = {}
+    for target in predictor.targets:
+        known = closed[:, heads.grid.index(target.horizon_days)]
+        values = expected[target.name][known].astype(np.float64)
+        if target.kind == "binary":
+            thresholds[target.name] = choose_threshold(values, _label(target, heads, labels)[known])
+            continue
+        amount = labels.amount[known, heads.amounts.index(target.horizon_days)]
+        actual, total = float(amount.sum(dtype=np.float64)), float(values.sum())
         if actual > 0 and total > 0:
             factor[str(target.horizon_days)] = actual / total
-    thresholds = {
-        target.name: choose_threshold(
-            expected[target.name].astype(np.float64), _label(target, heads, labels)
-        )
-        for target in select(predictor.targets, "binary")
-    }
-    if copy_network:
-        network = Network(predictor.spec.network)
-        network.load_state_dict(predictor.network.state_dict())
-        device = next(predictor.network.parameters()).device
-        predictor = Predictor(predictor.spec, network.to(device))
     return predictor.calibrated(Calibration(slope=slope, shift=shift, factor=factor), thresholds)
 
 
@@ -210,6 +283,7 @@ class _Fit:
         )
         self.spec = ModelSpec(
             network=NetworkConfig(
+                backbone=config.backbone,
                 width=config.width,
                 layers=config.layers,
                 heads=config.heads,
@@ -236,18 +310,72 @@ class _Fit:
             thresholds={},
         )
         self.network = Network(self.spec.network).to(self.device)
+        self.first: dict[str, Tensor] = {}
+        self.done = dict.fromkeys(Phase, 0)
+        self.history: list[dict[str, float]] = []
         self.events = 0
         self.seconds = 0.0
-        self.epoch = 0
         self.step = 0
+        self.checkpoint: Checkpoint | None = None
+        self._optimizer_tensors: dict[str, Tensor] = {}
 
     def predictor(self) -> Predictor:
         """Return the network as it is, without corrections."""
         return Predictor(self.spec, self.network)
 
-    def start(self, close: int) -> None:
-        """Set what data decide before the first step: scales of features, base rates."""
-        cuts = self._sample(close, min(_STATISTICS_CUTS, self._cut_count()))
+    def take_first(self) -> Predictor:
+        """Return the network as the first fit left it, safe from the refit."""
+        if not self.first:
+            state = self.network.state_dict()
+            self.first = {name: tensor.detach().clone() for name, tensor in state.items()}
+        network = Network(self.spec.network)
+        network.load_state_dict(self.first)
+        return Predictor(self.spec, network.to(self.device))
+
+    def resume(
+        self, checkpoint: Checkpoint | None, on_epoch: Callable[[dict[str, float]], None]
+    ) -> bool:
+        """Go back to the last epoch that the checkpoint holds; False when it holds none."""
+        self.checkpoint = checkpoint
+        found = checkpoint.read() if checkpoint else None
+        if found is None:
+            return False
+        tensors, state = found
+        self.network.load_state_dict(_strip(tensors, "network."))
+        self.first = _strip(tensors, "first.")
+        self._optimizer_tensors = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
+        torch.set_rng_state(tensors["chance"])
+        unpack_chance(self.rng, state["chance"])
+        self.done = {phase: state["done"][phase.value] for phase in Phase}
+        self.events, self.seconds, self.step = state["events"], state["seconds"], state["step"]
+        self.history = state["history"]
+        for epoch in self.history:
+            on_epoch(epoch)
+        return True
+
+    def _save(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.checkpoint is None:
+            return
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"first.{k}": v for k, v in self.first.items()}
+        tensors |= pack_optimizer(optimizer) | {"chance": torch.get_rng_state()}
+        state = {
+            "done": {phase.value: count for phase, count in self.done.items()},
+            "chance": pack_chance(self.rng),
+            "events": self.events,
+            "seconds": self.seconds,
+            "step": self.step,
+            "history": self.history,
+        }
+        self.checkpoint.write(tensors, state)
+
+    def start(self, close: int, pretrained: dict[str, Tensor]) -> None:
+        """Set what is known before the first step: pretrained weights, scales, base rates."""
+        unexpected = self.network.load_state_dict(pretrained, strict=False).unexpected_keys
+        if unexpected:
+            raise UserError(f"models/pretrained: {unexpected[0]} is not of this network")
+        wanted = self.config.cuts_per_user * self.timeline.sequences.users
+        cuts = self._sample(close, min(_STATISTICS_CUTS, max(1, wanted)))
         if not len(cuts):
             raise UserError(
                 "train: nobody has a history and a closed window before the calibration cut; "
@@ -271,85 +399,124 @@ class _Fit:
 
     def run(
         self,
+        phase: Phase,
         epochs: int,
         close: int,
         learning_rate: float,
         on_epoch: Callable[[dict[str, float]], None],
     ) -> None:
-        """Train on windows that close by ``close``: warm-up, then linear decay to zero."""
+        """Train on windows that close by ``close``: warm-up, then linear decay to zero.
+
+        Epochs of the phase that a checkpoint holds are not done again.
+        """
         optimizer = _make_optimizer(self.network, learning_rate, self.config.weight_decay)
+        if 0 < self.done[phase] < epochs and self._optimizer_tensors:
+            unpack_optimizer(optimizer, self._optimizer_tensors)
         self.network.train()
-        for epoch in range(epochs):
+        for epoch in range(self.done[phase], epochs):
             began = time.perf_counter()
             total = np.zeros(3)
             steps = events = 0
-            count, batches = self._batches(close)
-            label = f"epoch {self.epoch + 1}"
+            count, batches = self._batches(close, phase)
+            label = f"{phase} {epoch + 1}/{epochs}"
             for collated in progress(batches, label, total=count, unit="batch"):
                 done = (epoch + steps / max(count, 1)) / epochs
-                rate = learning_rate * min(1.0, (done + 1e-3) / _WARM_UP) * (1.0 - done)
+                rate = learning_rate * min(1.0, (done + 1e-3) / _WARM_UP) * max(1.0 - done, 0.0)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["scale"]
-                total += self._train_step(collated, close, optimizer)
+                total += self._train_step(collated, close, optimizer, phase)
                 steps += 1
                 events += len(collated.events)
             seconds = time.perf_counter() - began
             self.step += steps
-            self.epoch += 1
+            self.done[phase] += 1
             self.events += events
             self.seconds += seconds
             hazard, amount, following = (total / max(steps, 1)).tolist()
-            on_epoch(
-                {
-                    "epoch": self.epoch,
-                    "step": self.step,
-                    "loss": hazard
-                    + self.config.amount_weight * amount
-                    + self.config.next_event_weight * following,
-                    "hazard_loss": hazard,
-                    "amount_loss": amount,
-                    "next_event_loss": following,
-                    "events_per_s": events / max(seconds, 1e-9),
-                }
-            )
+            told = {
+                "epoch": sum(self.done.values()),
+                "step": self.step,
+                "loss": hazard
+                + self.config.amount_weight * amount
+                + (1.0 if phase is Phase.PRETRAIN else self.config.next_event_weight) * following,
+                "hazard_loss": hazard,
+                "amount_loss": amount,
+                "next_event_loss": following,
+                "events_per_s": events / max(seconds, 1e-9),
+            }
+            self.history.append(told)
+            self._save(optimizer)
+            on_epoch(told)
         self.network.eval()
 
     def _train_step(
-        self, collated: Collated, close: int, optimizer: torch.optim.Optimizer
+        self, collated: Collated, close: int, optimizer: torch.optim.Optimizer, phase: Phase
     ) -> NDArray[np.float64]:
         batch = collated.batch.to(self.device)
-        outputs, hidden = self.network(batch)
-        targets = encode_labels(self.heads, self._labels(collated.cuts, close))
-        hazard = hazard_loss(outputs, targets)
-        amount = amount_loss(outputs, targets) if self.heads.amounts else hazard.new_zeros(())
-        loss = hazard + self.config.amount_weight * amount
-        following = hazard.new_zeros(())
-        if self.config.next_event_weight:
-            following = self._next_event_loss(collated, batch.event_place, hidden, close)
-            loss = loss + self.config.next_event_weight * following
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.network.parameters(), _MAX_NORM)
-        optimizer.step()
+        left_out = self._choose_left_out(collated) if phase is Phase.PRETRAIN else None
+        hidden = self.network.encode(batch, left_out)
+        none = hidden.new_zeros(())
+        if phase is Phase.PRETRAIN:
+            hazard = amount = none
+            loss = following = self._event_loss(collated, hidden, close, left_out)
+        else:
+            outputs, hidden = self.network.read(batch, hidden)
+            targets = encode_labels(self.heads, self._labels(collated.cuts, close))
+            hazard = hazard_loss(outputs, targets)
+            amount = amount_loss(outputs, targets) if self.heads.amounts else none
+            loss = hazard + self.config.amount_weight * amount
+            following = none
+            if self.config.next_event_weight and not self.bidirectional:
+                following = self._event_loss(collated, hidden, close, None)
+                loss = loss + self.config.next_event_weight * following
+        if loss.requires_grad:
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.network.parameters(), _MAX_NORM)
+            optimizer.step()
         return np.array([hazard.item(), amount.item(), following.item()])
 
-    def _next_event_loss(
-        self, collated: Collated, places: Tensor, hidden: Tensor, close: int
+    @property
+    def bidirectional(self) -> bool:
+        """Whether events see later events of their segment."""
+        return self.config.backbone == "bert"
+
+    def _choose_left_out(self, collated: Collated) -> Tensor | None:
+        if not self.bidirectional:
+            return None
+        return torch.from_numpy(self.rng.random(len(collated.events)) < _LEFT_OUT).to(self.device)
+
+    def _event_loss(
+        self, collated: Collated, hidden: Tensor, close: int, left_out: Tensor | None
     ) -> Tensor:
+        """Cross-entropy of the event after some events, or of those left out themselves."""
         events = collated.events
-        chosen = np.arange(int(self.rng.integers(_NEXT_SHARE)), len(events), _NEXT_SHARE)
-        index = events[chosen]
-        inside = index + 1 < self.timeline.offsets[self.timeline.user[index] + 1]
-        following = np.minimum(index + 1, len(self.timeline.ts) - 1)
-        chosen = chosen[inside & (self.timeline.ts[following] < close)]
+        if left_out is not None:
+            chosen = np.flatnonzero(left_out.cpu().numpy())
+            before = events[chosen] - 1
+            chosen = chosen[before >= self.timeline.offsets[self.timeline.user[events[chosen]]]]
+            known = events[chosen] - 1
+        else:
+            chosen = np.arange(int(self.rng.integers(_NEXT_SHARE)), len(events), _NEXT_SHARE)
+            index = events[chosen]
+            inside = index + 1 < self.timeline.offsets[self.timeline.user[index] + 1]
+            following = np.minimum(index + 1, len(self.timeline.ts) - 1)
+            chosen = chosen[inside & (self.timeline.ts[following] < close)]
+            known = events[chosen]
         if not len(chosen):
             return hidden.new_zeros(())
-        truth = self.tokenizer.next_events(self.timeline, events[chosen], _NEXT_CODES)
-        logits = self.network.next_logits(hidden, places[torch.from_numpy(chosen)])
+        truth = self.tokenizer.next_events(self.timeline, known, _NEXT_CODES)
+        places = collated.batch.event_place[torch.from_numpy(chosen)].to(self.device)
+        *logits, price = self.network.next_logits(hidden, places)
         losses = [
             functional.cross_entropy(said, torch.from_numpy(was).to(self.device))
-            for said, was in zip(logits, truth, strict=True)
+            for said, was in zip(logits, truth.classes, strict=True)
         ]
+        priced = np.isfinite(truth.price)
+        if priced.any():
+            said = price[torch.from_numpy(np.flatnonzero(priced)).to(self.device)]
+            was = torch.from_numpy(truth.price[priced]).to(self.device)
+            losses.append(functional.smooth_l1_loss(said, was))
         return torch.stack(losses).sum()
 
     def _labels(self, cuts: Cuts, close: int) -> Labels:
@@ -357,8 +524,14 @@ class _Fit:
             cuts, events=self.heads.events, horizons=self.heads.amounts, close=close
         )
 
-    def _cut_count(self) -> int:
-        return max(1, self.config.cuts_per_user * self.timeline.sequences.users)
+    def _cut_count(self, phase: Phase = Phase.FIT) -> int:
+        per_user = self.config.cuts_per_user
+        if self.bidirectional:
+            # Each cut takes a pass of its own: an epoch is to cost a few times another's only.
+            per_user = math.ceil(per_user / _BIDIRECTIONAL_CUTS)
+        elif phase is Phase.PRETRAIN:
+            per_user = math.ceil(per_user / _PRETRAIN_CUTS)
+        return max(1, per_user * self.timeline.sequences.users)
 
     def _sample(self, close: int, count: int) -> Cuts:
         return sample_cuts(
@@ -370,11 +543,13 @@ class _Fit:
             rng=self.rng,
         )
 
-    def _batches(self, close: int) -> tuple[int, Iterator[Collated]]:
+    def _batches(self, close: int, phase: Phase) -> tuple[int, Iterator[Collated]]:
         """Draw an epoch; return how many batches it has, about, and the batches."""
         config = self.config
-        cuts = self._sample(close, self._cut_count())
-        shift = self.rng.integers(config.stride, size=self.timeline.sequences.users)
+        cuts = self._sample(close, self._cut_count(phase))
+        users = self.timeline.sequences.users
+        # A bidirectional piece has one NOW token, at its end.
+        shift = None if self.bidirectional else self.rng.integers(config.stride, size=users)
         pieces = cut_pieces(
             self.timeline, cuts, context=config.context, stride=config.stride, shift=shift
         )
@@ -386,10 +561,14 @@ class _Fit:
             pieces,
             row=row,
             tokens_per_batch=config.tokens_per_batch,
-            features=config.fusion,
+            features=config.fusion and phase is not Phase.PRETRAIN,
             rng=self.rng,
         )
         return math.ceil(int(pieces.lengths.sum()) / per_batch), batches
+
+
+def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _make_optimizer(

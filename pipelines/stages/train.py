@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
+import resource
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -11,20 +14,28 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+import pipelines.model
 from pipelines.config import Params
 from pipelines.errors import UserError
 from pipelines.features.cuts import to_us
 from pipelines.features.store import Sequences
 from pipelines.io import digest_directory, read_json, replace_directory, write_table, write_text
+from pipelines.model.checkpoint import Checkpoint
 from pipelines.model.heads import Target
+from pipelines.model.predictor import WEIGHTS
 from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Vocabulary
 from pipelines.model.training import Periods, TrainedModel, train_model
 from pipelines.registry.tracking import track
 
 FEATURES: Final = Path("data/features")
+PRETRAINED: Final = Path("models/pretrained")
 MODEL: Final = Path("models/gpt")
+CHECKPOINT: Final = "train"
 PREDICTIONS: Final = Path("data/predictions/gpt.parquet")
 CURVES: Final = Path("reports/training.csv")
 
@@ -42,10 +53,8 @@ def run(params: Params, root: Path = Path()) -> str:
         UserError: data/features is missing or holds too little to learn from.
     """
     features = root / FEATURES
-    sequences = Sequences.load(features / "sequences")
-    schema, cuts = read_json(features / "schema.json"), read_json(features / "cuts.json")
-    targets = tuple(Target(**target) for target in schema["targets"])
-    periods = read_periods(cuts, schema["population_active_within_days"])
+    sequences, periods, targets, vocabulary = load_inputs(root)
+    checkpoint = open_checkpoint(root, CHECKPOINT, params)
     curves: list[dict[str, float]] = []
     settings = params.train.model_dump()
     with track(
@@ -60,23 +69,83 @@ def run(params: Params, root: Path = Path()) -> str:
             log.log_metrics(epoch, step=int(epoch["epoch"]))
 
         trained = train_model(
-            sequences, periods, targets, params.train, read_vocabulary(features), note
+            sequences,
+            periods,
+            targets,
+            params.train,
+            vocabulary,
+            note,
+            pretrained=load_pretrained(root),
+            checkpoint=checkpoint,
         )
         with replace_directory(root / MODEL) as folder:
             trained.save(folder)
+        cuts = read_json(features / "cuts.json")
         write_table(root / PREDICTIONS, predict(trained, sequences, features, cuts))
         write_text(root / CURVES, format_curves(curves))
         speed = trained.events / max(trained.seconds, 1e-9)
-        log.log_metrics({"train_events_per_s": speed}, step=0)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        log.log_metrics({"train_events_per_s": speed, "peak_memory_mib": peak}, step=0)
         log.log_artifact(root / CURVES)
         log.log_model(
             root / MODEL, digest_directory(root / MODEL), [target.name for target in targets]
         )
+    checkpoint.remove()
     return (
         f"{params.train.backbone}: {trained.parameters:,} parameters, {len(curves)} epochs of "
-        f"{trained.events:,} events in {trained.seconds:.0f} s ({speed:,.0f} events/s), "
+        f"{trained.events:,} events in {trained.seconds:.0f} s ({speed:,.0f} events/s, "
+        f"peak memory {peak:,.0f} MiB), "
         f"final loss {curves[-1]['loss']:.4f}, in {MODEL}"
     )
+
+
+def load_inputs(
+    root: Path,
+) -> tuple[Sequences, Periods, tuple[Target, ...], Vocabulary]:
+    """Return sequences, bounds, targets and vocabulary of data/features.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    features = root / FEATURES
+    schema, cuts = read_json(features / "schema.json"), read_json(features / "cuts.json")
+    return (
+        Sequences.load(features / "sequences"),
+        read_periods(cuts, schema["population_active_within_days"]),
+        tuple(Target(**target) for target in schema["targets"]),
+        read_vocabulary(features),
+    )
+
+
+def load_pretrained(root: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of models/pretrained, none where pretraining is switched off.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    folder = root / PRETRAINED
+    if not read_json(folder / "config.json")["weights"]:
+        return {}
+    try:
+        weights: dict[str, torch.Tensor] = load_file(folder / WEIGHTS)
+        return weights
+    except (OSError, SafetensorError) as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"{folder / WEIGHTS}: not readable; run pretrain ({line})") from None
+
+
+def open_checkpoint(root: Path, name: str, params: Params) -> Checkpoint:
+    """Return where a killed training left off: of these data, settings and code alone."""
+    pretrained = root / PRETRAINED
+    parts = {
+        "data": digest_directory(root / FEATURES),
+        "pretrained": digest_directory(pretrained) if name == CHECKPOINT else None,
+        "code": digest_directory(Path(pipelines.model.__file__).parent, pattern="*.py"),
+        "train": params.train.model_dump(),
+        "pretrain": params.pretrain.model_dump(),
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return Checkpoint(root / ".forecart/checkpoints" / f"{name}.safetensors", key)
 
 
 def read_periods(cuts: dict[str, Any], active_days: float | None) -> Periods:

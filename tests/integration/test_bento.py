@@ -53,6 +53,7 @@ def make_predictor() -> Predictor:
     torch.manual_seed(1)
     heads = Heads.for_targets(TARGETS)
     config = NetworkConfig(
+        backbone="gpt",
         width=16,
         layers=1,
         heads=2,

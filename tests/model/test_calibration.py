@@ -14,7 +14,7 @@ def test_recovers_a_distortion() -> None:
     label = rng.random(truth.shape) < truth
     log_odds = np.log(truth / (1 - truth))
     distorted = 1 / (1 + np.exp(-(log_odds - 0.6) / 0.5))
-    slope, shift = fit_probability(distorted, label)
+    slope, shift = fit_probability(distorted, label, np.full(label.shape, True))
     assert slope == pytest.approx(0.5, abs=0.03)
     assert shift[0] == pytest.approx(0.6, abs=0.05)
     fixed = Calibration(slope={"purchase": slope}, shift={"purchase": shift})
@@ -24,9 +24,19 @@ def test_recovers_a_distortion() -> None:
 @pytest.mark.parametrize("value", [False, True])
 def test_labels_all_alike_stay_finite(value: bool) -> None:
     predicted = np.linspace(0.01, 0.99, 50)[:, None]
-    slope, shift = fit_probability(predicted, np.full((50, 1), value))
+    known = np.full((50, 1), True)
+    slope, shift = fit_probability(predicted, np.full((50, 1), value), known)
     assert np.isfinite([slope, *shift]).all()
     assert slope > 0
+
+
+def test_open_windows_do_not_count() -> None:
+    rng = np.random.default_rng(2)
+    predicted = rng.uniform(0.1, 0.9, size=(500, 2))
+    label = rng.random(predicted.shape) < predicted
+    known = np.stack([np.full(500, True), np.arange(500) < 300], axis=1)
+    other = np.where(known, label, ~label)
+    assert fit_probability(predicted, label, known) == fit_probability(predicted, other, known)
 
 
 def test_order_of_horizons_stays() -> None:

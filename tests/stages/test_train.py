@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -9,17 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
-from pipelines.config import Params
+from pipelines.config import Params, Pretrain
 from pipelines.errors import UserError
 from pipelines.features.store import encode_events
 from pipelines.io import digest_directory, write_json, write_table
 from pipelines.model.predictor import Predictor
 from pipelines.model.timeline import DAY, Timeline
-from pipelines.model.training import population
+from pipelines.model.training import population, train_model
 from pipelines.registry.champion import DIGEST_TAG, connect, locate_files
 from pipelines.registry.tracking import DATA_TAG, EXPERIMENT, track
-from pipelines.stages import train
+from pipelines.stages import pretrain, train
+from pipelines.stages.train import load_inputs, load_pretrained, open_checkpoint
 
 START = 1_700_000_000_000_000 // DAY * DAY
 CUTS = {0: 30, 1: 40, 2: 47}  # days after the start
@@ -97,6 +102,7 @@ PARAMS = Params.model_validate(
 
 
 def test_trains_predicts_and_logs(root: Path) -> None:
+    assert "next-event loss" in pretrain.run(PARAMS, root)
     assert "events/s" in train.run(PARAMS, root)
 
     rows = pq.read_table(root / train.FEATURES / "snapshots.parquet")
@@ -140,5 +146,68 @@ def test_a_failed_training_is_marked(root: Path) -> None:
 
 
 def test_missing_features_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"offsets\.npy"):
+    with pytest.raises(UserError, match=r"data/features"):
         train.run(PARAMS, tmp_path)
+
+
+def test_a_missing_pretraining_is_named(root: Path) -> None:
+    with pytest.raises(UserError, match="models/pretrained"):
+        train.run(PARAMS, root)
+
+
+def test_without_pretraining(root: Path) -> None:
+    params = PARAMS.model_copy(update={"pretrain": Pretrain(epochs=0)})
+    assert "switched off" in pretrain.run(params, root)
+    assert load_pretrained(root) == {}
+
+
+def test_a_killed_training_goes_on_where_it_was(root: Path) -> None:
+    """A process killed in an epoch leaves a checkpoint, from which the same model comes."""
+    pretrain.run(PARAMS, root)
+    train.run(PARAMS, root)
+    digest = digest_directory(root / train.MODEL)
+    curves = (root / train.CURVES).read_bytes()
+
+    (root / "params.yaml").write_text(yaml.safe_dump(PARAMS.model_dump(mode="json", by_alias=True)))
+    code = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from pipelines.config import load_params\n"
+        "from pipelines.model import training\n"
+        "from pipelines.stages import train\n"
+        "step, seen = training._Fit._train_step, []\n"
+        "def dying(self, *given):\n"
+        "    seen.append(0)\n"
+        "    if sum(self.done.values()) == 1 and len(seen) % 5 == 0:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self, *given)\n"
+        "training._Fit._train_step = dying\n"
+        "train.run(load_params(Path('params.yaml')))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], cwd=root, check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    checkpoint = root / ".forecart/checkpoints/train.safetensors"
+    assert checkpoint.exists()
+
+    told: list[dict[str, float]] = []
+    sequences, periods, targets, vocabulary = load_inputs(root)
+    resumed = train_model(
+        sequences,
+        periods,
+        targets,
+        PARAMS.train,
+        vocabulary,
+        told.append,
+        pretrained=load_pretrained(root),
+        checkpoint=open_checkpoint(root, train.CHECKPOINT, PARAMS),
+    )
+    assert [epoch["epoch"] for epoch in told] == [1, 2, 3]
+    assert len({epoch["events_per_s"] for epoch in told}) == 3
+    (root / "resumed").mkdir()
+    resumed.save(root / "resumed")
+    assert digest_directory(root / "resumed") == digest
+
+    train.run(PARAMS, root)
+    assert digest_directory(root / train.MODEL) == digest
+    assert (root / train.CURVES).read_bytes() == curves
+    assert not checkpoint.exists()

@@ -1,0 +1,63 @@
+"""Stage: teach the network to tell the next event, without labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from safetensors.torch import save
+
+from pipelines.config import Params
+from pipelines.io import read_json, replace_directory, write_json
+from pipelines.model.predictor import WEIGHTS
+from pipelines.model.training import pretrain_model
+from pipelines.stages.train import (
+    FEATURES,
+    PRETRAINED,
+    load_inputs,
+    open_checkpoint,
+)
+
+CHECKPOINT: Final = "pretrain"
+
+
+def run(params: Params, root: Path = Path()) -> str:
+    """Write models/pretrained: weights of the embeddings and the backbone.
+
+    Raises:
+        UserError: data/features is missing or holds too little to learn from.
+    """
+    sequences, periods, targets, vocabulary = load_inputs(root)
+    curves: list[dict[str, float]] = []
+    checkpoint = open_checkpoint(root, CHECKPOINT, params)
+    weights = pretrain_model(
+        sequences,
+        periods,
+        targets,
+        params.train,
+        params.pretrain,
+        vocabulary,
+        curves.append,
+        checkpoint,
+    )
+    with replace_directory(root / PRETRAINED) as folder:
+        write_json(
+            folder / "config.json",
+            {
+                "backbone": params.train.backbone,
+                "epochs": params.pretrain.epochs,
+                "weights": bool(weights),
+            },
+        )
+        if weights:
+            held = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+            (folder / WEIGHTS).write_bytes(save(held))
+    checkpoint.remove()
+    if not curves:
+        return f"switched off (pretrain.epochs: 0), in {PRETRAINED}"
+    data = read_json(root / FEATURES / "cuts.json")
+    until = next(c["ts"] for c in data["cuts"] if c["split"] == "calibration")[:10]
+    return (
+        f"{params.train.backbone}: {len(curves)} epochs on events before {until}, "
+        f"next-event loss {curves[-1]['next_event_loss']:.4f}, in {PRETRAINED}"
+    )
