@@ -308,8 +308,8 @@ def collate(
     time = np.zeros(size, dtype=np.float32)
     # Times relative to the piece's end: float32 is exact where it matters, at short distances.
     reference = pieces.cuts.ts[pieces.cut_start[chosen + 1] - 1]
-    begin = np.where(event_counts > 0, timeline.ts[np.minimum(start, len(timeline.ts) - 1)], 0)
-    begin = np.where(event_counts > 0, begin, reference)
+    begin = reference.copy()
+    begin[event_counts > 0] = timeline.ts[start[event_counts > 0]]
     segment[place] = 1 + np.arange(profiles)
     time[place] = (begin - reference) / DAY
     segment[event_place] = 1 + event_piece

@@ -199,7 +199,10 @@ class Network(nn.Module):
             batch: E events.
             hidden_events: bool (E,), events whose content a bidirectional backbone must guess.
         """
-        rows, places = batch.source.shape
+        return self.mix(batch, self.embed(batch, hidden_events))
+
+    def embed(self, batch: Batch, hidden_events: Tensor | None = None) -> Tensor:
+        """Return [nothing, profiles, events, NOWs] end to end, (1 + P + E + M, width)."""
         width = self.config.width
         profiles = (
             self.gender(batch.profile_codes[:, 0])
@@ -220,7 +223,12 @@ class Network(nn.Module):
         if hidden_events is not None and self.mask_token is not None:
             events = torch.where(hidden_events[:, None], self.mask_token, events)
         nows = self.now_numbers(batch.now_numbers)
-        tokens = torch.cat([events.new_zeros(1, width), profiles, events, nows])
+        return torch.cat([events.new_zeros(1, width), profiles, events, nows])
+
+    def mix(self, batch: Batch, tokens: Tensor) -> Tensor:
+        """Lay tokens out in rows and run the backbone, (B, L, width)."""
+        rows, places = batch.source.shape
+        width = self.config.width
         x = tokens.index_select(0, batch.source.flatten()).view(rows, places, width)
         layout = Layout(
             segment=batch.segment, is_now=batch.is_now, position=batch.position, time=batch.time

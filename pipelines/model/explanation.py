@@ -1,0 +1,178 @@
+"""Which events and features moved a prediction: integrated gradients.
+
+Sundararajan, Taly & Yan, "Axiomatic Attribution for Deep Networks", ICML 2017. The path leads
+from a user of whom nothing is known but that there were so many events at these times (event
+embeddings zero, windowed features at their mean) to the user as seen. What is attributed is the
+log odds that the event happens within the horizon; attributions add up to the difference between
+both ends, up to the error of the numeric integral, which is told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from pipelines.errors import UserError
+from pipelines.model.batches import Collated, cut_pieces, iterate
+from pipelines.model.heads import Target
+from pipelines.model.network import Batch
+from pipelines.model.predictor import Predictor
+from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline
+
+_TOKENS_PER_BATCH = 16_384
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Attributions of M predictions, in log odds of the event (for churn: of any event).
+
+    Attributes:
+        event: int64 (E,), flat index of every event that was read, by prediction and time.
+        row: int64 (E,), to which prediction it belongs.
+        effect: float64 (E,), what the event adds to the log odds.
+        feature_effect: float64 (M, F), the same for the windowed features, in the order of
+            ``pipelines.model.timeline.feature_names``; F = 0 without fusion.
+        base, value: float64 (M,), log odds at both ends of the path, not calibrated.
+    """
+
+    event: NDArray[np.int64]
+    row: NDArray[np.int64]
+    effect: NDArray[np.float64]
+    feature_effect: NDArray[np.float64]
+    base: NDArray[np.float64]
+    value: NDArray[np.float64]
+
+    @property
+    def gap(self) -> NDArray[np.float64]:
+        """How far the attributions of each prediction miss the difference they explain, (M,)."""
+        total = np.bincount(self.row, self.effect, minlength=len(self.value))
+        missed = total + self.feature_effect.sum(axis=1) - (self.value - self.base)
+        return np.asarray(np.abs(missed))
+
+
+def explain(
+    predictor: Predictor, timeline: Timeline, cuts: Cuts, target: Target, *, steps: int = 32
+) -> Explanation:
+    """Attribute predictions to events and features.
+
+    Args:
+        predictor: a fitted model.
+        timeline: all events.
+        cuts: M cuts, at most one a user.
+        target: what is predicted; a binary one of the model's.
+        steps: points of the integral (midpoint rule).
+
+    Raises:
+        UserError: the target is an amount.
+    """
+    if target.kind != "binary":
+        raise UserError(f"{target.name}: amounts are not explained; choose a binary target")
+    config, heads = predictor.spec.network, predictor.spec.heads
+    name = heads.events.index(target.event or ANY_EVENT)
+    bins = heads.grid.index(target.horizon_days) + 1
+    result = Explanation(
+        event=np.zeros(0, dtype=np.int64),
+        row=np.zeros(0, dtype=np.int64),
+        effect=np.zeros(0),
+        feature_effect=np.zeros((len(cuts), config.features)),
+        base=np.zeros(len(cuts)),
+        value=np.zeros(len(cuts)),
+    )
+    events, rows, effects = [result.event], [result.row], [result.effect]
+    pieces = cut_pieces(timeline, cuts, context=predictor.spec.context, stride=1, shift=None)
+    for collated in iterate(
+        timeline,
+        predictor.tokenizer,
+        pieces,
+        row=int(pieces.lengths.max(initial=2)),
+        tokens_per_batch=_TOKENS_PER_BATCH,
+        features=config.features > 0,
+        rng=None,
+    ):
+        path = _Path(predictor, collated, name, bins)
+        by_event, by_feature = path.integrate(steps)
+        result.feature_effect[collated.rows] = by_feature
+        result.base[collated.rows], result.value[collated.rows] = path.ends()
+        events.append(collated.events)
+        rows.append(collated.rows[_owners(collated)])
+        effects.append(by_event)
+    event, row, effect = np.concatenate(events), np.concatenate(rows), np.concatenate(effects)
+    order = np.lexsort((event, row))
+    return replace(result, event=event[order], row=row[order], effect=effect[order])
+
+
+def _owners(collated: Collated) -> NDArray[np.int64]:
+    """Place in the batch's cuts of the prediction that each event belongs to."""
+    batch = collated.batch
+    segment = batch.segment.flatten()
+    of_now = segment[batch.now_place].numpy()
+    order = np.argsort(of_now)
+    found = np.searchsorted(of_now[order], segment[batch.event_place].numpy())
+    return np.asarray(order[found], dtype=np.int64)
+
+
+class _Path:
+    """The straight line between both ends for one batch."""
+
+    def __init__(self, predictor: Predictor, collated: Collated, name: int, bins: int) -> None:
+        self.network = predictor.network
+        device = next(self.network.parameters()).device
+        self.batch: Batch = collated.batch.to(device)
+        self.name, self.bins = name, bins
+        self.events = slice(
+            1 + len(self.batch.profile_codes),
+            1 + len(self.batch.profile_codes) + len(self.batch.event_codes),
+        )
+        with torch.no_grad():
+            self.tokens = self.network.embed(self.batch)
+        features = self.batch.now_features
+        self.mean = (
+            self.network.feature_mean.expand_as(features)
+            if self.network.config.features
+            else features
+        )
+
+    def log_odds(self, share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log odds (M,) at a point of the path, and the event tokens and features there."""
+        events = (share * self.tokens[self.events]).requires_grad_()
+        features = (self.mean + share * (self.batch.now_features - self.mean)).requires_grad_()
+        tokens = torch.cat(
+            [self.tokens[: self.events.start], events, self.tokens[self.events.stop :]]
+        )
+        batch = replace(self.batch, now_features=features)
+        outputs, _ = self.network.read(batch, self.network.mix(batch, tokens))
+        stay = functional.logsigmoid(-outputs.hazard[:, self.name, : self.bins]).sum(dim=1)
+        # log((1 - s) / s) with s = exp(stay)
+        return torch.log(-torch.expm1(stay.clamp(max=-1e-7))) - stay, events, features
+
+    def integrate(self, steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return effects of events (E,) and of features (M, F)."""
+        by_event = torch.zeros_like(self.tokens[self.events])
+        by_feature = torch.zeros_like(self.batch.now_features)
+        for step in range(steps):
+            value, events, features = self.log_odds((step + 0.5) / steps)
+            inputs = [events, features] if features.shape[1] else [events]
+            gradients = torch.autograd.grad(value.sum(), inputs, allow_unused=True)
+            if gradients[0] is not None:
+                by_event += gradients[0]
+            if len(gradients) > 1 and gradients[1] is not None:
+                by_feature += gradients[1]
+        event_effect = (by_event / steps * self.tokens[self.events]).sum(dim=1)
+        feature_effect = by_feature / steps * (self.batch.now_features - self.mean)
+        return (
+            event_effect.double().cpu().numpy(),
+            feature_effect.double().cpu().numpy(),
+        )
+
+    @torch.no_grad()
+    def ends(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the log odds at the start and the end of the path."""
+        # Right at zero a norm has no direction; the first step's half width is as good a start.
+        start, _, _ = self.log_odds(1e-3)
+        end, _, _ = self.log_odds(1.0)
+        return start.double().cpu().numpy(), end.double().cpu().numpy()
