@@ -93,6 +93,18 @@ def summary() -> None:
 
 
 @app.command()
+def tune(
+    params: ParamsOption = PARAMS_FILE,
+    trials: Annotated[int, typer.Option(help="Trials in all, earlier ones included.", min=1)] = 20,
+    write: Annotated[bool, typer.Option(help="Write the best settings to the file.")] = True,
+) -> None:
+    """Search for better settings of the behaviour model; can be interrupted and gone on with."""
+    from pipelines.tuning import tune as act
+
+    typer.echo(act(load_params(params), params, Path(), trials=trials, write=write))
+
+
+@app.command()
 def register() -> None:
     """Put the trained model into the MLflow registry as candidate."""
     from pipelines.registry.promotion import register as act

@@ -83,7 +83,14 @@ class Run:
 
 
 @contextmanager
-def track(root: Path, *, params: Mapping[str, Any], data_digest: str, name: str) -> Iterator[Run]:
+def track(
+    root: Path,
+    *,
+    params: Mapping[str, Any],
+    data_digest: str,
+    name: str,
+    tags: Mapping[str, str] | None = None,
+) -> Iterator[Run]:
     """Open a run; it is marked as failed when the block raises.
 
     Args:
@@ -91,20 +98,21 @@ def track(root: Path, *, params: Mapping[str, Any], data_digest: str, name: str)
         params: settings, logged by name.
         data_digest: what the model learns from.
         name: of the run.
+        tags: more of them.
     """
     from mlflow.entities import Param, RunTag
 
     store = connect(root)
     experiment_id = _find_experiment(store, root)
     run = store.create_run(experiment_id, run_name=name)
-    tags = {DATA_TAG: data_digest}
+    all_tags = {DATA_TAG: data_digest, **(tags or {})}
     revision = read_revision(root)
     if revision is not None:
-        tags["mlflow.source.git.commit"] = revision
+        all_tags["mlflow.source.git.commit"] = revision
     store.log_batch(
         run.info.run_id,
         params=[Param(key, str(value)) for key, value in params.items()],
-        tags=[RunTag(key, value) for key, value in tags.items()],
+        tags=[RunTag(key, value) for key, value in all_tags.items()],
     )
     try:
         yield Run(store, run.info.run_id, experiment_id)

@@ -1,0 +1,194 @@
+"""Search for settings of the behaviour model: Optuna, pruned and resumable; trials in MLflow.
+
+A trial fits the model on the windows before the calibration cut and is judged by the mean
+log loss of all binary targets on that cut; the test cuts are never looked at. Pruning compares
+the hazard loss of an epoch with other trials' at the same epoch (median rule, Golovin et al.,
+KDD 2017): cuts are drawn anew each epoch, so that it is close to a held-out loss.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from pipelines.config import Train
+from pipelines.errors import UserError
+from pipelines.features.store import Sequences
+from pipelines.model.heads import Target
+from pipelines.model.timeline import ANY_EVENT, DAY, Timeline
+from pipelines.model.tokens import Vocabulary
+from pipelines.model.training import Periods, TrainedModel, population, train_model
+
+if TYPE_CHECKING:
+    import optuna
+
+_FLOOR: Final = 1e-6
+# Trials before pruning and before the sampler stops drawing at random.
+_WARM_UP: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The end of a search.
+
+    Attributes:
+        best: the settings that did best, by name.
+        loss: their mean log loss on the calibration cut.
+        current: the loss of the settings that stood in params.yaml.
+        trials: finished, pruned ones included.
+    """
+
+    best: dict[str, Any]
+    loss: float
+    current: float
+    trials: int
+
+
+def suggest(trial: optuna.Trial, config: Train) -> dict[str, Any]:
+    """Draw settings of the train section around those that stand there."""
+    rate, decay, step = config.learning_rate, max(config.weight_decay, 1e-3), 2 * config.heads
+    widths = sorted({config.width, max(step, config.width // 2 // step * step), 2 * config.width})
+    weights = sorted({0.0, 0.1, 0.2, 0.5, config.next_event_weight})
+    return {
+        "learning_rate": trial.suggest_float("learning_rate", rate / 4, min(1, 3 * rate), log=True),
+        "weight_decay": trial.suggest_float("weight_decay", decay / 10, 5 * decay, log=True),
+        "dropout": trial.suggest_float("dropout", 0.0, max(0.3, config.dropout)),
+        "width": trial.suggest_categorical("width", widths),
+        "layers": trial.suggest_int("layers", 1, config.layers + 1),
+        "next_event_weight": trial.suggest_categorical("next_event_weight", weights),
+        "epochs": trial.suggest_int("epochs", max(1, config.epochs // 2), config.epochs + 2),
+    }
+
+
+def search(
+    sequences: Sequences,
+    periods: Periods,
+    targets: tuple[Target, ...],
+    config: Train,
+    vocabulary: Vocabulary,
+    study: optuna.Study,
+    *,
+    trials: int,
+    on_trial: Callable[[int, Mapping[str, Any], float | None], None] = lambda *_: None,
+) -> Found:
+    """Run trials until the study holds so many; the first is the settings as they are.
+
+    Args:
+        sequences, periods, targets, vocabulary: as for training.
+        config: settings as they are; what is not searched for stays.
+        study: holds the trials of earlier calls; minimises.
+        trials: wanted in all.
+        on_trial: called with number, settings and loss (None = pruned) of each finished trial.
+
+    Raises:
+        UserError: there is no binary target.
+    """
+    import optuna
+
+    if not any(target.kind == "binary" for target in targets):
+        raise UserError("tune: there is no binary target to judge by")
+    timeline = Timeline(sequences)
+
+    def judge(trial: optuna.Trial) -> float:
+        changes = suggest(trial, config)
+        settings = config.model_copy(update={**changes, "refit_epochs": 0})
+
+        def note(epoch: dict[str, float]) -> None:
+            trial.report(epoch["hazard_loss"], int(epoch["epoch"]))
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        try:
+            trained = train_model(sequences, periods, targets, settings, vocabulary, note)
+        except optuna.TrialPruned:
+            on_trial(trial.number, changes, None)
+            raise
+        loss = calibration_loss(trained, timeline, periods)
+        on_trial(trial.number, changes, loss)
+        return loss
+
+    finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    left = trials - len(study.get_trials(deepcopy=False, states=finished))
+    if not study.get_trials(deepcopy=False):
+        names = ("learning_rate", "weight_decay", "dropout", "width", "layers", "epochs")
+        study.enqueue_trial(
+            {name: getattr(config, name) for name in (*names, "next_event_weight")},
+            skip_if_exists=True,
+        )
+    if left > 0:
+        study.optimize(judge, n_trials=left)
+    done = study.get_trials(deepcopy=False, states=finished)
+    first = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))[0]
+    return Found(
+        best=dict(study.best_params),
+        loss=float(study.best_value),
+        current=float(first.value or np.nan),
+        trials=len(done),
+    )
+
+
+def make_study(storage: str, name: str, seed: int) -> optuna.Study:
+    """Open a study, or go on with it.
+
+    Args:
+        storage: SQLAlchemy URL.
+        name: of the study; equal for equal data and settings.
+        seed: of the sampler.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(
+        storage=storage,
+        study_name=name,
+        load_if_exists=True,
+        direction="minimize",
+        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=_WARM_UP),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=_WARM_UP, n_warmup_steps=1),
+    )
+
+
+def calibration_loss(trained: TrainedModel, timeline: Timeline, periods: Periods) -> float:
+    """Return the mean log loss of the binary targets at the calibration cut, raw predictions."""
+    predictor = trained.first
+    heads = predictor.spec.heads
+    cuts = population(timeline, periods.calibration, periods.active_days)
+    raw = predictor.raw(timeline, cuts)
+    labels = timeline.labels(cuts, events=heads.events, horizons=(), close=periods.test)
+    losses = []
+    for target in predictor.targets:
+        if target.kind != "binary":
+            continue
+        if (periods.test - periods.calibration) < target.horizon_days * DAY:
+            continue
+        name = heads.events.index(target.event or ANY_EVENT)
+        stays = raw.survival[:, name, heads.grid.index(target.horizon_days)]
+        happened = labels.delay[:, name] < target.horizon_days
+        chance = np.clip(np.where(happened, 1.0 - stays, stays), _FLOOR, 1.0)
+        losses.append(float(-np.log(chance).mean()))
+    return float(np.mean(losses))
+
+
+def write_settings(text: str, section: str, settings: Mapping[str, Any]) -> str:
+    """Change values of one section of a YAML text; comments and the rest stay.
+
+    Raises:
+        UserError: a setting does not stand in the section on a line of its own.
+    """
+    begin = re.search(rf"^{re.escape(section)}:.*$", text, re.MULTILINE)
+    if begin is None:
+        raise UserError(f"params.yaml: there is no section {section}")
+    rest = text[begin.end() :]
+    end = re.search(r"^\S", rest, re.MULTILINE)
+    body = rest[: end.start()] if end else rest
+    for name, value in settings.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        pattern = rf"^(  {re.escape(name)}:[ ]*)[^\s#]+"
+        body, count = re.subn(pattern, rf"\g<1>{shown}", body, count=1, flags=re.MULTILINE)
+        if not count:
+            raise UserError(f"params.yaml: {section}.{name} stands on no line of its own")
+    return text[: begin.end()] + body + (rest[end.start() :] if end else "")

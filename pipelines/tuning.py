@@ -1,0 +1,77 @@
+"""`forecart tune`: searches, logs every trial below one MLflow run, writes the best settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from pipelines.config import Params
+from pipelines.io import digest_directory, write_text
+from pipelines.model.tuning import make_study, search, write_settings
+from pipelines.registry.tracking import track
+from pipelines.stages.train import FEATURES, load_inputs
+
+STORAGE: Final = Path(".forecart/tuning.db")
+PARENT_TAG: Final = "mlflow.parentRunId"
+
+
+def tune(params: Params, file: Path, root: Path, *, trials: int, write: bool) -> str:
+    """Search until the study of these data and settings holds so many trials.
+
+    Args:
+        params: settings as they are.
+        file: where they stand; gets the best ones.
+        root: the project's folder.
+        trials: in all; those of an earlier, interrupted call count.
+        write: change the file.
+
+    Returns:
+        Lines for people.
+
+    Raises:
+        UserError: data/features is missing.
+    """
+    sequences, periods, targets, vocabulary = load_inputs(root)
+    data = digest_directory(root / FEATURES)
+    settings = params.train.model_dump()
+    name = hashlib.sha256(json.dumps([data, settings], sort_keys=True).encode()).hexdigest()[:16]
+    (root / STORAGE).parent.mkdir(parents=True, exist_ok=True)
+    study = make_study(f"sqlite:///{(root / STORAGE).resolve()}", name, params.train.seed)
+    with track(root, params=settings, data_digest=data, name="tune") as parent:
+
+        def note(number: int, changes: Mapping[str, Any], loss: float | None) -> None:
+            tags = {PARENT_TAG: parent.run_id}
+            with track(
+                root, params=changes, data_digest=data, name=f"trial {number}", tags=tags
+            ) as run:
+                if loss is not None:
+                    run.log_metrics({"calibration_log_loss": loss}, step=0)
+
+        found = search(
+            sequences,
+            periods,
+            targets,
+            params.train,
+            vocabulary,
+            study,
+            trials=trials,
+            on_trial=note,
+        )
+        parent.log_metrics({"calibration_log_loss": found.loss}, step=0)
+    shown = ", ".join(f"{k} {v:.4g}" for k, v in found.best.items())
+    lines = [
+        f"{found.trials} trials: log loss {found.loss:.5f} on the calibration cut, "
+        f"{found.current:.5f} with the settings as they were",
+        f"Best:  {shown}",
+    ]
+    if not write:
+        lines.append("Next:  forecart tune --write puts them into the settings file")
+    elif found.loss < found.current:
+        write_text(file, write_settings(file.read_text(), "train", found.best))
+        lines.append(f"Written to {file}. Next: dvc repro")
+    else:
+        lines.append(f"{file} stays as it is: nothing did better")
+    return "\n".join(lines)
