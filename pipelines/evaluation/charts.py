@@ -37,7 +37,11 @@ def line_chart(
     y_range: tuple[float, float],
     diagonal: bool = False,
 ) -> Markup:
-    """Draw curves with axes; the i-th line has the CSS class s<i>."""
+    """Draw curves with axes; the i-th line has the CSS class s<i>.
+
+    A range without length (all values alike) is shown one unit long.
+    """
+    x_range, y_range = _stretch(x_range), _stretch(y_range)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_range[0]) / (x_range[1] - x_range[0])
@@ -78,6 +82,10 @@ def line_chart(
         f'class="mid label">{escape(y_label)}</text></svg>'
     )
     return Markup("".join(parts))  # noqa: S704 - numbers, and labels escaped above
+
+
+def _stretch(bounds: tuple[float, float]) -> tuple[float, float]:
+    return bounds if bounds[1] > bounds[0] else (bounds[0], bounds[0] + 1.0)
 
 
 def _tick(value: float) -> str:
