@@ -1,10 +1,12 @@
 """Which events and features moved a prediction: integrated gradients.
 
 Sundararajan, Taly & Yan, "Axiomatic Attribution for Deep Networks", ICML 2017. The path leads
-from a user of whom nothing is known but that there were so many events at these times (event
-embeddings zero, windowed features at their mean) to the user as seen. What is attributed is the
-log odds that the event happens within the horizon; attributions add up to the difference between
-both ends, up to the error of the numeric integral, which is told.
+from a user of whom nothing is known but that there were so many events at these times (of no
+particular type, without content; windowed features at their mean) to the user as seen. Zero
+embeddings would be no such start: there the norm before each layer has no direction, and the
+integral does not converge. What is attributed is the log odds that the event happens within the
+horizon; attributions add up to the difference between both ends, up to the error of the numeric
+integral, which is told.
 """
 
 from __future__ import annotations
@@ -130,6 +132,8 @@ class _Path:
         )
         with torch.no_grad():
             self.tokens = self.network.embed(self.batch)
+            average = self.network.event_type.weight.mean(dim=0)
+            self.start = average.expand_as(self.tokens[self.events])
         features = self.batch.now_features
         self.mean = (
             self.network.feature_mean.expand_as(features)
@@ -139,8 +143,10 @@ class _Path:
 
     def log_odds(self, share: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return log odds (M,) at a point of the path, and the event tokens and features there."""
-        events = (share * self.tokens[self.events]).requires_grad_()
-        features = (self.mean + share * (self.batch.now_features - self.mean)).requires_grad_()
+        events = self.start + share * (self.tokens[self.events] - self.start)
+        events = events.detach().requires_grad_()
+        features = self.mean + share * (self.batch.now_features - self.mean)
+        features = features.detach().requires_grad_()
         tokens = torch.cat(
             [self.tokens[: self.events.start], events, self.tokens[self.events.stop :]]
         )
@@ -162,7 +168,7 @@ class _Path:
                 by_event += gradients[0]
             if len(gradients) > 1 and gradients[1] is not None:
                 by_feature += gradients[1]
-        event_effect = (by_event / steps * self.tokens[self.events]).sum(dim=1)
+        event_effect = (by_event / steps * (self.tokens[self.events] - self.start)).sum(dim=1)
         feature_effect = by_feature / steps * (self.batch.now_features - self.mean)
         return (
             event_effect.double().cpu().numpy(),
@@ -172,7 +178,6 @@ class _Path:
     @torch.no_grad()
     def ends(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the log odds at the start and the end of the path."""
-        # Right at zero a norm has no direction; the first step's half width is as good a start.
-        start, _, _ = self.log_odds(1e-3)
+        start, _, _ = self.log_odds(0.0)
         end, _, _ = self.log_odds(1.0)
         return start.double().cpu().numpy(), end.double().cpu().numpy()

@@ -177,7 +177,9 @@ class Network(nn.Module):
         self.join = nn.Linear(joined, config.fusion_width)
         self.hazard = nn.Linear(config.fusion_width, config.events * config.bins)
         # Zero below; drawing numbers for no amounts at all would warn.
-        self.amount = nn.utils.skip_init(nn.Linear, config.fusion_width, 2 * config.amounts)
+        self.amount = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Linear, config.fusion_width, 2 * config.amounts
+        )
         self.next = nn.Linear(width, config.types + NEXT_GAP_BINS + config.next_codes + 1)
         for table in (
             self.event_type,
