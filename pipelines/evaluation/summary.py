@@ -14,9 +14,15 @@ _ORDER = (
     "lightgbm",
     "logistic",
     "linear",
+    "bgnbd",
+    "density",
     "recency",
     "majority",
 )
+
+# Two of a kind share a column: one is for events, the other for amounts.
+_COLUMN = {"logistic": "linear"}
+_WIDTH = 100
 
 
 def order_models(names: Any) -> list[str]:
@@ -43,16 +49,19 @@ def format_summary(evaluation: dict[str, Any], verdict: dict[str, Any] | None) -
         "ROC-AUC (spend: Gini) out of time; base = share of positives",
         "",
     ]
-    models = order_models({m for t in targets.values() for m in t["models"]})
-    lines.append(f"{'target':<14}{'base':>7}" + "".join(f"{m:>10.9}" for m in models))
+    models = order_models({_COLUMN.get(m, m) for t in targets.values() for m in t["models"]})
+    width = min(10, (_WIDTH - 19) // max(len(models), 1))
+    heads = (f"{m[: width - 1]:>{width}}" for m in models)
+    lines.append(f"{'target':<13}{'base':>6}" + "".join(heads))
     for name, target in sorted(targets.items(), key=_target_order):
         metric = main_metric(target)
         base = target["base_rate"] if target["kind"] == "binary" else None
-        cells = [target["models"].get(m, {}).get(metric, {}).get("value") for m in models]
+        found = {_COLUMN.get(m, m): scores for m, scores in target["models"].items()}
+        cells = [found.get(m, {}).get(metric, {}).get("value") for m in models]
         lines.append(
-            f"{name:<14.13}"
-            + (f"{base:>7.1%}" if base is not None else f"{'':>7}")
-            + "".join(f"{c:>10.3f}" if c is not None else f"{'-':>10}" for c in cells)
+            f"{name:<13.12}"
+            + (f"{base:>6.1%}" if base is not None else f"{'':>6}")
+            + "".join(f"{c:>{width}.3f}" if c is not None else f"{'-':>{width}}" for c in cells)
         )
     lines += [f"left out: {note['name']} ({note['why']})" for note in evaluation["omitted"]]
     if verdict is not None:

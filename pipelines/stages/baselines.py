@@ -10,13 +10,17 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
+from pipelines.baselines import histories
+from pipelines.baselines.bgnbd import BuyTillYouDie
 from pipelines.baselines.boosting import Boosting
+from pipelines.baselines.density import Density
 from pipelines.baselines.linear import Linear
 from pipelines.baselines.protocol import fit_twice
 from pipelines.baselines.simple import Majority, Recency
 from pipelines.config import Params
 from pipelines.features.labels import Kind, Target
 from pipelines.features.snapshot_table import Floats, SnapshotTable
+from pipelines.features.store import Sequences
 from pipelines.io import progress, replace_directory, write_json, write_table, write_text
 
 FEATURES = Path("data/features")
@@ -31,6 +35,9 @@ def run(params: Params, root: Path = Path()) -> str:
         UserError: data/features is missing.
     """
     table = SnapshotTable.load(root / FEATURES)
+    sequences = Sequences.load(root / FEATURES / "sequences")
+    events = dict.fromkeys(_find_event(target) for target in table.targets)
+    known = {event: histories.with_histories(table, sequences, event) for event in events}
     predictions: dict[str, dict[str, Floats]] = {}
     fitted: dict[str, dict[str, Any]] = {}
     texts: dict[str, str] = {}
@@ -38,7 +45,9 @@ def run(params: Params, root: Path = Path()) -> str:
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool, threadpool_limits(1):
         local = threading.local()
-        results = pool.map(lambda target: _fit_target(table, target, params, local), table.targets)
+        results = pool.map(
+            lambda t: _fit_target(table, known[_find_event(t)], t, params, local), table.targets
+        )
         fits = progress(results, "baselines", total=len(table.targets), unit="target")
         for target, (values, parameters, text) in zip(table.targets, fits, strict=True):
             for name, value in values.items():
@@ -48,7 +57,8 @@ def run(params: Params, root: Path = Path()) -> str:
             texts[target.name] = text
     with replace_directory(root / MODELS) as folder:
         for name, parameters in fitted.items():
-            write_json(folder / f"{name}.json", {"features": table.feature_names} | parameters)
+            names = histories.COLUMNS if name in ("density", "bgnbd") else table.feature_names
+            write_json(folder / f"{name}.json", {"features": names} | parameters)
         for name, text in texts.items():
             write_text(folder / "lightgbm" / f"{name}.txt", text)
     with replace_directory(root / PREDICTIONS) as folder:
@@ -58,28 +68,55 @@ def run(params: Params, root: Path = Path()) -> str:
 
 
 def _fit_target(
-    table: SnapshotTable, target: Target, params: Params, local: threading.local
+    table: SnapshotTable,
+    known: SnapshotTable,
+    target: Target,
+    params: Params,
+    local: threading.local,
 ) -> tuple[dict[str, Floats], dict[str, Any], str]:
-    """Fit all baselines on one target: predictions, parameters, and the trees as text."""
+    """Fit all baselines on one target.
+
+    Args:
+        table: snapshots with their features.
+        known: the same with histories of the target's event.
+        target: what to predict.
+        params: all settings.
+        local: what this thread keeps from one target to the next.
+
+    Returns:
+        Predictions and parameters by baseline, and the trees as text.
+    """
     if not hasattr(local, "boosting"):
         # One for a thread, since the labels are set on the data it holds.
         local.boosting = Boosting(table, params.baselines)
     predictions: dict[str, Floats] = {}
     parameters: dict[str, Any] = {}
-    for name, first, second in _make_pairs(table, target):
-        predictions[name] = fit_twice(table, target, first, second)
+    for name, rows, first, second in _make_pairs(table, known, target):
+        predictions[name] = fit_twice(rows, target, first, second)
         parameters[name] = second.to_dict()
     predictions["lightgbm"], text = local.boosting.fit_target(target)
     return predictions, parameters, text
 
 
-def _make_pairs(table: SnapshotTable, target: Target) -> list[tuple[str, Any, Any]]:
-    event = target.event or ("purchase" if target.kind is Kind.AMOUNT else None)
-    name = f"f_recency_{event}" if event else "f_recency"
-    column = table.feature_names.index(name)
+def _find_event(target: Target) -> str | None:
+    """Whose history tells of a target; None = that of all events."""
+    return target.event or ("purchase" if target.kind is Kind.AMOUNT else None)
+
+
+def _make_pairs(
+    table: SnapshotTable, known: SnapshotTable, target: Target
+) -> list[tuple[str, SnapshotTable, Any, Any]]:
+    """Name, rows, and two unfitted objects of every baseline."""
+    event = _find_event(target)
+    column = table.feature_names.index(f"f_recency_{event}" if event else "f_recency")
     linear = "logistic" if target.kind is Kind.BINARY else "linear"
-    return [
-        ("majority", Majority(), Majority()),
-        ("recency", Recency(column), Recency(column)),
-        (linear, Linear(target.kind), Linear(target.kind)),
+    pairs: list[tuple[str, SnapshotTable, Any, Any]] = [
+        ("majority", table, Majority(), Majority()),
+        ("recency", table, Recency(column), Recency(column)),
+        ("density", known, Density(target), Density(target)),
+        (linear, table, Linear(target.kind), Linear(target.kind)),
     ]
+    if event == "purchase":
+        first, second = (BuyTillYouDie(target.kind, target.horizon_days) for _ in range(2))
+        pairs.append(("bgnbd", known, first, second))
+    return pairs
