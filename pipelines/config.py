@@ -257,14 +257,23 @@ class Pretrain(Section):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
 
 
-class LightGBMConfig(Section):
+class TreeSettings(Section):
+    """Size and pace of LightGBM's trees."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
+    num_leaves: Annotated[int, Field(ge=2)] = 31
+    min_child_samples: Positive = 40
+
+
+class LightGBMConfig(TreeSettings):
     """Settings of the LightGBM baseline."""
 
     rounds: Positive = 400
     early_stopping: Positive = 30
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
-    num_leaves: Annotated[int, Field(ge=2)] = 31
-    min_child_samples: Positive = 40
+    # Tried besides the setting above; the calibration cut chooses.
+    search: tuple[TreeSettings, ...] = (
+        TreeSettings(learning_rate=0.05, num_leaves=15, min_child_samples=80),
+    )
 
 
 class Baselines(Section):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightgbm as lgb
 import numpy as np
 
-from pipelines.config import Baselines
+from pipelines.config import Baselines, TreeSettings
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind, Target
 from pipelines.features.snapshot_table import Floats, SnapshotTable
@@ -17,8 +19,9 @@ _TWEEDIE_POWER = 1.4
 class Boosting:
     """Gradient boosted trees for all targets of one snapshot table.
 
-    The rows are binned once and shared by all targets. Rounds are chosen by early stopping on
-    the calibration cut; the refit on everything closed before the test cuts uses that number.
+    The rows are binned once and shared by all targets. The settings of the trees and the rounds
+    (by early stopping) are those of the least loss on the calibration cut, chosen target by
+    target; the refit on everything closed before the test cuts uses them.
     One object is for one thread.
     """
 
@@ -48,13 +51,50 @@ class Boosting:
             Predictions for the calibration and test rows, and the refitted model as text.
         """
         y = self._table.labels[target.name]
+        self._fit_data.set_label(y[self._train])
+        self._stop_data.set_label(y[self._calibration])
+        trials = [self._try(target.kind, setting) for setting in self._list_settings()]
+        # Of equals the first.
+        _loss, setting, first = min(trials, key=lambda trial: trial[0])
+        self._refit_data.set_label(y[self._known])
+        second = lgb.train(
+            self._parameters(target.kind, setting),
+            self._refit_data,
+            num_boost_round=max(first.best_iteration, 1),
+        )
+        x = self._table.features
+        predictions = np.empty(len(y))
+        predictions[self._calibration] = first.predict(x[self._calibration])
+        predictions[self._test] = second.predict(x[self._test])
+        return predictions[self._calibration | self._test], second.model_to_string()
+
+    def _list_settings(self) -> list[TreeSettings]:
         config = self._config.lightgbm
-        parameters = {
-            "objective": "binary" if target.kind is Kind.BINARY else "tweedie",
+        own = TreeSettings(
+            learning_rate=config.learning_rate,
+            num_leaves=config.num_leaves,
+            min_child_samples=config.min_child_samples,
+        )
+        return [own, *config.search]
+
+    def _try(self, kind: Kind, setting: TreeSettings) -> tuple[float, TreeSettings, Any]:
+        """Fit on the training cuts: least loss on the calibration cut, setting, trees."""
+        config = self._config.lightgbm
+        model = lgb.train(
+            self._parameters(kind, setting),
+            self._fit_data,
+            num_boost_round=config.rounds,
+            valid_sets=[self._stop_data],
+            callbacks=[lgb.early_stopping(config.early_stopping, verbose=False)],
+        )
+        (loss,) = model.best_score["valid_0"].values()
+        return float(loss), setting, model
+
+    def _parameters(self, kind: Kind, setting: TreeSettings) -> dict[str, Any]:
+        return {
+            "objective": "binary" if kind is Kind.BINARY else "tweedie",
             "tweedie_variance_power": _TWEEDIE_POWER,
-            "learning_rate": config.learning_rate,
-            "num_leaves": config.num_leaves,
-            "min_child_samples": config.min_child_samples,
+            **setting.model_dump(),
             "feature_fraction": 0.6,
             "bagging_fraction": 0.8,
             "bagging_freq": 1,
@@ -66,21 +106,3 @@ class Boosting:
             "feature_pre_filter": False,
             "verbose": -1,
         }
-        self._fit_data.set_label(y[self._train])
-        self._stop_data.set_label(y[self._calibration])
-        first = lgb.train(
-            parameters,
-            self._fit_data,
-            num_boost_round=config.rounds,
-            valid_sets=[self._stop_data],
-            callbacks=[lgb.early_stopping(config.early_stopping, verbose=False)],
-        )
-        self._refit_data.set_label(y[self._known])
-        second = lgb.train(
-            parameters, self._refit_data, num_boost_round=max(first.best_iteration, 1)
-        )
-        x = self._table.features
-        predictions = np.empty(len(y))
-        predictions[self._calibration] = first.predict(x[self._calibration])
-        predictions[self._test] = second.predict(x[self._test])
-        return predictions[self._calibration | self._test], second.model_to_string()

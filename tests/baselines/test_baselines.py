@@ -8,7 +8,7 @@ from pipelines.baselines.boosting import Boosting
 from pipelines.baselines.linear import Linear
 from pipelines.baselines.protocol import fit_twice
 from pipelines.baselines.simple import Majority, Recency
-from pipelines.config import Baselines
+from pipelines.config import Baselines, LightGBMConfig, TreeSettings
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind, Target
 from pipelines.features.snapshot_table import SnapshotTable
@@ -114,3 +114,15 @@ def test_a_column_that_is_never_known_is_no_error() -> None:
     recency = Recency(1)
     recency.fit(x, y)
     assert recency.predict(x) == pytest.approx(y.mean())
+
+
+def test_the_calibration_cut_chooses_between_trees(table: SnapshotTable) -> None:
+    stumps = TreeSettings(learning_rate=0.5, num_leaves=2, min_child_samples=1000)
+    trees = TreeSettings(learning_rate=0.05, num_leaves=15, min_child_samples=20)
+
+    def fit(own: TreeSettings, *search: TreeSettings) -> str:
+        config = LightGBMConfig(**own.model_dump(), search=search, rounds=100)
+        return Boosting(table, Baselines(lightgbm=config)).fit_target(BUY)[1]
+
+    assert "[num_leaves: 15]" in fit(stumps, trees)
+    assert fit(stumps, trees) == fit(trees, stumps) == fit(trees)
