@@ -12,6 +12,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 
 from pipelines.config import Evaluation
+from pipelines.evaluation.conformal import PredictionSets, make_sets
 from pipelines.evaluation.metrics import (
     Floats,
     amount_metrics,
@@ -46,12 +47,14 @@ class TestRows:
         y: (N,) outcomes.
         predictions: model name -> (N,).
         thresholds: model name -> probability; empty for amounts.
+        sets: the candidate's prediction sets; None for amounts and where there can be none.
     """
 
     target: Target
     y: Floats
     predictions: dict[str, Floats]
     thresholds: dict[str, float]
+    sets: PredictionSets | None = None
 
 
 def add_ensemble(table: SnapshotTable, predictions: Predictions) -> None:
@@ -102,7 +105,16 @@ def collect_test_rows(
         y = table.labels[target.name][rows]
         models = {m: p[target.name] for m, p in predictions.items() if target.name in p}
         thresholds = {}
+        sets = None
         if target.kind is Kind.BINARY:
+            if CANDIDATE in models:
+                p = models[CANDIDATE]
+                sets = make_sets(
+                    y[calibration],
+                    p[calibration],
+                    p[~calibration],
+                    level=config.conformal_level,
+                )
             thresholds = {
                 # A model without predictions on the calibration cut calls at even odds.
                 m: choose_threshold(y[calibration], p[calibration], config.threshold)
@@ -116,6 +128,7 @@ def collect_test_rows(
                 y=y[~calibration],
                 predictions={m: p[~calibration] for m, p in models.items()},
                 thresholds=thresholds,
+                sets=sets,
             )
         )
     return collected
@@ -138,7 +151,7 @@ def compare(
     rows = table.rows_of(Split.TEST)
     weights = draw_weights(table.user[rows], samples=config.bootstrap_samples, seed=config.seed)
     cuts = [table.cut_times[c] for c, split in table.splits.items() if split is Split.TEST]
-    targets = {}
+    targets: dict[str, dict[str, Any]] = {}
     # The sums over the samples run in NumPy outside the interpreter's lock.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         scores = pool.map(lambda part: _score_models(part, weights, config), test)
@@ -154,6 +167,8 @@ def compare(
             "cuts": cuts,
             **score,
         }
+        if part.sets is not None:
+            targets[part.target.name]["conformal"] = part.sets.describe(part.y)
     return {"data": data, "targets": targets, "omitted": table.omitted}
 
 
