@@ -15,6 +15,7 @@ interval of a bootstrap over users that is shared by all variants and seeds.
                       readout token has the time of the last event and no numbers
     no time encoding  gaps, calendar and times of events are hidden; their order stays
     no fusion         no windowed counts beside the history
+    2, 3 members      so many networks of other seeds answer together
     lstm, cnn, bert, mlp   another backbone behind the same tokens and heads
 """
 
@@ -55,6 +56,8 @@ VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "no NOW token": {},
     "no time encoding": {},
     "no fusion": {"fusion": False},
+    "2 members": {"members": 2},
+    "3 members": {"members": 3},
     "lstm": {"backbone": "lstm"},
     "cnn": {"backbone": "cnn"},
     "bert": {"backbone": "bert"},

@@ -237,6 +237,7 @@ class Train(Section):
     next_event_weight: Annotated[float, Field(ge=0)] = 0.2
     amount_weight: Annotated[float, Field(ge=0)] = 0.1
     fusion: bool = True
+    members: Annotated[int, Field(ge=1, le=32)] = 1
     item_buckets: Positive = 4096
     query_buckets: Positive = 2048
     seed: Annotated[int, Field(ge=0)] = 1

@@ -26,6 +26,11 @@ class Checkpoint:
         self.path = path
         self.key = key
 
+    def part(self, number: int) -> Checkpoint:
+        """Return the place of one of several trainings that make one model."""
+        name = f"{self.path.stem}-{number}{self.path.suffix}"
+        return Checkpoint(self.path.with_name(name), f"{self.key}-{number}")
+
     def write(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Replace the file: whoever dies while writing leaves the one before."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,8 +56,9 @@ class Checkpoint:
         return tensors, json.loads(metadata["state"])
 
     def remove(self) -> None:
-        """Forget the training; called when its result is in place."""
-        self.path.unlink(missing_ok=True)
+        """Forget the training, its parts too; called when its result is in place."""
+        for path in [self.path, *self.path.parent.glob(f"{self.path.stem}-*{self.path.suffix}")]:
+            path.unlink(missing_ok=True)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

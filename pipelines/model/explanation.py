@@ -22,7 +22,7 @@ from torch.nn import functional
 from pipelines.errors import UserError
 from pipelines.model.batches import Collated, cut_pieces, iterate
 from pipelines.model.heads import Target
-from pipelines.model.network import Batch
+from pipelines.model.network import Batch, Network
 from pipelines.model.predictor import Predictor
 from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline
 
@@ -39,7 +39,8 @@ class Explanation:
         effect: float64 (E,), what the event adds to the log odds.
         feature_effect: float64 (M, F), the same for the windowed features, in the order of
             ``pipelines.model.timeline.feature_names``; F = 0 without fusion.
-        base, value: float64 (M,), log odds at both ends of the path, not calibrated.
+        base, value: float64 (M,), log odds at both ends of the path, not calibrated; the mean
+            over the members of a committee.
     """
 
     event: NDArray[np.int64]
@@ -96,10 +97,16 @@ def explain(
         features=config.features > 0,
         rng=None,
     ):
-        path = _Path(predictor, collated, name, bins)
-        by_event, by_feature = path.integrate(steps)
-        result.feature_effect[collated.rows] = by_feature
-        result.base[collated.rows], result.value[collated.rows] = path.ends()
+        by_event = np.zeros(len(collated.events))
+        for network in predictor.networks:
+            path = _Path(network, collated, name, bins)
+            share = 1.0 / len(predictor.networks)
+            of_events, of_features = path.integrate(steps)
+            base, value = path.ends()
+            by_event += share * of_events
+            result.feature_effect[collated.rows] += share * of_features
+            result.base[collated.rows] += share * base
+            result.value[collated.rows] += share * value
         events.append(collated.events)
         rows.append(collated.rows[_owners(collated)])
         effects.append(by_event)
@@ -121,8 +128,8 @@ def _owners(collated: Collated) -> NDArray[np.int64]:
 class _Path:
     """The straight line between both ends for one batch."""
 
-    def __init__(self, predictor: Predictor, collated: Collated, name: int, bins: int) -> None:
-        self.network = predictor.network
+    def __init__(self, network: Network, collated: Collated, name: int, bins: int) -> None:
+        self.network = network
         device = next(self.network.parameters()).device
         self.batch: Batch = collated.batch.to(device)
         self.name, self.bins = name, bins

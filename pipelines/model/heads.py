@@ -132,7 +132,7 @@ def hazard_loss(outputs: Outputs, targets: HazardTargets) -> Tensor:
 
 def amount_loss(outputs: Outputs, targets: HazardTargets) -> Tensor:
     """Return the mean negative log likelihood of buyers' log amounts."""
-    scale = _bounded(outputs.amount_scale)
+    scale = bound_scale(outputs.amount_scale)
     error = (targets.log_amount - outputs.amount_mean) * torch.exp(-scale)
     loss = (targets.bought * (scale + 0.5 * error.square())).sum()
     return loss / targets.bought.sum().clamp(min=1.0)
@@ -146,10 +146,11 @@ def survival(outputs: Outputs) -> NDArray[np.float64]:
 
 def buyer_mean(outputs: Outputs) -> NDArray[np.float64]:
     """Return the expected amount of a buyer, (M, amounts): exp(mean + variance / 2)."""
-    variance = torch.exp(2.0 * _bounded(outputs.amount_scale).double())
+    variance = torch.exp(2.0 * bound_scale(outputs.amount_scale).double())
     mean = torch.exp((outputs.amount_mean.double() + 0.5 * variance).clamp(max=25.0))
     return np.asarray(mean.cpu().numpy())
 
 
-def _bounded(scale: Tensor) -> Tensor:
+def bound_scale(scale: Tensor) -> Tensor:
+    """Keep a log standard deviation where its exponentials are sane."""
     return scale.clamp(_MIN_LOG_SCALE, _MAX_LOG_SCALE)

@@ -19,6 +19,7 @@ from pipelines.features.store import Sequences
 from pipelines.io import read_json, write_json
 from pipelines.model.batches import cut_pieces, iterate
 from pipelines.model.calibration import Calibration
+from pipelines.model.committee import Committee
 from pipelines.model.heads import Heads, Target, buyer_mean, survival
 from pipelines.model.network import Network, NetworkConfig
 from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline
@@ -41,6 +42,7 @@ class ModelSpec:
         heads: what the outputs stand for.
         targets: columns predicted, in order.
         context: most events that a prediction reads.
+        members: networks that answer together.
         calibration: corrections.
         thresholds: for every binary target, from which probability on a positive is called.
     """
@@ -52,6 +54,7 @@ class ModelSpec:
     context: int
     calibration: Calibration
     thresholds: dict[str, float]
+    members: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object."""
@@ -62,6 +65,7 @@ class ModelSpec:
             "heads": self.heads.to_json(),
             "targets": [asdict(target) for target in self.targets],
             "context": self.context,
+            "members": self.members,
             "calibration": self.calibration.to_json(),
             "thresholds": self.thresholds,
         }
@@ -75,6 +79,7 @@ class ModelSpec:
             heads=Heads.from_json(value["heads"]),
             targets=tuple(Target(**target) for target in value["targets"]),
             context=value["context"],
+            members=value["members"],
             calibration=Calibration(**value["calibration"]),
             thresholds=value["thresholds"],
         )
@@ -96,7 +101,7 @@ class Raw:
 class Predictor:
     """Predicts every target of a fitted model."""
 
-    def __init__(self, spec: ModelSpec, network: Network) -> None:
+    def __init__(self, spec: ModelSpec, network: Network | Committee) -> None:
         self.spec = spec
         self.network = network.eval()
         self.tokenizer = Tokenizer(
@@ -104,6 +109,13 @@ class Predictor:
             item_buckets=spec.network.item_buckets,
             query_buckets=spec.network.query_buckets,
         )
+
+    @property
+    def networks(self) -> list[Network]:
+        """The networks that answer together."""
+        if isinstance(self.network, Committee):
+            return [member for member in self.network.members if isinstance(member, Network)]
+        return [self.network]
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -123,7 +135,9 @@ class Predictor:
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise UserError(f"{directory / CONFIG}: not a model of format {FORMAT}; train again")
         spec = ModelSpec.from_json(config)
-        network = Network(spec.network)
+        network: Network | Committee = Network(spec.network)
+        if spec.members > 1:
+            network = Committee([Network(spec.network) for _ in range(spec.members)])
         try:
             network.load_state_dict(load_file(directory / WEIGHTS))
         except (OSError, SafetensorError, RuntimeError) as error:

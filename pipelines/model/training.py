@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,7 @@ from pipelines.model.checkpoint import (
     unpack_chance,
     unpack_optimizer,
 )
+from pipelines.model.committee import Committee
 from pipelines.model.heads import Heads, Target, amount_loss, encode_labels, hazard_loss
 from pipelines.model.network import Network, NetworkConfig
 from pipelines.model.predictor import ModelSpec, Predictor, choose_device
@@ -43,6 +44,7 @@ _LEFT_OUT: Final = 0.15  # of the events, in bidirectional pretraining (Devlin e
 _BIDIRECTIONAL_CUTS: Final = 4
 _PRETRAIN_CUTS: Final = 4  # NOW tokens only mark which histories are read
 _LABELLED: Final = ("hazard.", "amount.", "join.", "feature_")  # not pretrained
+_SEED_STEP: Final = 10_000  # between the members of a model, so that near seeds share none
 _STATISTICS_CUTS: Final = 20_000
 _WARM_UP: Final = 0.05  # of all steps
 _MAX_NORM: Final = 1.0
@@ -171,19 +173,49 @@ def train_model(
     Raises:
         UserError: there is nobody to learn from before the calibration cut.
     """
-    seed_everything(config.seed)
     timeline = Timeline(sequences)
     heads = Heads.for_targets(targets)
-    fit = _Fit(timeline, periods, heads, targets, config, vocabulary)
-    if not fit.resume(checkpoint, on_epoch):
-        fit.start(periods.calibration, pretrained or {})
-    fit.run(Phase.FIT, config.epochs, periods.calibration, config.learning_rate, on_epoch)
-    first = calibrate(fit.take_first(), timeline, periods)
-    if config.refit_epochs:
-        rate = config.learning_rate * config.refit_rate
-        fit.run(Phase.REFIT, config.refit_epochs, periods.test, rate, on_epoch)
-    shipped = fit.predictor().calibrated(first.spec.calibration, first.spec.thresholds)
-    return TrainedModel(first=first, shipped=shipped, events=fit.events, seconds=fit.seconds)
+    fits: list[_Fit] = []
+    for member in range(config.members):
+        own = config.model_copy(update={"seed": config.seed + member * _SEED_STEP})
+        seed_everything(own.seed)
+        fit = _Fit(timeline, periods, heads, targets, own, vocabulary)
+        tell = _shift_epochs(on_epoch, fits)
+        if not fit.resume(checkpoint.part(member) if checkpoint else None, tell):
+            fit.start(periods.calibration, pretrained or {})
+        fit.run(Phase.FIT, config.epochs, periods.calibration, config.learning_rate, tell)
+        fit.keep_first()
+        if config.refit_epochs:
+            rate = config.learning_rate * config.refit_rate
+            fit.run(Phase.REFIT, config.refit_epochs, periods.test, rate, tell)
+        fits.append(fit)
+    first = calibrate(_join([fit.take_first() for fit in fits]), timeline, periods)
+    shipped = _join([fit.predictor() for fit in fits])
+    return TrainedModel(
+        first=first,
+        shipped=shipped.calibrated(first.spec.calibration, first.spec.thresholds),
+        events=sum(fit.events for fit in fits),
+        seconds=sum(fit.seconds for fit in fits),
+    )
+
+
+def _shift_epochs(
+    on_epoch: Callable[[dict[str, float]], None], before: Sequence[_Fit]
+) -> Callable[[dict[str, float]], None]:
+    """Number epochs and steps through all members."""
+    epochs = sum(len(fit.history) for fit in before)
+    steps = sum(fit.step for fit in before)
+    return lambda epoch: on_epoch(
+        {**epoch, "epoch": epoch["epoch"] + epochs, "step": epoch["step"] + steps}
+    )
+
+
+def _join(predictors: Sequence[Predictor]) -> Predictor:
+    """Let several uncalibrated models answer as one."""
+    if len(predictors) == 1:
+        return predictors[0]
+    networks = [network for predictor in predictors for network in predictor.networks]
+    return Predictor(replace(predictors[0].spec, members=len(networks)), Committee(networks))
 
 
 def seed_everything(seed: int) -> None:
@@ -323,11 +355,14 @@ class _Fit:
         """Return the network as it is, without corrections."""
         return Predictor(self.spec, self.network)
 
-    def take_first(self) -> Predictor:
-        """Return the network as the first fit left it, safe from the refit."""
+    def keep_first(self) -> None:
+        """Remember the network as the first fit left it."""
         if not self.first:
             state = self.network.state_dict()
             self.first = {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def take_first(self) -> Predictor:
+        """Return the network that ``keep_first`` remembers."""
         network = Network(self.spec.network)
         network.load_state_dict(self.first)
         return Predictor(self.spec, network.to(self.device))

@@ -186,7 +186,7 @@ def test_a_killed_training_goes_on_where_it_was(root: Path) -> None:
     )
     killed = subprocess.run([sys.executable, "-c", code], cwd=root, check=False, timeout=120)
     assert killed.returncode == -signal.SIGKILL
-    checkpoint = root / ".forecart/checkpoints/train.safetensors"
+    checkpoint = root / ".forecart/checkpoints/train-0.safetensors"
     assert checkpoint.exists()
 
     told: list[dict[str, float]] = []
