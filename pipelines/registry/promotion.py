@@ -3,7 +3,9 @@
 The alias ``champion`` in the registry decides which model serves: setting it is one write, and
 everything that has to be known about the new champion is in the registry before it. champion.json
 and the list of past champions follow from it; a process that is killed in between leaves them
-behind the alias, and the next act brings them up to date.
+behind the alias, and the next act brings them up to date. Acts that move the alias hold a lock,
+and compare the champion that serves with the one that the verdict compared with: of two promoters
+at once one wins, and the other is told so.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pipelines.registry.champion import (
     read_name,
     write_champion,
 )
+from pipelines.registry.lock import hold_lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -75,9 +78,15 @@ def promote(root: Path) -> str:
 
     Raises:
         UserError: the verdict is missing, did not pass, or is about another model, or another
-            champion than the one it was compared with serves by now.
+            champion than the one it was compared with serves by now, or somebody else is
+            promoting.
     """
     registry = connect(root)
+    with hold_lock(str(registry.tracking_uri), read_name(root), root):
+        return _promote(registry, root)
+
+
+def _promote(registry: MlflowClient, root: Path) -> str:
     present = _synchronise(registry, root)
     digest = _digest_model(root)
     if present is not None and read_digest(present) == digest:
@@ -115,6 +124,11 @@ def rollback(root: Path) -> str:
         UserError: there is no champion, or none before it.
     """
     registry = connect(root)
+    with hold_lock(str(registry.tracking_uri), read_name(root), root):
+        return _roll_back(registry, root)
+
+
+def _roll_back(registry: MlflowClient, root: Path) -> str:
     present = _synchronise(registry, root)
     if present is None:
         raise UserError("there is no champion to roll back")
