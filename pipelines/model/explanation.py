@@ -143,7 +143,7 @@ class _Path:
             self.start = average.expand_as(self.tokens[self.events])
         features = self.batch.now_features
         self.mean = (
-            self.network.feature_mean.expand_as(features)
+            self.network.fusion.mean.expand_as(features)
             if self.network.config.features
             else features
         )

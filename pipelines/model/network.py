@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipelines.model.backbones import Layout, make_backbone
+from pipelines.model.fusion import Fusion
 
 PROFILE_NUMBERS: Final = 2
 GAP_BINS: Final = 12
@@ -167,12 +168,7 @@ class Network(nn.Module):
         self.norm = nn.LayerNorm(width, bias=False)
         joined = width
         if config.features:
-            self.register_buffer("feature_mean", torch.zeros(config.features))
-            self.register_buffer("feature_scale", torch.ones(config.features))
-            self.feature_mean: Tensor
-            self.feature_scale: Tensor
-            self.feature_in = nn.Linear(config.features, config.fusion_width)
-            self.feature_mid = nn.Linear(config.fusion_width, config.fusion_width)
+            self.fusion = Fusion(config.features, config.fusion_width)
             joined += config.fusion_width
         self.join = nn.Linear(joined, config.fusion_width)
         self.hazard = nn.Linear(config.fusion_width, config.events * config.bins)
@@ -248,10 +244,7 @@ class Network(nn.Module):
         flat = hidden.flatten(0, 1)
         now = self.norm(flat.index_select(0, batch.now_place))
         if self.config.features:
-            scaled = (batch.now_features - self.feature_mean) * self.feature_scale
-            inner = functional.relu(self.feature_in(scaled.clamp(-5.0, 5.0)))
-            inner = functional.relu(self.feature_mid(inner))
-            now = torch.cat([now, inner], dim=1)
+            now = torch.cat([now, self.fusion(batch.now_features)], dim=1)
         joined = functional.relu(self.join(now))
         hazard = self.hazard(joined).view(-1, self.config.events, self.config.bins)
         mean, scale = self.amount(joined).chunk(2, dim=1)

@@ -43,7 +43,7 @@ _NEXT_SHARE: Final = 4  # one event in so many carries the next-event loss
 _LEFT_OUT: Final = 0.15  # of the events, in bidirectional pretraining (Devlin et al. 2019)
 _BIDIRECTIONAL_CUTS: Final = 4
 _PRETRAIN_CUTS: Final = 4  # NOW tokens only mark which histories are read
-_LABELLED: Final = ("hazard.", "amount.", "join.", "feature_")  # not pretrained
+_LABELLED: Final = ("hazard.", "amount.", "join.", "fusion.")  # not pretrained
 _SEED_STEP: Final = 10_000  # between the members of a model, so that near seeds share none
 _STATISTICS_CUTS: Final = 20_000
 _WARM_UP: Final = 0.05  # of all steps
@@ -427,10 +427,7 @@ class _Fit:
             self.network.hazard.bias.copy_(torch.logit(rate).flatten())
             self.network.amount.bias.copy_(torch.cat([mean, scale]))
             if self.spec.network.features:
-                features = self.timeline.features(cuts).astype(np.float64)
-                self.network.feature_mean.copy_(torch.from_numpy(features.mean(axis=0)))
-                deviation = np.maximum(features.std(axis=0), 1e-2)
-                self.network.feature_scale.copy_(torch.from_numpy(1.0 / deviation))
+                self.network.fusion.fit(self.timeline.features(cuts))
 
     def run(
         self,
