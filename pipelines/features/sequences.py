@@ -24,7 +24,9 @@ _COPIED: Final = {
 }
 
 
-def write_sequences(connection: Any, events: Any, people: pa.Table, folder: Path) -> Sequences:
+def write_sequences(
+    connection: Any, events: Any, people: pa.Table, folder: Path
+) -> tuple[Sequences, dict[int, str]]:
     """Write all events, sorted by (user, ts, event_id), as flat columns.
 
     The engine sorts, out of core where it must; rows arrive in batches and go to files of their
@@ -37,7 +39,7 @@ def write_sequences(connection: Any, events: Any, people: pa.Table, folder: Path
         folder: an existing directory.
 
     Returns:
-        The sequences, mapped from the files.
+        The sequences, mapped from the files, and the ids of items by their hash.
     """
     counts = events.group_by("user").aggregate(n=_.count()).order_by("user").to_pyarrow()
     offsets = np.concatenate([[0], np.cumsum(counts["n"].to_numpy())]).astype(np.int64)
@@ -79,7 +81,9 @@ def write_sequences(connection: Any, events: Any, people: pa.Table, folder: Path
     }
     for name, values in others.items():
         np.save(folder / f"{name}.npy", values, allow_pickle=False)
-    return Sequences.load(folder)
+    # Of the few ids that share a hash, the last in the alphabet names it, whatever came first.
+    names = {code: text for text, code in sorted((t, c) for t, c in hashes["item"].items() if t)}
+    return Sequences.load(folder), names
 
 
 def _learn(column: pa.Array, known: dict[str | None, int], number: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the past teaches about texts and numbers: known categories, brands, scales.
+"""What the past teaches about texts and numbers: known categories, brands, items, scales.
 
 Everything here is fitted on events before the calibration cut alone.
 """
@@ -22,13 +22,14 @@ def fit_vocabulary(sequences: Sequences, *, before_us: int, max_size: int) -> di
         max_size: hashes kept per column.
 
     Returns:
-        category, brand, gender, region -> ``hash_text`` values; missing ones are left out.
+        category, brand, item, gender, region -> ``hash_text`` values; missing ones are left out.
     """
     past = sequences.ts < before_us
     seen = _users_seen(sequences, past)
     columns = {
         "category": sequences.category[past],
         "brand": sequences.brand[past],
+        "item": sequences.item[past],
         "gender": sequences.gender[seen],
         "region": sequences.region[seen],
     }

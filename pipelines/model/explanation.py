@@ -22,6 +22,7 @@ from torch.nn import functional
 from pipelines.errors import UserError
 from pipelines.model.batches import Collated, cut_pieces, iterate
 from pipelines.model.heads import Target
+from pipelines.model.fusion import CODES
 from pipelines.model.network import Batch, Network
 from pipelines.model.predictor import Predictor
 from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline
@@ -141,42 +142,44 @@ class _Path:
             self.tokens = self.network.embed(self.batch)
             average = self.network.event_type.weight.mean(dim=0)
             self.start = average.expand_as(self.tokens[self.events])
+            self.codes, self.mean = self._encode_features()
+
+    def _encode_features(self) -> tuple[Tensor, Tensor]:
+        """Return codes of the features and of their means, (M, F, CODES) both."""
         features = self.batch.now_features
-        self.mean = (
-            self.network.fusion.mean.expand_as(features)
-            if self.network.config.features
-            else features
-        )
+        if not self.network.config.features:
+            none = features.new_zeros(len(features), 0, CODES)
+            return none, none
+        fusion = self.network.fusion
+        return fusion.encode(features), fusion.encode(fusion.mean.expand_as(features))
 
     def log_odds(self, share: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log odds (M,) at a point of the path, and the event tokens and features there."""
+        """Return log odds (M,) at a point of the path, and the event tokens and codes there."""
         events = self.start + share * (self.tokens[self.events] - self.start)
         events = events.detach().requires_grad_()
-        features = self.mean + share * (self.batch.now_features - self.mean)
-        features = features.detach().requires_grad_()
+        codes = (self.mean + share * (self.codes - self.mean)).detach().requires_grad_()
         tokens = torch.cat(
             [self.tokens[: self.events.start], events, self.tokens[self.events.stop :]]
         )
-        batch = replace(self.batch, now_features=features)
-        outputs, _ = self.network.read(batch, self.network.mix(batch, tokens))
+        outputs, _ = self.network.read(self.batch, self.network.mix(self.batch, tokens), codes)
         stay = functional.logsigmoid(-outputs.hazard[:, self.name, : self.bins]).sum(dim=1)
         # log((1 - s) / s) with s = exp(stay)
-        return torch.log(-torch.expm1(stay.clamp(max=-1e-7))) - stay, events, features
+        return torch.log(-torch.expm1(stay.clamp(max=-1e-7))) - stay, events, codes
 
     def integrate(self, steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return effects of events (E,) and of features (M, F)."""
         by_event = torch.zeros_like(self.tokens[self.events])
-        by_feature = torch.zeros_like(self.batch.now_features)
+        by_feature = torch.zeros_like(self.codes)
         for step in range(steps):
-            value, events, features = self.log_odds((step + 0.5) / steps)
-            inputs = [events, features] if features.shape[1] else [events]
+            value, events, codes = self.log_odds((step + 0.5) / steps)
+            inputs = [events, codes] if codes.shape[1] else [events]
             gradients = torch.autograd.grad(value.sum(), inputs, allow_unused=True)
             if gradients[0] is not None:
                 by_event += gradients[0]
             if len(gradients) > 1 and gradients[1] is not None:
                 by_feature += gradients[1]
         event_effect = (by_event / steps * (self.tokens[self.events] - self.start)).sum(dim=1)
-        feature_effect = by_feature / steps * (self.batch.now_features - self.mean)
+        feature_effect = (by_feature / steps * (self.codes - self.mean)).sum(dim=2)
         return (
             event_effect.double().cpu().numpy(),
             feature_effect.double().cpu().numpy(),

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 BINS: Final = 8
+CODES: Final = 1 + BINS  # the standardised value, and the piecewise-linear code
 _RANK: Final = 16  # of the cross layer's matrix
 _BOUND: Final = 5.0  # standard deviations
 
 
 class Fusion(nn.Module):
-    """Raw features (M, features) in, (M, width) out.
+    """Codes of features (M, features, CODES) in, (M, width) out.
 
     Args:
         features: F, at least one.
@@ -41,17 +42,22 @@ class Fusion(nn.Module):
         self.steepness: Tensor
         self.cross_down = nn.Linear(features, _RANK, bias=False)
         self.cross_up = nn.Linear(_RANK, features)
-        self.inner = nn.Linear(features * (1 + BINS), width)
+        self.inner = nn.Linear(features * (1 + CODES), width)
         self.outer = nn.Linear(width, width)
         nn.init.zeros_(self.cross_up.weight)
         nn.init.zeros_(self.cross_up.bias)
 
-    def forward(self, raw: Tensor) -> Tensor:
-        """Return (M, width)."""
+    def encode(self, raw: Tensor) -> Tensor:
+        """Return the codes of raw features (M, features)."""
         x = ((raw - self.mean) * self.scale).clamp(-_BOUND, _BOUND)
-        crossed = x + x * self.cross_up(self.cross_down(x))
         bins = ((raw[:, :, None] - self.low) * self.steepness).clamp(0.0, 1.0)
-        inner = functional.relu(self.inner(torch.cat([crossed, bins.flatten(1)], dim=1)))
+        return torch.cat([x[:, :, None], bins], dim=2)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Join the codes."""
+        x = codes[:, :, 0]
+        crossed = x * self.cross_up(self.cross_down(x))
+        inner = functional.relu(self.inner(torch.cat([crossed, codes.flatten(1)], dim=1)))
         return functional.relu(self.outer(inner))
 
     @torch.no_grad()

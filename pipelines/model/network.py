@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from pipelines.model.backbones import Layout, make_backbone
 from pipelines.model.fusion import Fusion
+from pipelines.model.items import ItemHead
 
 PROFILE_NUMBERS: Final = 2
 GAP_BINS: Final = 12
@@ -39,6 +40,7 @@ class NetworkConfig:
         events: event names that have a hazard.
         bins: intervals of the hazards' time grid.
         amounts: horizons of the spend head.
+        items: that can be told to come next; 0 = no such head.
     """
 
     backbone: str
@@ -59,6 +61,7 @@ class NetworkConfig:
     events: int
     bins: int
     amounts: int
+    items: int
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> NetworkConfig:
@@ -176,6 +179,7 @@ class Network(nn.Module):
         self.amount = nn.utils.skip_init(  # type: ignore[no-untyped-call]
             nn.Linear, config.fusion_width, 2 * config.amounts
         )
+        self.items = ItemHead(config.items, width) if config.items else None
         self.next = nn.Linear(width, config.types + NEXT_GAP_BINS + config.next_codes + 1)
         for table in (
             self.event_type,
@@ -239,16 +243,29 @@ class Network(nn.Module):
         """Return the heads' outputs at NOW and the hidden state of every place."""
         return self.read(batch, self.encode(batch))
 
-    def read(self, batch: Batch, hidden: Tensor) -> tuple[Outputs, Tensor]:
-        """Read the heads off the hidden states of ``encode``."""
-        flat = hidden.flatten(0, 1)
-        now = self.norm(flat.index_select(0, batch.now_place))
+    def read(
+        self, batch: Batch, hidden: Tensor, codes: Tensor | None = None
+    ) -> tuple[Outputs, Tensor]:
+        """Read the heads off the hidden states of ``encode``.
+
+        Args:
+            batch: M NOW tokens.
+            hidden: (B, L, width).
+            codes: (M, F, CODES) of the snapshot features; None = those of the batch's features.
+        """
+        now = self.at_now(batch, hidden)
         if self.config.features:
-            now = torch.cat([now, self.fusion(batch.now_features)], dim=1)
+            if codes is None:
+                codes = self.fusion.encode(batch.now_features)
+            now = torch.cat([now, self.fusion(codes)], dim=1)
         joined = functional.relu(self.join(now))
         hazard = self.hazard(joined).view(-1, self.config.events, self.config.bins)
         mean, scale = self.amount(joined).chunk(2, dim=1)
         return Outputs(hazard=hazard, amount_mean=mean, amount_scale=scale), hidden
+
+    def at_now(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Return the hidden states at NOW tokens, (M, width)."""
+        return self.norm(hidden.flatten(0, 1).index_select(0, batch.now_place))
 
     def next_logits(self, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return logits of an event's type, gap interval and content, and its scaled log price.

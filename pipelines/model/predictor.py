@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,17 +17,18 @@ from pipelines.errors import UserError
 from pipelines.events import EventType
 from pipelines.features.store import Sequences
 from pipelines.io import read_json, write_json
-from pipelines.model.batches import cut_pieces, iterate
+from pipelines.model.batches import Collated, cut_pieces, iterate
 from pipelines.model.calibration import Calibration
 from pipelines.model.committee import Committee
 from pipelines.model.heads import Heads, Target, buyer_mean, survival
+from pipelines.model.items import RECENT
 from pipelines.model.network import Network, NetworkConfig
 from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline
 from pipelines.model.tokens import Tokenizer, Vocabulary
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
-FORMAT: Final = 2
+FORMAT: Final = 3
 
 _TOKENS_PER_BATCH: Final = 32_768
 
@@ -190,21 +191,61 @@ class Predictor:
             survival=np.ones((len(cuts), len(heads.events), len(heads.grid))),
             amount=np.zeros((len(cuts), len(heads.amounts))),
         )
+        for collated in self._iterate(timeline, cuts, features=config.features > 0):
+            outputs, _ = self.network(collated.batch.to(self._device))
+            result.survival[collated.rows] = survival(outputs)
+            result.amount[collated.rows] = buyer_mean(outputs)
+        return result
+
+    @torch.inference_mode()
+    def next_items(
+        self, timeline: Timeline, cuts: Cuts, count: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return which items will most probably come next.
+
+        Args:
+            timeline: all events.
+            cuts: M cuts.
+            count: K, of items a cut.
+
+        Returns:
+            Codes, places in ``spec.vocabulary.item``, and probabilities, the largest first; both
+            (M, K), with fewer columns where fewer items are known.
+        """
+        count = min(count, self.spec.network.items)
+        codes = np.zeros((len(cuts), count), dtype=np.int64)
+        values = np.zeros((len(cuts), count), dtype=np.float32)
+        if not count:
+            return codes, values
+        recent = self.tokenizer.items(timeline.recent_items(cuts, RECENT))
+        for collated in self._iterate(timeline, cuts, features=False):
+            batch = collated.batch.to(self._device)
+            told = torch.from_numpy(recent[collated.rows]).to(self._device)
+            said = [
+                network.items.probabilities(network.at_now(batch, network.encode(batch)), told)
+                for network in self.networks
+                if network.items is not None
+            ]
+            best = torch.stack(said).mean(dim=0).topk(count, dim=1)
+            codes[collated.rows] = best.indices.cpu().numpy()
+            values[collated.rows] = best.values.cpu().numpy()
+        return codes, values
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def _iterate(self, timeline: Timeline, cuts: Cuts, *, features: bool) -> Iterator[Collated]:
         pieces = cut_pieces(timeline, cuts, context=self.spec.context, stride=1, shift=None)
-        device = next(self.network.parameters()).device
-        for collated in iterate(
+        return iterate(
             timeline,
             self.tokenizer,
             pieces,
             row=min(self.spec.context + 2, int(pieces.lengths.max(initial=2))),
             tokens_per_batch=_TOKENS_PER_BATCH,
-            features=config.features > 0,
+            features=features,
             rng=None,
-        ):
-            outputs, _ = self.network(collated.batch.to(device))
-            result.survival[collated.rows] = survival(outputs)
-            result.amount[collated.rows] = buyer_mean(outputs)
-        return result
+        )
 
     def finish(self, raw: Raw) -> dict[str, NDArray[np.float32]]:
         """Calibrate raw predictions and read every target off them."""

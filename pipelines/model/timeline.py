@@ -212,6 +212,41 @@ class Timeline:
         new[1:] = (category[1:] != category[:-1]) | (user[1:] != user[:-1])
         return np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
 
+    @cached_property
+    def _items(self) -> tuple[Ints, Ints]:
+        """Indices of events that name an item, and how many of them lie before every index."""
+        named = np.asarray(self.sequences.item) > 0
+        return np.flatnonzero(named), np.concatenate([[0], np.cumsum(named)])
+
+    def recent_items(self, cuts: Cuts, count: int) -> NDArray[np.uint32]:
+        """Return hashes of the items touched last before every cut, latest first, (M, count).
+
+        An item touched twice stands there twice; 0 = there are no more.
+        """
+        index, before = self._items
+        place = before[cuts.position][:, None] - 1 - np.arange(count)
+        there = place >= before[self.offsets[cuts.user]][:, None]
+        if not len(index):
+            return np.zeros(place.shape, dtype=np.uint32)
+        items = np.asarray(self.sequences.item)[index[np.where(there, place, 0)]]
+        return np.where(there, items, np.uint32(0))
+
+    def next_item(self, cuts: Cuts, close: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """Return the hash of the first item touched from every cut on, 0 = none, (M,).
+
+        Args:
+            cuts: M cuts.
+            close: int64 (M,), microseconds; nothing at or after it is looked at.
+        """
+        index, before = self._items
+        place = before[cuts.position]
+        there = place < before[self.offsets[cuts.user + 1]]
+        if not len(index):
+            return np.zeros(len(cuts), dtype=np.uint32)
+        event = index[np.where(there, place, 0)]
+        there &= self.ts[event] < close
+        return np.where(there, np.asarray(self.sequences.item)[event], np.uint32(0))
+
     def tenure(self, cuts: Cuts) -> NDArray[np.float64]:
         """Return days since the sign-up, or since the first event where that is not known."""
         start = self.offsets[cuts.user]

@@ -53,11 +53,14 @@ class Vocabulary:
 
     Attributes:
         category, brand, gender, region: hashes (``hash_text``) that have a code of their own.
+        item, item_id: hashes and ids of the items that can be told to come next, by frequency.
         log_price, log_quantity, age: scales of log1p price, log1p quantity, and years.
     """
 
     category: tuple[int, ...] = ()
     brand: tuple[int, ...] = ()
+    item: tuple[int, ...] = ()
+    item_id: tuple[str, ...] = ()
     gender: tuple[int, ...] = ()
     region: tuple[int, ...] = ()
     log_price: Scale = Scale()
@@ -70,6 +73,8 @@ class Vocabulary:
         return cls(
             category=tuple(value["category"]),
             brand=tuple(value["brand"]),
+            item=tuple(value["item"]),
+            item_id=tuple(value["item_id"]),
             gender=tuple(value["gender"]),
             region=tuple(value["region"]),
             log_price=Scale(**value["log_price"]),
@@ -124,6 +129,7 @@ class Tokenizer:
         self.query_buckets = query_buckets
         self.category = Coder(vocabulary.category)
         self.brand = Coder(vocabulary.brand)
+        self.known_item = Coder(vocabulary.item)
         self.gender = Coder(vocabulary.gender)
         self.region = Coder(vocabulary.region)
 
@@ -204,6 +210,10 @@ class Tokenizer:
         gap[has] = cuts.ts[has] - timeline.ts[cuts.position[has] - 1]
         tenure = (np.log1p(timeline.tenure(cuts)) / 3.0 - 1.0)[:, None].astype(np.float32)
         return np.concatenate([encode_gap(gap), encode_calendar(cuts.ts), tenure], axis=1)
+
+    def items(self, hashes: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Return codes of items among those that can be told to come next, -1 = none of them."""
+        return np.maximum(self.known_item(hashes) - _FIRST_CODE, -1)
 
     def next_events(
         self, timeline: Timeline, index: NDArray[np.int64], next_codes: int

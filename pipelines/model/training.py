@@ -32,6 +32,7 @@ from pipelines.model.checkpoint import (
     unpack_optimizer,
 )
 from pipelines.model.committee import Committee
+from pipelines.model.items import RECENT, start_bias
 from pipelines.model.heads import Heads, Target, amount_loss, encode_labels, hazard_loss
 from pipelines.model.network import Network, NetworkConfig
 from pipelines.model.predictor import ModelSpec, Predictor, choose_device
@@ -43,8 +44,10 @@ _NEXT_SHARE: Final = 4  # one event in so many carries the next-event loss
 _LEFT_OUT: Final = 0.15  # of the events, in bidirectional pretraining (Devlin et al. 2019)
 _BIDIRECTIONAL_CUTS: Final = 4
 _PRETRAIN_CUTS: Final = 4  # NOW tokens only mark which histories are read
-_LABELLED: Final = ("hazard.", "amount.", "join.", "fusion.")  # not pretrained
+_LABELLED: Final = ("hazard.", "amount.", "join.", "fusion.", "items.")  # not pretrained
 _SEED_STEP: Final = 10_000  # between the members of a model, so that near seeds share none
+_ITEM_SHARE: Final = 4  # one NOW token in so many carries the next-item loss
+_ITEM_SAMPLE: Final = 512  # items that stand for all of them in it
 _STATISTICS_CUTS: Final = 20_000
 _WARM_UP: Final = 0.05  # of all steps
 _MAX_NORM: Final = 1.0
@@ -310,6 +313,11 @@ class _Fit:
         self.config = config
         self.rng = np.random.default_rng(config.seed)
         self.device = choose_device(config.device)
+        vocabulary = replace(
+            vocabulary,
+            item=vocabulary.item[: config.next_items],
+            item_id=vocabulary.item_id[: config.next_items],
+        )
         self.tokenizer = Tokenizer(
             vocabulary, item_buckets=config.item_buckets, query_buckets=config.query_buckets
         )
@@ -333,6 +341,7 @@ class _Fit:
                 events=len(heads.events),
                 bins=len(heads.grid),
                 amounts=len(heads.amounts),
+                items=len(vocabulary.item),
             ),
             vocabulary=vocabulary,
             heads=heads,
@@ -428,6 +437,10 @@ class _Fit:
             self.network.amount.bias.copy_(torch.cat([mean, scale]))
             if self.spec.network.features:
                 self.network.fusion.fit(self.timeline.features(cuts))
+            if self.network.items is not None:
+                following = self._next_items(cuts, close)
+                counts = np.bincount(following[following >= 0], minlength=self.spec.network.items)
+                self.network.items.bias.copy_(start_bias(counts))
 
     def run(
         self,
@@ -501,6 +514,8 @@ class _Fit:
             if self.config.next_event_weight and not self.bidirectional:
                 following = self._event_loss(collated, hidden, close, None)
                 loss = loss + self.config.next_event_weight * following
+            if self.network.items is not None and self.config.item_weight:
+                loss = loss + self.config.item_weight * self._item_loss(collated, hidden, close)
         if loss.requires_grad:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -517,6 +532,31 @@ class _Fit:
         if not self.bidirectional:
             return None
         return torch.from_numpy(self.rng.random(len(collated.events)) < _LEFT_OUT).to(self.device)
+
+    def _item_loss(self, collated: Collated, hidden: Tensor, close: int) -> Tensor:
+        """Return the loss of the item after some NOW tokens."""
+        assert self.network.items is not None  # noqa: S101 - for the type checker
+        chosen = np.arange(int(self.rng.integers(_ITEM_SHARE)), len(collated.cuts), _ITEM_SHARE)
+        sample = self.rng.integers(len(self.spec.vocabulary.item), size=_ITEM_SAMPLE)
+        truth = self._next_items(collated.cuts.take(chosen), close)
+        known = truth >= 0
+        if not known.any():
+            return hidden.new_zeros(())
+        chosen = chosen[known]
+        places = collated.batch.now_place[torch.from_numpy(chosen)].to(self.device)
+        now = self.network.norm(hidden.flatten(0, 1).index_select(0, places))
+        recent = self.timeline.recent_items(collated.cuts.take(chosen), RECENT)
+        said: Tensor = self.network.items.loss(
+            now,
+            torch.from_numpy(self.tokenizer.items(recent)).to(self.device),
+            torch.from_numpy(truth[known]).to(self.device),
+            torch.from_numpy(sample).to(self.device),
+        )
+        return said
+
+    def _next_items(self, cuts: Cuts, close: int) -> NDArray[np.int64]:
+        """Return the code of the item touched next from every cut on, -1 = none or unknown."""
+        return self.tokenizer.items(self.timeline.next_item(cuts, np.full(len(cuts), close)))
 
     def _event_loss(
         self, collated: Collated, hidden: Tensor, close: int, left_out: Tensor | None

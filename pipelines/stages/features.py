@@ -73,13 +73,14 @@ def _build(params: Params, connection: Any, caches: ExitStack, root: Path, folde
     write_table(folder / "users.parquet", _tidy_people(people))
     events = caches.enter_context(prepare_events(connection, raw, users).cache())
     (folder / "sequences").mkdir()
-    sequences = write_sequences(connection, events, people, folder / "sequences")
+    sequences, items = write_sequences(connection, events, people, folder / "sequences")
 
     calibration = next(c for c in cuts if c.split is Split.CALIBRATION)
     vocabulary = fit_vocabulary(
         sequences, before_us=calibration.us, max_size=params.features.max_vocabulary
     )
-    write_json(folder / "vocabulary.json", vocabulary)
+    names = [items[code] for code in vocabulary["item"]]
+    write_json(folder / "vocabulary.json", {**vocabulary, "item_id": names})
     write_json(folder / "scalers.json", fit_scalers(sequences, before_us=calibration.us))
 
     wanted = list_targets(params.targets)
