@@ -34,6 +34,9 @@ METRIC_NAMES: Final = {
     "gini": "Gini",
     "top_decile_capture": "top tenth captures",
     "total_ratio": "predicted / actual total",
+    "hit_rate_at_10": "hit rate at 10",
+    "ndcg_at_20": "NDCG at 20",
+    "mrr_at_20": "MRR at 20",
 }
 
 
@@ -45,7 +48,8 @@ def render_report(
     Args:
         evaluation: the content of reports/evaluation.json.
         curves: rows of pipelines.evaluation.curves by name: roc, pr, lift, calibration, spend.
-        settings: bootstrap_samples, confidence, threshold, active_within_days.
+        settings: bootstrap_samples, confidence, threshold, active_within_days,
+            primary_horizon_days.
 
     Returns:
         One self-contained HTML document.
@@ -60,6 +64,7 @@ def render_report(
     return environment.get_template("report.html").render(
         data=evaluation["data"],
         omitted=evaluation["omitted"],
+        next_item=evaluation.get("next_item"),
         sections=sections,
         settings=settings,
         metric_names=METRIC_NAMES,

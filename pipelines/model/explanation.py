@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from pipelines.errors import UserError
 from pipelines.model.batches import Collated, cut_pieces, iterate
-from pipelines.model.heads import Target
 from pipelines.model.fusion import CODES
+from pipelines.model.heads import Target
 from pipelines.model.network import Batch, Network
 from pipelines.model.predictor import Predictor
 from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline

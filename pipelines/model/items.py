@@ -54,7 +54,8 @@ class ItemHead(nn.Module):
         scores = functional.linear(self.query(now), self.table.weight, self.bias)
         share, attention = self._point(now, recent >= 0)
         known = scores.softmax(dim=1) * (1.0 - share)
-        return known.scatter_add(1, recent.clamp(min=0), share * attention)
+        said: Tensor = known.scatter_add(1, recent.clamp(min=0), share * attention)
+        return said
 
     def loss(self, now: Tensor, recent: Tensor, truth: Tensor, sample: Tensor) -> Tensor:
         """Return the mean negative log likelihood of the items that came next.
@@ -83,8 +84,8 @@ class ItemHead(nn.Module):
         anything = there.any(dim=1, keepdim=True)
         # A row of nothing but -inf has no softmax.
         attention = torch.where(anything, places, torch.zeros_like(places)).softmax(dim=1)
-        attention = attention * there
-        return logits[:, RECENT:].sigmoid() * anything, attention
+        share: Tensor = logits[:, RECENT:].sigmoid() * anything
+        return share, attention * there
 
 
 def start_bias(counts: NDArray[np.int64]) -> Tensor:

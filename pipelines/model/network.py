@@ -265,7 +265,8 @@ class Network(nn.Module):
 
     def at_now(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Return the hidden states at NOW tokens, (M, width)."""
-        return self.norm(hidden.flatten(0, 1).index_select(0, batch.now_place))
+        now: Tensor = self.norm(hidden.flatten(0, 1).index_select(0, batch.now_place))
+        return now
 
     def next_logits(self, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return logits of an event's type, gap interval and content, and its scaled log price.

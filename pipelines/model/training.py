@@ -32,8 +32,8 @@ from pipelines.model.checkpoint import (
     unpack_optimizer,
 )
 from pipelines.model.committee import Committee
-from pipelines.model.items import RECENT, start_bias
 from pipelines.model.heads import Heads, Target, amount_loss, encode_labels, hazard_loss
+from pipelines.model.items import RECENT, start_bias
 from pipelines.model.network import Network, NetworkConfig
 from pipelines.model.predictor import ModelSpec, Predictor, choose_device
 from pipelines.model.timeline import ANY_EVENT, DAY, Cuts, Labels, Timeline, feature_names

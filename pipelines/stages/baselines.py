@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from pipelines.baselines import histories
+from pipelines.baselines import histories, items
 from pipelines.baselines.bgnbd import BuyTillYouDie
 from pipelines.baselines.boosting import Boosting
 from pipelines.baselines.density import Density
@@ -18,14 +22,16 @@ from pipelines.baselines.linear import Linear
 from pipelines.baselines.protocol import fit_twice
 from pipelines.baselines.simple import Majority, Recency
 from pipelines.config import Params
+from pipelines.features.cuts import Split, to_us
 from pipelines.features.labels import Kind, Target
 from pipelines.features.snapshot_table import Floats, SnapshotTable
 from pipelines.features.store import Sequences
-from pipelines.io import progress, replace_directory, write_json, write_table, write_text
+from pipelines.io import progress, read_json, replace_directory, write_json, write_table, write_text
 
 FEATURES = Path("data/features")
 MODELS = Path("models/baselines")
 PREDICTIONS = Path("data/predictions/baselines")
+ITEMS = Path("data/predictions/items")
 
 
 def run(params: Params, root: Path = Path()) -> str:
@@ -55,6 +61,9 @@ def run(params: Params, root: Path = Path()) -> str:
             for name, value in parameters.items():
                 fitted.setdefault(name, {})[target.name] = value
             texts[target.name] = text
+    with replace_directory(root / ITEMS) as folder:
+        for name, ranked in _rank_items(root, table, sequences, params.train.next_items).items():
+            write_table(folder / f"{name}.parquet", ranked)
     with replace_directory(root / MODELS) as folder:
         for name, parameters in fitted.items():
             names = histories.COLUMNS if name in ("density", "bgnbd") else table.feature_names
@@ -65,6 +74,32 @@ def run(params: Params, root: Path = Path()) -> str:
         for name, columns in predictions.items():
             write_table(folder / f"{name}.parquet", table.predictions_table(columns))
     return f"{', '.join(predictions)} on {len(table.targets)} targets in {MODELS}"
+
+
+def _rank_items(
+    root: Path, table: SnapshotTable, sequences: Sequences, known: int
+) -> dict[str, pa.Table]:
+    """Rank the items that may come next at every test row, by ranker."""
+    hashes = read_json(root / FEATURES / "vocabulary.json")["item"][:known]
+    vocabulary = np.array(hashes, dtype=np.uint32)
+    rows = table.rows_of(Split.TEST)
+    parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in items.RANKERS}
+    for cut in np.unique(table.cut[rows]):
+        now = to_us(datetime.fromisoformat(table.cut_times[int(cut)]))
+        touches = items.collect_touches(sequences, vocabulary, now)
+        users = table.user[rows & (table.cut == cut)].astype(np.int64)
+        for name, rank in items.RANKERS.items():
+            parts[name].append(rank(touches, users))
+    return {
+        name: pa.table(
+            {
+                "user": table.user[rows],
+                "cut": table.cut[rows],
+                "items": pa.array(list(np.concatenate(ranked)), pa.list_(pa.int32())),
+            }
+        )
+        for name, ranked in parts.items()
+    }
 
 
 def _fit_target(

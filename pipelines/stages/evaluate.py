@@ -32,6 +32,7 @@ from pipelines.evaluation.curves import (
     roc_curve,
     spend_deciles,
 )
+from pipelines.evaluation.ranking import compare_rankings
 from pipelines.evaluation.report import render_report
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind
@@ -70,6 +71,9 @@ def run(params: Params, root: Path = Path()) -> str:
         predictions["oracle"] = _predict_oracle(params, root, table)
     test = collect_test_rows(table, predictions, params.evaluation)
     evaluation = compare(table, test, params.evaluation, data=_describe_data(params, root))
+    found = _compare_items(params, root, table)
+    if found is not None:
+        evaluation["next_item"] = found
     curves = _collect_curves(params, test)
     write_json(root / REPORTS / "evaluation.json", evaluation)
     for name, columns in _PLOTS.items():
@@ -81,6 +85,7 @@ def run(params: Params, root: Path = Path()) -> str:
             "bootstrap_samples": params.evaluation.bootstrap_samples,
             "confidence": params.evaluation.confidence,
             "threshold": params.evaluation.threshold,
+            "primary_horizon_days": params.targets.primary_horizon_days,
             "active_within_days": read_json(root / FEATURES / "schema.json")[
                 "population_active_within_days"
             ],
@@ -115,6 +120,46 @@ def _read_predictions(root: Path, table: SnapshotTable) -> Predictions:
             if t.name in found.column_names
         }
     return predictions
+
+
+def _compare_items(params: Params, root: Path, table: SnapshotTable) -> dict[str, Any] | None:
+    """Compare what was told to come next with the first item touched within the horizon."""
+    from pipelines.features.store import Sequences
+    from pipelines.model.timeline import DAY, Timeline
+
+    folder = root / "data/predictions"
+    files = {CANDIDATE: folder / f"{CANDIDATE}_items.parquet"}
+    files |= {f.stem: f for f in sorted((folder / "items").glob("*.parquet"))}
+    rows = table.rows_of(Split.TEST)
+    user, cut = table.user[rows], table.cut[rows]
+    rankings = {}
+    for model, file in files.items():
+        try:
+            found = pq.read_table(file)
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file; run the stages before") from None
+        if not (
+            np.array_equal(found["user"].to_numpy(), user)
+            and np.array_equal(found["cut"].to_numpy(), cut)
+        ):
+            raise UserError(f"{file}: rows differ from {FEATURES}; run its stage again")
+        told = found["items"].combine_chunks()
+        rankings[model] = told.flatten().to_numpy().reshape(len(user), -1).astype(np.int64)
+    vocabulary = read_json(root / FEATURES / "vocabulary.json")["item"][: params.train.next_items]
+    codes = {hashed: code for code, hashed in enumerate(vocabulary)} | {0: -2}
+    timeline = Timeline(Sequences.load(root / FEATURES / "sequences"))
+    times = {c["index"]: c["ts_us"] for c in read_json(root / FEATURES / "cuts.json")["cuts"]}
+    now = np.array([times[int(c)] for c in cut], dtype=np.int64)
+    close = now + params.targets.primary_horizon_days * DAY
+    following = timeline.next_item(timeline.cuts(user, now), close)
+    return compare_rankings(
+        user,
+        np.array([codes.get(int(hashed), -1) for hashed in following], dtype=np.int64),
+        rankings,
+        candidate=CANDIDATE,
+        items=len(vocabulary),
+        config=params.evaluation,
+    )
 
 
 def _predict_champion(

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -37,10 +38,13 @@ PRETRAINED: Final = Path("models/pretrained")
 MODEL: Final = Path("models/gpt")
 CHECKPOINT: Final = "train"
 PREDICTIONS: Final = Path("data/predictions/gpt.parquet")
+NEXT_ITEMS: Final = Path("data/predictions/gpt_items.parquet")
 CURVES: Final = Path("reports/training.csv")
 
 # Right after the first event of the data nobody has a history that says much.
 _HISTORY_DAYS: Final = 7
+
+_NEXT_ITEMS: Final = 20  # told of every shopper
 
 # Speed differs from run to run, so it is no column of an artefact.
 _COLUMNS: Final = ("epoch", "step", "loss", "hazard_loss", "amount_loss", "next_event_loss")
@@ -82,6 +86,7 @@ def run(params: Params, root: Path = Path()) -> str:
             trained.save(folder)
         cuts = read_json(features / "cuts.json")
         write_table(root / PREDICTIONS, predict(trained, sequences, features, cuts))
+        write_table(root / NEXT_ITEMS, predict_items(trained, sequences, features, cuts))
         write_text(root / CURVES, format_curves(curves))
         speed = trained.events / max(trained.seconds, 1e-9)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -176,12 +181,7 @@ def predict(
     Raises:
         UserError: the snapshot table is missing or damaged.
     """
-    path = features / "snapshots.parquet"
-    try:
-        rows = pq.read_table(path, columns=["user", "cut"])
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path}: not readable; run the features stage ({error})") from None
-    user, cut = rows["user"].to_numpy(), rows["cut"].to_numpy()
+    user, cut = _read_rows(features)
     timeline = Timeline(sequences)
     held_out = [c for c in cuts["cuts"] if c["split"] != "train"]
     predictors = {"calibration": trained.first, "test": trained.shipped}
@@ -200,6 +200,46 @@ def predict(
             )
         )
     return pa.concat_tables(tables)
+
+
+def predict_items(
+    trained: TrainedModel, sequences: Sequences, features: Path, cuts: dict[str, Any]
+) -> pa.Table:
+    """Rank the items that come next at the test rows, by the model shipped.
+
+    Raises:
+        UserError: the snapshot table is missing or damaged.
+    """
+    user, cut = _read_rows(features)
+    timeline = Timeline(sequences)
+    tables = []
+    for entry in cuts["cuts"]:
+        if entry["split"] != "test":
+            continue
+        users = user[cut == entry["index"]]
+        ts = np.full(len(users), entry["ts_us"], dtype=np.int64)
+        codes, values = trained.shipped.next_items(timeline, timeline.cuts(users, ts), _NEXT_ITEMS)
+        tables.append(
+            pa.table(
+                {
+                    "user": pa.array(users, pa.int32()),
+                    "cut": pa.array(np.full(len(users), entry["index"]), pa.int32()),
+                    "items": pa.array(list(codes), pa.list_(pa.int32())),
+                    "probability": pa.array(list(values), pa.list_(pa.float32())),
+                }
+            )
+        )
+    return pa.concat_tables(tables)
+
+
+def _read_rows(features: Path) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return user and cut of every snapshot."""
+    path = features / "snapshots.parquet"
+    try:
+        rows = pq.read_table(path, columns=["user", "cut"])
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: not readable; run the features stage ({error})") from None
+    return rows["user"].to_numpy(), rows["cut"].to_numpy()
 
 
 def format_curves(curves: list[dict[str, float]]) -> str:
