@@ -75,7 +75,8 @@ class ItemHead(nn.Module):
         share, attention = self._point(now, recent >= 0)
         pointed = (attention * (recent == truth[:, None])).sum(dim=1)
         likelihood = (1.0 - share[:, 0]) * (own - total).exp() + share[:, 0] * pointed
-        return -(likelihood + _FLOOR).log().mean()
+        loss: Tensor = -(likelihood + _FLOOR).log().mean()
+        return loss
 
     def _point(self, now: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """Return how much is pointed, (M, 1), and at which places, (M, RECENT)."""

@@ -31,6 +31,7 @@ CONFIG: Final = "config.json"
 FORMAT: Final = 3
 
 _TOKENS_PER_BATCH: Final = 32_768
+_FLOOR: Final = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +247,38 @@ class Predictor:
             features=features,
             rng=None,
         )
+
+    def days_until(self, raw: Raw, event: str) -> NDArray[np.float32]:
+        """Return in how many days the event is to be expected: the median, (M,).
+
+        Within an interval of the grid the hazard is taken as constant.
+
+        Args:
+            raw: of M cuts.
+            event: one of the heads' event names.
+
+        Returns:
+            Days; NaN where the event is less likely than not until the grid ends.
+
+        Raises:
+            UserError: the model has no such event.
+        """
+        heads = self.spec.heads
+        if event not in heads.events:
+            raise UserError(f"{event}: the model does not predict it")
+        column = heads.events.index(event)
+        happened = self.spec.calibration.probability(event, 1.0 - raw.survival[:, column])
+        stay = np.log(np.clip(1.0 - np.asarray(happened, dtype=np.float64), _FLOOR, 1.0))
+        stay = np.concatenate([np.zeros((len(stay), 1)), np.minimum.accumulate(stay, axis=1)], 1)
+        grid = np.array([0, *heads.grid], dtype=np.float64)
+        passed = stay[:, 1:] <= np.log(0.5)
+        found = passed.any(axis=1)
+        place = passed.argmax(axis=1)
+        rows = np.arange(len(stay))
+        before, after = stay[rows, place], stay[rows, place + 1]
+        share = (before - np.log(0.5)) / np.maximum(before - after, _FLOOR)
+        days = grid[place] + share * (grid[place + 1] - grid[place])
+        return np.where(found, days, np.nan).astype(np.float32)
 
     def finish(self, raw: Raw) -> dict[str, NDArray[np.float32]]:
         """Calibrate raw predictions and read every target off them."""

@@ -1,0 +1,46 @@
+"""Rankers of items against hand-made shops."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipelines.baselines.items import TOP, Touches, rank_item_knn, rank_popular, rank_recent
+
+DAY = 86_400_000_000
+CUT = 100 * DAY
+
+
+def make(histories: list[list[tuple[int, int]]], items: int) -> Touches:
+    """Touches of (item, day) by shopper."""
+    rows = [(u, i, d * DAY) for u, own in enumerate(histories) for i, d in own]
+    user, item, ts = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
+    return Touches(user=user, item=item, ts=ts, users=len(histories), items=items, cut=CUT)
+
+
+def test_popular_counts_the_last_weeks_alone() -> None:
+    touches = make([[(2, 1), (2, 2), (2, 3), (1, 98)], [(1, 99), (0, 99)]], items=4)
+    ranked = rank_popular(touches, np.array([0, 1]))
+    assert ranked.tolist() == [[1, 0, 2, 3]] * 2
+
+
+def test_recent_is_the_own_latest_then_bestsellers() -> None:
+    touches = make([[(3, 90), (2, 95), (3, 96)], [(0, 99), (0, 99)], [(1, 1)]], items=5)
+    ranked = rank_recent(touches, np.array([0, 2]))
+    assert ranked[0, :3].tolist() == [3, 2, 0]
+    assert ranked[1, :2].tolist() == [1, 0]
+
+
+def test_item_knn_finds_what_the_same_shoppers_touch() -> None:
+    together = [[(0, 10), (1, 11)] for _ in range(30)] + [[(2, 10), (3, 11)] for _ in range(40)]
+    touches = make([*together, [(0, 90)]], items=6)
+    ranked = rank_item_knn(touches, np.array([70]))
+    assert ranked[0, :2].tolist() == [0, 1]
+
+
+def test_no_more_is_ranked_than_there_is() -> None:
+    touches = make([[(0, 90)]], items=3)
+    for rank in (rank_popular, rank_recent, rank_item_knn):
+        assert sorted(rank(touches, np.array([0]))[0].tolist()) == [0, 1, 2]
+    many = make([[(0, 90)]], items=50)
+    for rank in (rank_popular, rank_recent, rank_item_knn):
+        assert rank(many, np.array([0])).shape == (1, TOP)
