@@ -65,6 +65,7 @@ def render_report(
         data=evaluation["data"],
         omitted=evaluation["omitted"],
         next_item=evaluation.get("next_item"),
+        explanation=evaluation.get("explanation"),
         sections=sections,
         settings=settings,
         metric_names=METRIC_NAMES,

@@ -178,6 +178,20 @@ class Sequences:
             **columns,
         )
 
+    def without(self, events: NDArray[np.integer[Any]]) -> Sequences:
+        """Return the sequences less some events, given by their flat indices."""
+        kept = np.ones(self.events, dtype=bool)
+        kept[events] = False
+        before = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
+        columns: dict[str, Any] = {name: getattr(self, name)[kept] for name in _EVENT_COLUMNS}
+        columns |= {name: getattr(self, name) for name in _PROFILE_COLUMNS}
+        return Sequences(
+            offsets=before[self.offsets],
+            query_offsets=self.query_offsets,
+            query_tokens=self.query_tokens,
+            **columns,
+        )
+
 
 def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Concatenate ``arange(start, start + length)`` over all pairs, without a loop."""

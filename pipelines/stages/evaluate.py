@@ -42,6 +42,7 @@ from pipelines.sources.oracle import predict_oracle_table
 from pipelines.sources.simulator import SimulatorParams
 
 FEATURES = Path("data/features")
+MODEL = Path("models/gpt")
 REPORTS = Path("reports")
 
 # Columns of each plot file, written even where a run has no rows for it.
@@ -74,6 +75,9 @@ def run(params: Params, root: Path = Path()) -> str:
     found = _compare_items(params, root, table)
     if found is not None:
         evaluation["next_item"] = found
+    tested = _test_explanation(params, root, table)
+    if tested is not None:
+        evaluation["explanation"] = tested
     curves = _collect_curves(params, test)
     write_json(root / REPORTS / "evaluation.json", evaluation)
     for name, columns in _PLOTS.items():
@@ -159,6 +163,31 @@ def _compare_items(params: Params, root: Path, table: SnapshotTable) -> dict[str
         candidate=CANDIDATE,
         items=len(vocabulary),
         config=params.evaluation,
+    )
+
+
+def _test_explanation(params: Params, root: Path, table: SnapshotTable) -> dict[str, Any] | None:
+    """Delete what explanations of the candidate put first, at the last test cut."""
+    from pipelines.evaluation.deletion import measure_deletion
+    from pipelines.features.store import Sequences
+    from pipelines.model.predictor import Predictor
+
+    predictor = Predictor.load(root / MODEL)
+    days = params.targets.primary_horizon_days
+    wanted = [t for t in predictor.targets if t.kind == "binary" and t.event is not None]
+    wanted = [t for t in wanted if t.horizon_days == days] or wanted
+    if not wanted:
+        return None
+    rows = table.rows_of(Split.TEST)
+    last = table.cut[rows].max()
+    times = {c["index"]: c["ts_us"] for c in read_json(root / FEATURES / "cuts.json")["cuts"]}
+    return measure_deletion(
+        predictor,
+        Sequences.load(root / FEATURES / "sequences"),
+        table.user[rows & (table.cut == last)].astype(np.int64),
+        times[int(last)],
+        wanted[0],
+        params.evaluation,
     )
 
 
