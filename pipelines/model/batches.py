@@ -51,19 +51,22 @@ def sample_cuts(
     first: int,
     last: int,
     active_days: float | None,
+    half_life_days: float | None,
     rng: np.random.Generator,
 ) -> Cuts:
-    """Draw cuts uniformly over the time that users spend in the population.
+    """Draw cuts over the time that users spend in the population, lately more than long ago.
 
     A user is in the population while their last event is at most ``active_days`` old. The draw
     is stratified (one uniform point in each of ``count`` equal slices of that time), so equal
-    time gets equal weight, whoever's it is.
+    time gets equal weight, whoever's it is, but for its age: shoppers and seasons change, so
+    that what is a half-life older counts half.
 
     Args:
         timeline: all events.
         count: cuts to draw.
         first, last: microseconds, bounds of the cuts.
         active_days: None = for ever after the first event.
+        half_life_days: None = all time counts alike.
         rng: source of chance.
 
     Returns:
@@ -78,7 +81,11 @@ def sample_cuts(
         # A cut exactly active_days after the event still counts it.
         until = np.minimum(until, ts + int(active_days * DAY))
     since = np.maximum(ts, first)
-    weight = np.cumsum(np.maximum(np.minimum(until, last) - since, 0).astype(np.float64))
+    span = np.maximum(np.minimum(until, last) - since, 0).astype(np.float64)
+    density = np.ones(len(span))
+    if half_life_days is not None:
+        density = np.exp2((since + span / 2 - last) / (half_life_days * DAY))
+    weight = np.cumsum(span * density)
     total = weight[-1] if len(weight) else 0.0
     if total <= 0:
         empty = np.zeros(0, dtype=np.int64)
@@ -86,7 +93,7 @@ def sample_cuts(
     points = (np.arange(count) + rng.random(count)) * (total / count)
     event = np.minimum(np.searchsorted(weight, points, side="right"), len(ts) - 1)
     # A cut lies after its event, and at latest when the interval ends.
-    ahead = (weight[event] - points).astype(np.int64)
+    ahead = ((weight[event] - points) / density[event]).astype(np.int64)
     stop = np.minimum(until[event], last)
     cut = np.maximum(stop - ahead, since[event] + 1)
     return timeline.cuts(timeline.user[event], np.minimum(cut, np.maximum(stop, ts[event] + 1)))

@@ -612,6 +612,7 @@ class _Fit:
             first=self.periods.first,
             last=close - self.heads.grid[0] * DAY,
             active_days=self.periods.active_days,
+            half_life_days=self.config.half_life_days,
             rng=self.rng,
         )
 

@@ -13,13 +13,19 @@ from pipelines.model.tokens import Tokenizer, Vocabulary
 from tests.model.conftest import PERIODS
 
 
-def sample(timeline: Timeline, count: int = 500, active_days: float | None = 14.0) -> Cuts:
+def sample(
+    timeline: Timeline,
+    count: int = 500,
+    active_days: float | None = 14.0,
+    half_life_days: float | None = None,
+) -> Cuts:
     return sample_cuts(
         timeline,
         count=count,
         first=PERIODS.first,
         last=PERIODS.calibration,
         active_days=active_days,
+        half_life_days=half_life_days,
         rng=np.random.default_rng(0),
     )
 
@@ -45,9 +51,27 @@ def test_cuts_are_uniform_over_active_time(shop: Sequences) -> None:
     assert np.abs(active - expected).max() <= 2  # stratified: all but exact
 
 
+def test_what_is_a_half_life_older_counts_half(shop: Sequences) -> None:
+    timeline = Timeline(shop)
+    even = sample(timeline, count=20_000)
+    aged = sample(timeline, count=20_000, half_life_days=7.0)
+    ages = [(PERIODS.calibration - cuts.ts) / DAY for cuts in (even, aged)]
+    weeks = np.array([[((a >= w) & (a < w + 7)).sum() for w in (0, 7, 14, 21)] for a in ages])
+    ratio = weeks[1] / weeks[0]
+    assert np.abs(ratio[1:] / ratio[:-1] - 0.5).max() < 0.05
+    last = timeline.ts[aged.position - 1]
+    assert ((last < aged.ts) & (last >= aged.ts - 14 * DAY)).all()
+
+
 def test_nobody_in_the_population_gives_no_cuts(shop: Sequences) -> None:
     cuts = sample_cuts(
-        Timeline(shop), count=10, first=0, last=1, active_days=1, rng=np.random.default_rng(0)
+        Timeline(shop),
+        count=10,
+        first=0,
+        last=1,
+        active_days=1,
+        half_life_days=None,
+        rng=np.random.default_rng(0),
     )
     assert len(cuts) == 0
 

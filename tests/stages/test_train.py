@@ -69,6 +69,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"first_ts": iso(0), "last_ts": iso(54), "end_ts": iso(54), "cuts": cuts},
     )
     codes = {"category": [int(sequences.category[0])], "brand": [], "gender": [], "region": []}
+    codes |= {"item": [], "item_id": []}
     write_json(features / "vocabulary.json", codes)
     scale = {"mean": 0.0, "std": 1.0}
     write_json(features / "scalers.json", {"log_price": scale, "log_quantity": scale, "age": scale})
