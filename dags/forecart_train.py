@@ -1,39 +1,138 @@
-"""The training DAG: one task per stage of dvc.yaml, edges read from it.
+"""The training DAGs: one task per stage of dvc.yaml, edges read from it, then the promotion.
 
-Three variables of the environment matter:
+Every run works in a git worktree of its own and ends as a commit on a branch ``runs/<name>``.
+
+Variables of the environment that matter:
     FORECART_HOME: the project's folder; by default the one that this file lies in.
     FORECART_POOLS: names of the Airflow pools that exist, with commas between them. A stage
         whose hint names another pool runs in the default one, because Airflow never starts a
         task whose pool is missing, and says so in the scheduler's log alone.
+    FORECART_KEEP_RUNS: workspaces of finished runs that stay, 5 by default.
+    FORECART_SCHEDULE: cron expression of the retraining, "0 3 * * *" by default.
     PATH: need not hold DVC; the environment of the worker's own interpreter comes first.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import BaseOperator, Param, dag
+from airflow.providers.standard.operators.empty import EmptyOperator
+from airflow.providers.standard.operators.hitl import ApprovalOperator
+from airflow.sdk import (
+    Asset,
+    AssetOrTimeSchedule,
+    BaseOperator,
+    CronTriggerTimetable,
+    Param,
+    TriggerRule,
+    dag,
+    task,
+    task_group,
+)
 from airflow.sdk.exceptions import AirflowException
 
+from pipelines import workspace
 from pipelines.graph import Hints, Stage, load_graph
+from pipelines.processes import Command
 
 HOME = Path(os.environ.get("FORECART_HOME") or Path(__file__).resolve().parents[1])
 POOLS = frozenset(filter(None, os.environ.get("FORECART_POOLS", "").split(",")))
+KEEP_RUNS = int(os.environ.get("FORECART_KEEP_RUNS", "5"))
+SCHEDULE = os.environ.get("FORECART_SCHEDULE", "0 3 * * *")
 RETRY_DELAY = timedelta(seconds=10)
-# Set for a stage and inherited by all that it starts, so that what outlives its task is found.
-MARKER = "FORECART_STAGE"
+
+# Whoever collects events says so here: POST /api/v2/assets/events.
+EVENTS = Asset("events", uri="forecart://events")
+CHAMPION = Asset("champion", uri="forecart://champion")
+
+# Fields of the trigger form and the keys of params.yaml that they set.
+SETTINGS = {
+    "source": "ingest.source",
+    "path": "ingest.files.path",
+    "until": "ingest.until",
+    "users": "ingest.simulator.users",
+    "days": "ingest.simulator.days",
+    "device": "train.device",
+    "epochs": "train.epochs",
+}
+AS_SET = "Empty: as in `params.yaml`."
+
+
+def make_params(*, require_approval: bool) -> dict[str, Param]:
+    """The fields of the trigger form."""
+    return {
+        "source": Param(
+            None,
+            enum=[None, "simulator", "files"],
+            title="Source of events",
+            description=AS_SET,
+        ),
+        "path": Param(
+            None,
+            type=["null", "string"],
+            maxLength=1000,
+            title="Files",
+            description=f"Path, folder, glob or URL, for the source files. {AS_SET}",
+        ),
+        "until": Param(
+            None,
+            type=["null", "string"],
+            format="date",
+            title="Until",
+            description=f"Only events before this day (UTC) are read. {AS_SET}",
+        ),
+        "users": Param(
+            None,
+            type=["null", "integer"],
+            minimum=50,
+            maximum=10_000_000,
+            title="Simulated shoppers",
+            description=AS_SET,
+        ),
+        "days": Param(
+            None,
+            type=["null", "integer"],
+            minimum=30,
+            maximum=3650,
+            title="Simulated days",
+            description=AS_SET,
+        ),
+        "device": Param(
+            None,
+            enum=[None, "auto", "cpu", "cuda"],
+            title="Device of the training",
+            description=AS_SET,
+        ),
+        "epochs": Param(
+            None,
+            type=["null", "integer"],
+            minimum=1,
+            maximum=1000,
+            title="Epochs",
+            description=AS_SET,
+        ),
+        "require_approval": Param(
+            require_approval,
+            type="boolean",
+            title="Ask before promotion",
+            description="A person decides under Required Actions, once the verdict has passed.",
+        ),
+        "force": Param(
+            False,
+            type="boolean",
+            title="Run every stage",
+            description="Also stages whose inputs have not changed.",
+        ),
+    }
 
 
 class StageOperator(BaseOperator):
-    """Runs one stage under DVC, its output going to the task's log.
+    """Runs one stage under DVC in the run's workspace, its output going to the task's log.
 
     Args:
         stage: a stage of dvc.yaml. Stages upstream have run, so DVC looks at this one alone.
@@ -44,41 +143,21 @@ class StageOperator(BaseOperator):
         super().__init__(**options)
         self.stage = stage
         self.home = home
-        self._process: subprocess.Popen[str] | None = None
+        self._command: Command | None = None
 
     def execute(self, context: Mapping[str, Any]) -> None:
         """Run the stage to its end.
 
-        What an earlier, killed attempt left running is ended first: DVC would refuse to touch
-        paths that it still holds.
-
         Raises:
             AirflowException: the stage failed; the log above it says why.
         """
+        home = Path(self.home)
+        folder = workspace.locate(home, context["run_id"])
         command = ["dvc", "repro", "--single-item", self.stage]
         if context["params"]["force"]:
             command.append("--force")
-        mark = f"{self.home}:{self.stage}"
-        end_leftovers(mark)
-        self._process = subprocess.Popen(
-            command,
-            cwd=self.home,
-            env=stage_environment() | {MARKER: mark},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,
-        )
-        try:
-            for line in self._process.stdout or ():
-                print(line, end="", flush=True)
-            code = self._process.wait()
-        except BaseException:
-            self.on_kill()
-            self._process.wait()
-            raise
+        self._command = Command(f"{folder}:{self.stage}")
+        code = self._command.run(command, folder, workspace.environment(home, folder))
         if code:
             raise AirflowException(f"stage {self.stage} ended with code {code}")
 
@@ -87,33 +166,8 @@ class StageOperator(BaseOperator):
 
         Airflow calls this in a signal handler, in the midst of `execute`: it must not wait.
         """
-        if self._process is not None and self._process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def end_leftovers(mark: str) -> None:
-    """Kill every process that carries the mark, and wait until it is gone."""
-    import psutil
-
-    leftovers = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get(MARKER) == mark:
-                print(f"ending process {process.pid} of an earlier attempt", flush=True)
-                process.kill()
-                leftovers.append(process)
-    psutil.wait_procs(leftovers, timeout=10)
-
-
-def stage_environment() -> dict[str, str]:
-    """This process's environment, with the commands of its interpreter first on the path."""
-    binaries = str(Path(sys.executable).parent)
-    return os.environ | {
-        "PATH": os.pathsep.join(filter(None, [binaries, os.environ.get("PATH")])),
-        "PYTHONUNBUFFERED": "1",
-        "DVC_NO_ANALYTICS": "1",
-    }
+        if self._command is not None:
+            self._command.kill()
 
 
 def read_options(hints: Hints) -> dict[str, Any]:
@@ -137,50 +191,177 @@ def describe_stage(stage: Stage) -> str:
     return "\n".join(lines)
 
 
-@dag(
+@task(retries=2, retry_delay=RETRY_DELAY)
+def prepare(run_id: str, params: dict[str, Any]) -> str:
+    """Make the run's workspace, with the settings of the form in its `params.yaml`."""
+    changes = {key: params[field] for field, key in SETTINGS.items()}
+    folder = workspace.prepare(HOME, run_id, changes)
+    print(f"workspace {folder}")
+    return str(folder)
+
+
+@task(retries=2, retry_delay=RETRY_DELAY)
+def commit(run_id: str) -> dict[str, Any]:
+    """Commit what was computed to the run's branch, and tell where the results are."""
+    folder = workspace.locate(HOME, run_id)
+    branch = workspace.commit(HOME, run_id)
+    path = folder / "reports/verdict.json"
+    verdict = json.loads(path.read_text()) if path.exists() else {"passed": False, "checks": []}
+    for check in verdict["checks"]:
+        print(f"{'passed' if check['passed'] else 'FAILED'}  {check['name']}: {check['why']}")
+    result = {
+        "branch": branch,
+        "report": str(folder / "reports/index.html"),
+        "passed": verdict["passed"] is True,
+        "candidate": verdict.get("candidate"),
+        "why": "; ".join(check["why"] for check in verdict["checks"] if not check["passed"]),
+    }
+    print(json.dumps(result, indent=2))
+    return result
+
+
+@task.branch
+def verdict(result: dict[str, Any], params: dict[str, Any]) -> str:
+    """Go on to the promotion when the gate has passed the model, over a person when asked for."""
+    if not result["passed"]:
+        print(f"the gate refuses this model: {result['why']}")
+        return "promotion.outcome"
+    return "promotion.approve" if params["require_approval"] else "promotion.promote"
+
+
+@task(
+    retries=2,
+    retry_delay=RETRY_DELAY,
+    outlets=[CHAMPION],
+    trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS,
+)
+def promote(run_id: str) -> str:
+    """Make the model champion; the registry decides when two runs want to at once."""
+    folder = workspace.locate(HOME, run_id)
+    variables = workspace.environment(HOME, folder)
+    command = Command(f"{folder}:promote")
+    code = command.run(["forecart", "promote"], folder, variables)
+    if code:
+        raise AirflowException(f"forecart promote ended with code {code}")
+    # The checkout's champion.json follows the registry.
+    code = command.run(["forecart", "status"], HOME, variables)
+    if code:
+        raise AirflowException(f"forecart status ended with code {code}")
+    return "promoted"
+
+
+@task.branch(trigger_rule=TriggerRule.ALL_DONE)
+def outcome(run_id: str, ti: Any = None) -> str:
+    """Say how the run ended, and remove the workspaces of old ones."""
+    result = ti.xcom_pull(task_ids="commit")
+    if result is None:
+        raise AirflowException("a stage failed; its log says why")
+    promoted = ti.xcom_pull(task_ids="promotion.promote")
+    answer = ti.xcom_pull(task_ids="promotion.approve")
+    for name in workspace.finish(HOME, run_id, keep=KEEP_RUNS):
+        print(f"removed workspace {name}; its branch stays")
+    if promoted:
+        return "promotion.promoted"
+    if not result["passed"]:
+        print(f"refused: {result['why']}")
+        return "promotion.refused"
+    if answer and answer["chosen_options"] == [ApprovalOperator.REJECT]:
+        print(f"rejected by {answer.get('responded_by_user') or 'a person'}")
+        return "promotion.rejected"
+    raise AirflowException("the model passed but was not promoted; the log of promote says why")
+
+
+def build(*, require_approval: bool) -> Any:
+    """Make the function that builds the tasks and their edges."""
+
+    @task_group(group_id="promotion", tooltip="What becomes of the trained model")
+    def promotion(result: Any) -> None:
+        approve = ApprovalOperator(
+            task_id="approve",
+            subject="Promote the model of {{ run_id }}?",
+            body="The gate has passed it.\n\n"
+            "- report: `{{ ti.xcom_pull(task_ids='commit')['report'] }}`\n"
+            "- branch: `{{ ti.xcom_pull(task_ids='commit')['branch'] }}`",
+            doc_md="Waits for a person. Rejecting promotes nothing.",
+        )
+        chosen = verdict(result, params="{{ params }}")
+        made = promote(run_id="{{ run_id }}")
+        ended = outcome(run_id="{{ run_id }}")
+        chosen >> approve >> made
+        chosen >> made >> ended
+        chosen >> ended
+        for name, text in (
+            ("promoted", "The model is champion."),
+            ("rejected", "A person has rejected the model; nothing was promoted."),
+            ("refused", "The gate has refused the model; the log of `outcome` says why."),
+        ):
+            ended >> EmptyOperator(task_id=name, doc_md=text)
+
+    def build_tasks() -> None:
+        graph = load_graph(HOME / "dvc.yaml")
+        ready = prepare(run_id="{{ run_id }}", params="{{ params }}")
+        tasks = {
+            stage.name: StageOperator(
+                task_id=stage.name,
+                stage=stage.name,
+                home=str(HOME),
+                doc_md=describe_stage(stage),
+                **read_options(stage.hints),
+            )
+            for stage in graph.stages.values()
+        }
+        for up, down in sorted(graph.edges):
+            tasks[up] >> tasks[down]
+        result = commit(run_id="{{ run_id }}")
+        for stage in tasks.values():
+            if not stage.upstream_task_ids:
+                ready >> stage
+            if not stage.downstream_task_ids:
+                stage >> result
+        promotion(result)
+
+    return build_tasks
+
+
+OPTIONS: dict[str, Any] = {
+    "catchup": False,
+    # Runs have workspaces of their own; stages of one run share theirs, and DVC lets one at a time
+    # into it.
+    "max_active_runs": 2,
+    "max_active_tasks": 1,
+    "render_template_as_native_obj": True,
+    "tags": ["forecart"],
+}
+
+DAG = dag(
     dag_id="forecart_train",
     schedule=None,
-    catchup=False,
     # Nothing starts it but a person or a call, so it need not wait to be switched on.
     is_paused_upon_creation=False,
-    # Stages share one checkout, and DVC lets one of them at a time into it.
-    max_active_runs=1,
-    max_active_tasks=1,
-    params={
-        "force": Param(
-            False,
-            type="boolean",
-            title="Run every stage",
-            description="Also stages whose inputs have not changed. All other settings are read "
-            "from `params.yaml`.",
-        )
-    },
+    params=make_params(require_approval=False),
     doc_md=(
-        "Takes the shop's events to a verdict on a newly trained model.\n\n"
-        "The tasks are the stages of `dvc.yaml`; a stage whose inputs have not changed is skipped "
-        "by DVC in about a second. The report is in `reports/index.html`, the verdict in "
-        "`reports/verdict.json`; promote with `forecart promote`."
+        "Takes the shop's events to a newly trained model, and promotes it if it passes.\n\n"
+        "The tasks are the stages of `dvc.yaml`; a stage that DVC knows the result of is skipped "
+        "in a second or two. A run works in a folder of its own, `.forecart/runs/<name>`, with "
+        "the code that is committed and the settings of the form; its results are committed to "
+        "the branch `runs/<name>`. The task `commit` tells where report and verdict are."
     ),
-    tags=["forecart"],
-)
-def forecart_train() -> None:
-    """Build the tasks and their edges."""
-    graph = load_graph(HOME / "dvc.yaml")
-    tasks = {
-        stage.name: StageOperator(
-            task_id=stage.name,
-            stage=stage.name,
-            home=str(HOME),
-            doc_md=describe_stage(stage),
-            **read_options(stage.hints),
-        )
-        for stage in graph.stages.values()
-    }
-    for up, down in sorted(graph.edges):
-        tasks[up] >> tasks[down]
+    **OPTIONS,
+)(build(require_approval=False))()
 
-
-DAG = forecart_train()
+RETRAIN = dag(
+    dag_id="forecart_retrain",
+    schedule=AssetOrTimeSchedule(
+        timetable=CronTriggerTimetable(SCHEDULE, timezone="UTC"), assets=[EVENTS]
+    ),
+    is_paused_upon_creation=True,
+    params=make_params(require_approval=True),
+    doc_md=(
+        "The same as `forecart_train`, every day and whenever the asset `events` says that there "
+        "are new ones. A person approves the promotion. Switch it on to use it."
+    ),
+    **OPTIONS,
+)(build(require_approval=True))()
 
 if __name__ == "__main__":
     DAG.test()

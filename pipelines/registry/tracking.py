@@ -137,10 +137,19 @@ def _find_experiment(store: MlflowClient, root: Path) -> str:
     found = store.get_experiment_by_name(EXPERIMENT)
     if found is not None:
         return str(found.experiment_id)
-    # A file store keeps artifacts beside itself; a server (http) decides for itself.
-    local = str(store.tracking_uri).startswith(("sqlite:", "file:"))
-    location = (root.resolve() / ARTIFACTS).as_uri() if local else None
+    location = _place_artifacts(str(store.tracking_uri), root)
     return str(store.create_experiment(EXPERIMENT, artifact_location=location))
+
+
+def _place_artifacts(uri: str, root: Path) -> str | None:
+    """Return where artifacts of a local store are kept: beside it, whoever's run comes first.
+
+    A server (http) decides for itself.
+    """
+    if uri.startswith("sqlite:///"):
+        database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+        return ((root / database).resolve().parent / ARTIFACTS).as_uri()
+    return (root.resolve() / ARTIFACTS).as_uri() if uri.startswith("file:") else None
 
 
 def _describe_signature(outputs: Sequence[str]) -> Any:

@@ -1,8 +1,10 @@
-"""The DAG under the real Airflow, offline, on a small DVC project of its own."""
+"""The DAGs under the real Airflow, offline, on a small DVC project of its own."""
 
 from __future__ import annotations
 
+import ast
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipelines.config import load_params
 from pipelines.graph import load_graph
+from pipelines.workspace import locate, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,9 +54,31 @@ def project(tmp_path: Path) -> Path:
         "import sys; name = 'c.txt' if sys.argv[1:] else 'b.txt'\n"
         "open(name, 'w').write(open('a.txt').read() * 2)"
     )
+    (tmp_path / ".gitignore").write_text("/.forecart/\n*.txt\n")
+    shutil.copyfile(ROOT / "params.yaml", tmp_path / "params.yaml")
     for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
         subprocess.run(command, cwd=tmp_path, check=True, env=environment(tmp_path, tmp_path))
+    save(tmp_path)
     return tmp_path
+
+
+def save(project: Path) -> None:
+    """Commit everything: runs take the code that is committed."""
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    for arguments in (("add", "--all"), (*identity, "commit", "--quiet", "--message", "Change")):
+        subprocess.run(["git", *arguments], cwd=project, check=True)
+
+
+def find_run(project: Path) -> Path:
+    """The newest run's workspace."""
+    runs = (project / ".forecart/runs").iterdir()
+    return max(runs, key=lambda path: (path / ".forecart/.ready").stat().st_mtime)
+
+
+def git(project: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=project, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def environment(home: Path, project: Path) -> dict[str, str]:
@@ -90,8 +116,8 @@ LOAD = f"import runpy; module = runpy.run_path({DAG_FILE!r}, run_name='dag'); d 
 RUN = (
     LOAD
     + """
-for force in {forces}:
-    run = d.test(run_conf={{"force": force}})
+for conf in {confs}:
+    run = d.test(run_conf=conf)
     print("STATES", run.state, {{t.task_id: str(t.state) for t in run.get_task_instances()}})
     print("END OF RUN")
 """
@@ -99,26 +125,59 @@ for force in {forces}:
 
 
 def test_it_runs_offline_and_again_only_when_forced(airflow_home: Path, project: Path) -> None:
-    code = RUN.format(forces=[False, False, True])
+    code = RUN.format(confs=[{"force": False}, {"force": False}, {"force": True}])
     first, again, forced, _ = run_airflow(airflow_home, project, "-c", code).stdout.split(
         "END OF RUN"
     )
-    assert (project / "c.txt").read_text() == "aa"
+    assert (find_run(project) / "c.txt").read_text() == "aa"
+    assert not (project / "c.txt").exists()
     assert all("STATES success" in out for out in (first, again, forced))
     assert "the first speaks" in first
     assert "the first speaks" not in again
     assert "the first speaks" in forced
+    # Without a gate there is no verdict, and without a verdict no promotion.
+    assert "'promotion.refused': 'success'" in first
+    assert "'promotion.promote': 'skipped'" in first
+    branches = git(project, "branch", "--list", "--format=%(refname:short)", "runs/*").split()
+    assert len(branches) == 3
+
+
+def test_the_form_changes_the_params_of_its_run_alone(airflow_home: Path, project: Path) -> None:
+    before = (project / "params.yaml").read_text()
+    conf = {"users": 77, "epochs": 3, "until": "2025-03-01", "device": "cpu"}
+    run_airflow(airflow_home, project, "-c", RUN.format(confs=[conf]))
+    changed = find_run(project)
+    text = (changed / "params.yaml").read_text()
+    params = load_params(changed / "params.yaml")
+    assert (params.ingest.simulator.users, params.train.epochs) == (77, 3)
+    assert str(params.ingest.until).startswith("2025-03-01")
+    assert "# Every setting of a run." in text
+    assert (project / "params.yaml").read_text() == before
+    branch = f"runs/{changed.name}"
+    assert git(project, "show", f"{branch}:params.yaml") == text
+    assert "c.txt" in git(project, "show", f"{branch}:dvc.lock")
+    assert git(project, "status", "--short") == ""
+
+
+def test_a_wrong_value_runs_no_stage(airflow_home: Path, project: Path) -> None:
+    code = RUN.format(confs=[{"until": "1999-02-31"}])
+    result = run_airflow(airflow_home, project, "-c", code, check=False)
+    text = result.stdout + result.stderr
+    assert "STATES success" not in text
+    assert "until" in text
+    assert "the first speaks" not in text
 
 
 def test_a_failing_stage_fails_the_run_and_is_told(airflow_home: Path, project: Path) -> None:
     (project / "second.py").write_text("raise SystemExit('the second gave up')")
-    result = run_airflow(airflow_home, project, "-c", RUN.format(forces=[False]), check=False)
+    save(project)
+    result = run_airflow(airflow_home, project, "-c", RUN.format(confs=[{}]), check=False)
     text = result.stdout + result.stderr
     assert "the second gave up" in text
     assert "stage second ended with code" in text
     assert "STATES success" not in text
-    assert (project / "a.txt").exists()
-    assert not (project / "c.txt").exists()
+    assert (find_run(project) / "a.txt").exists()
+    assert not (find_run(project) / "c.txt").exists()
 
 
 SLOW = """
@@ -136,7 +195,8 @@ EXECUTE = (
 import signal
 task = d.task_dict["first"]
 signal.signal(signal.SIGTERM, lambda *_: task.on_kill())
-module["StageOperator"].execute.__wrapped__(task, {"params": {"force": False}})
+context = {"params": {"force": False}, "run_id": "slow"}
+module["StageOperator"].execute.__wrapped__(task, context)
 """
 )
 
@@ -144,7 +204,9 @@ module["StageOperator"].execute.__wrapped__(task, {"params": {"force": False}})
 def start_slow_stage(home: Path, project: Path) -> tuple[subprocess.Popen[str], int]:
     """Start a task whose stage sleeps; the task's process, and the stage's id."""
     (project / "first.py").write_text(SLOW)
-    (project / "slow").touch()
+    save(project)
+    folder = prepare(project, "slow", {})
+    (folder / "slow").touch()
     task = subprocess.Popen(
         [sys.executable, "-c", EXECUTE],
         cwd=home,
@@ -154,11 +216,11 @@ def start_slow_stage(home: Path, project: Path) -> tuple[subprocess.Popen[str], 
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not (project / "pid").exists():
+    while not (folder / "pid").exists():
         assert task.poll() is None, task.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    return task, int((project / "pid").read_text())
+    return task, int((folder / "pid").read_text())
 
 
 def is_running(pid: int) -> bool:
@@ -182,9 +244,9 @@ def test_a_retry_ends_what_a_killed_task_left_running(airflow_home: Path, projec
     task.kill()
     task.wait()
     assert is_running(stage)
-    (project / "slow").unlink()
+    (locate(project, "slow") / "slow").unlink()
     run_airflow(airflow_home, project, "-c", EXECUTE)
-    assert (project / "a.txt").read_text() == "a"
+    assert (locate(project, "slow") / "a.txt").read_text() == "a"
     assert not is_running(stage)
 
 
@@ -194,7 +256,11 @@ def test_its_edges_are_the_graphs(airflow_home: Path) -> None:
         "print('DOCS', all(t.doc_md for t in d.tasks) and bool(d.doc_md))"
     )
     out = run_airflow(airflow_home, ROOT, "-c", code).stdout
-    assert f"EDGES {sorted(load_graph(ROOT / 'dvc.yaml').edges)}" in out
+    edges = ast.literal_eval(out.split("EDGES ")[1].splitlines()[0])
+    graph = load_graph(ROOT / "dvc.yaml")
+    assert [e for e in edges if set(graph.stages).issuperset(e)] == sorted(graph.edges)
+    assert ("prepare", "fingerprint") in edges
+    assert ("package", "commit") in edges
     assert "DOCS True" in out
 
 
@@ -209,7 +275,8 @@ def test_a_pool_is_used_where_it_exists(airflow_home: Path, project: Path) -> No
 def test_parsing_it_is_light(airflow_home: Path) -> None:
     # The first load pays for airflow.sdk's own lazy imports, the second is the file's own time.
     code = (
-        "import sys, time, airflow.sdk; from airflow.sdk import BaseOperator, Param, dag;"
+        "import sys, time, airflow.sdk; from airflow.sdk import *;"
+        "from airflow.providers.standard.operators import empty, hitl;"
         "from airflow.sdk.exceptions import AirflowException; before = set(sys.modules);"
         f"{LOAD} t = time.perf_counter(); {LOAD} print('SECONDS', time.perf_counter() - t);"
         "heavy = {'mlflow', 'torch', 'pandas', 'dvc', 'bentoml', 'ibis', 'numpy', 'pydantic'};"

@@ -1,0 +1,90 @@
+"""Commands of orchestrated tasks: their output is passed on, and none outlives its task.
+
+Imports nothing heavy: DAG files load this module many times a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+# Set for a command and inherited by all that it starts, so that what outlives its task is found.
+MARKER: Final = "FORECART_STAGE"
+
+
+class Command:
+    """One command at a time.
+
+    Args:
+        mark: of the task; a later attempt has the same.
+    """
+
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, command: Sequence[str], folder: Path, variables: Mapping[str, str]) -> int:
+        """Run a command to its end and print what it prints.
+
+        What an earlier, killed attempt left running is ended first: DVC would refuse to touch
+        paths that it still holds.
+
+        Returns:
+            The exit code.
+        """
+        end_leftovers(self.mark)
+        self._process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=command_environment() | dict(variables) | {MARKER: self.mark},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            for line in self._process.stdout or ():
+                print(line, end="", flush=True)
+            return self._process.wait()
+        except BaseException:
+            self.kill()
+            self._process.wait()
+            raise
+
+    def kill(self) -> None:
+        """End the command, its children too; safe in a signal handler, as it does not wait."""
+        if self._process is not None and self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def end_leftovers(mark: str) -> None:
+    """Kill every process that carries the mark, and wait until it is gone."""
+    import psutil
+
+    leftovers = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARKER) == mark:
+                print(f"ending process {process.pid} of an earlier attempt", flush=True)
+                process.kill()
+                leftovers.append(process)
+    psutil.wait_procs(leftovers, timeout=10)
+
+
+def command_environment() -> dict[str, str]:
+    """This process's environment, with the commands of its interpreter first on the path."""
+    binaries = str(Path(sys.executable).parent)
+    return os.environ | {
+        "PATH": os.pathsep.join(filter(None, [binaries, os.environ.get("PATH")])),
+        "PYTHONUNBUFFERED": "1",
+        "DVC_NO_ANALYTICS": "1",
+    }

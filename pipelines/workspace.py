@@ -1,0 +1,241 @@
+"""A folder of its own for every orchestrated run: a git worktree that shares DVC's cache.
+
+Runs disturb neither the checkout nor each other, and what any of them has computed the others take
+from the cache. The result of a run is a commit on a branch ``runs/<name>``.
+
+Imports nothing heavy: DAG files load this module many times a minute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from pipelines.errors import UserError
+
+RUNS: Final = Path(".forecart/runs")
+BRANCHES: Final = "runs/"
+PARAMS: Final = "params.yaml"
+
+# What a run is judged and repeated by.
+_RESULTS: Final = (
+    "dvc.lock",
+    PARAMS,
+    "champion.json",
+    "reports/verdict.json",
+    "reports/evaluation.json",
+)
+# Taken from the checkout as they are there, committed or not: what the person sees is what runs.
+_TAKEN: Final = (PARAMS, "champion.json")
+_READY: Final = ".ready"
+_FINISHED: Final = ".finished"
+_ABANDONED_SECONDS: Final = 7 * 86_400
+_IDENTITY: Final = ("-c", "user.name=forecart", "-c", "user.email=forecart@localhost")
+
+
+def name_run(run_id: str) -> str:
+    """Return a name for a run's folder and branch: safe in both, and its own."""
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", run_id).strip("-")[:60]
+    return f"{readable}-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}"
+
+
+def locate(home: Path, run_id: str) -> Path:
+    """Return where the workspace of a run is, or will be."""
+    return home.resolve() / RUNS / name_run(run_id)
+
+
+def prepare(home: Path, run_id: str, changes: Mapping[str, Any]) -> Path:
+    """Make the workspace of a run; once made it is left as it is.
+
+    Args:
+        home: the project's folder, a git checkout.
+        run_id: of any characters.
+        changes: dotted keys of params.yaml and their values; None = as in the checkout.
+
+    Returns:
+        The workspace's folder.
+
+    Raises:
+        UserError: the folder is no checkout with a commit, or a key or value is not valid.
+    """
+    home = home.resolve()
+    folder = locate(home, run_id)
+    if (folder / RUNS.parent / _READY).exists():
+        return folder
+    # A half-made one is made anew.
+    remove(home, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    run_git(home, "worktree", "add", "--quiet", "--detach", str(folder), "HEAD")
+    for name in _TAKEN:
+        if (home / name).exists():
+            shutil.copyfile(home / name, folder / name)
+    _share_cache(home, folder)
+    write_params(folder / PARAMS, home, changes)
+    (folder / RUNS.parent).mkdir(exist_ok=True)
+    (folder / RUNS.parent / _READY).touch()
+    return folder
+
+
+def environment(home: Path, folder: Path) -> dict[str, str]:
+    """Return variables that make commands in a workspace use its code and the shared registry."""
+    path = filter(None, [str(folder), os.environ.get("PYTHONPATH")])
+    return {
+        "PYTHONPATH": os.pathsep.join(path),
+        "MLFLOW_TRACKING_URI": os.environ.get(
+            "MLFLOW_TRACKING_URI", f"sqlite:///{home.resolve() / 'mlflow.db'}"
+        ),
+    }
+
+
+def commit(home: Path, run_id: str) -> str:
+    """Commit a run's results to its branch; a second time nothing happens.
+
+    Returns:
+        The branch.
+    """
+    folder = locate(home, run_id)
+    branch = BRANCHES + name_run(run_id)
+    found = [name for name in _RESULTS if (folder / name).exists()]
+    run_git(folder, "add", "--force", "--", *found)
+    if run_git(folder, "diff", "--cached", "--name-only"):
+        run_git(
+            folder,
+            *_IDENTITY,
+            *("-c", "commit.gpgsign=false", "commit", "--quiet", "--no-verify"),
+            *("--message", f"Run {run_id}"),
+        )
+    run_git(folder, "branch", "--force", branch, "HEAD")
+    return branch
+
+
+def finish(home: Path, run_id: str, *, keep: int) -> list[str]:
+    """Mark a run as finished and remove workspaces of old runs; their branches stay.
+
+    Args:
+        home: the project's folder.
+        run_id: of the run that is over.
+        keep: newest finished workspaces that stay.
+
+    Returns:
+        Names of those removed. Unfinished ones go when nothing has touched them for a week.
+    """
+    folder = locate(home, run_id)
+    if folder.exists():
+        (folder / RUNS.parent / _FINISHED).touch()
+    removed = []
+    ages = {path: _touched(path) for path in folder.parent.iterdir() if path.is_dir()}
+    finished = [path for path in ages if (path / RUNS.parent / _FINISHED).exists()]
+    old = sorted(finished, key=lambda path: ages[path], reverse=True)[keep:]
+    lost = [
+        path
+        for path, touched in ages.items()
+        if path not in finished and time.time() - touched > _ABANDONED_SECONDS
+    ]
+    for path in [*old, *lost]:
+        remove(home, path)
+        removed.append(path.name)
+    return sorted(removed)
+
+
+def remove(home: Path, folder: Path) -> None:
+    """Remove a workspace, whatever state it is in."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    run_git(home, "worktree", "prune")
+
+
+def write_params(path: Path, home: Path, changes: Mapping[str, Any]) -> None:
+    """Change some settings of a params.yaml, comments stay.
+
+    Args:
+        path: of the file.
+        home: against which a relative path of files is taken.
+        changes: dotted keys and values; None = no change.
+
+    Raises:
+        UserError: a key is unknown or a value not valid.
+    """
+    from ruamel.yaml import YAML
+
+    from pipelines.config import load_params
+
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    settings = yaml.load(path.read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        if value is None:
+            continue
+        *parents, last = key.split(".")
+        section = settings
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    for name in ("path", "users", "items"):
+        files = settings.get("ingest", {}).get("files", {})
+        given = files.get(name)
+        if given and "://" not in given and not Path(given).is_absolute():
+            files[name] = str(home / given)
+    with path.open("w", encoding="utf-8") as file:
+        yaml.dump(settings, file)
+    load_params(path)
+
+
+def run_git(folder: Path, *arguments: str) -> str:
+    """Run git in a folder and return what it printed.
+
+    Raises:
+        UserError: git failed; its last line tells why.
+    """
+    git = shutil.which("git")
+    if git is None:
+        raise UserError("git is not installed; workspaces of runs need it")
+    # A hook or a caller's variable must not lead git elsewhere.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    done = subprocess.run(
+        [git, *arguments], cwd=folder, env=clean, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise UserError(f"git {' '.join(arguments[:2])} in {folder}: {lines[-1]}")
+    return done.stdout
+
+
+def _share_cache(home: Path, folder: Path) -> None:
+    """Point a workspace at the checkout's cache and at what else is set for this machine alone."""
+    local = home / ".dvc/config.local"
+    if local.exists():
+        shutil.copyfile(local, folder / ".dvc/config.local")
+    dvc = [shutil.which("dvc", path=_find_binaries()) or "dvc"]
+    found = subprocess.run(
+        [*dvc, "cache", "dir"], cwd=home, capture_output=True, text=True, check=False
+    )
+    if found.returncode:
+        raise UserError(f"{home}: not a DVC project: {found.stderr.strip().splitlines()[-1:]}")
+    cache = found.stdout.strip()
+    done = subprocess.run(
+        [*dvc, "cache", "dir", "--local", cache],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise UserError(f"{folder}: {done.stderr.strip().splitlines()[-1:]}")
+
+
+def _find_binaries() -> str:
+    import sys
+
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def _touched(folder: Path) -> float:
+    marks = [folder / RUNS.parent / name for name in (_FINISHED, _READY)]
+    return max([path.stat().st_mtime for path in marks if path.exists()], default=0.0)
