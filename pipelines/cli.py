@@ -105,6 +105,20 @@ def tune(
 
 
 @app.command()
+def backtest(
+    folds: Annotated[int, typer.Option(help="Past days to evaluate at.", min=1, max=52)] = 4,
+    step_days: Annotated[int, typer.Option(help="Days between them.", min=1, max=365)] = 14,
+) -> None:
+    """Train and evaluate as if today were an earlier day, many times (rolling origin)."""
+    from pipelines import backtest as act
+
+    home = Path().resolve()
+    days = act.list_folds(home, folds=folds, step_days=step_days)
+    result = act.gather(home, [act.run_fold(home, until) for until in days])
+    typer.echo(f"{act.format_result(result)}\n\n{len(days)} folds in {act.RESULT}")
+
+
+@app.command()
 def register() -> None:
     """Put the trained model into the MLflow registry as candidate."""
     from pipelines.registry.promotion import register as act

@@ -1,0 +1,96 @@
+"""DAGs beside the training: return to the previous champion, evaluate over past dates.
+
+FORECART_HOME is the project's folder; by default the one that this file lies in.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import Asset, Param, dag, task
+from airflow.sdk.exceptions import AirflowException
+
+from pipelines.processes import Command
+
+HOME = Path(os.environ.get("FORECART_HOME") or Path(__file__).resolve().parents[1])
+CHAMPION = Asset("champion", uri="forecart://champion")
+RETRY_DELAY = timedelta(seconds=10)
+
+
+@task(outlets=[CHAMPION])
+def roll_back() -> None:
+    """Move the registry's alias back; once a run, so it is not retried by itself."""
+    code = Command(f"{HOME}:rollback").run(["forecart", "rollback"], HOME, {})
+    if code:
+        raise AirflowException(f"forecart rollback ended with code {code}")
+
+
+@dag(
+    dag_id="forecart_rollback",
+    schedule=None,
+    catchup=False,
+    is_paused_upon_creation=False,
+    max_active_runs=1,
+    tags=["forecart"],
+    doc_md="Returns to the champion before the present one. Nothing is trained.",
+)
+def forecart_rollback() -> None:
+    """One task."""
+    roll_back()
+
+
+@task
+def plan(params: dict[str, Any]) -> list[str]:
+    """List the days that folds end at."""
+    from pipelines.backtest import list_folds
+
+    return list_folds(HOME, folds=params["folds"], step_days=params["step_days"])
+
+
+@task(retries=1, retry_delay=RETRY_DELAY, max_active_tis_per_dagrun=1)
+def evaluate(until: str) -> dict[str, Any]:
+    """Run the graph on what was known at that day."""
+    from pipelines.backtest import run_fold
+
+    return run_fold(HOME, until)
+
+
+@task
+def gather(folds: list[dict[str, Any]]) -> str:
+    """Write reports/backtest.json."""
+    from pipelines import backtest
+
+    table = backtest.format_result(backtest.gather(HOME, list(folds)))
+    print(table)
+    return table
+
+
+@dag(
+    dag_id="forecart_backtest",
+    schedule=None,
+    catchup=False,
+    is_paused_upon_creation=False,
+    max_active_runs=1,
+    render_template_as_native_obj=True,
+    params={
+        "folds": Param(4, type="integer", minimum=1, maximum=52, title="Folds"),
+        "step_days": Param(
+            14, type="integer", minimum=1, maximum=365, title="Days between their ends"
+        ),
+    },
+    tags=["forecart"],
+    doc_md=(
+        "Trains and evaluates as if today were an earlier day, many times (rolling origin). "
+        "The comparison with LightGBM over all folds is in `reports/backtest.json`."
+    ),
+)
+def forecart_backtest() -> None:
+    """Folds are mapped tasks, known once the end of the log is."""
+    gather(evaluate.expand(until=plan(params="{{ params }}")))
+
+
+ROLLBACK = forecart_rollback()
+BACKTEST = forecart_backtest()

@@ -1,0 +1,134 @@
+"""Rolling-origin evaluation: the whole pipeline as if today were an earlier day, many times.
+
+Tashman (2000), "Out-of-sample tests of forecasting accuracy". Every fold is a run of the graph up
+to ``evaluate`` with ``ingest.until`` moved back, in a workspace of its own; DVC knows the folds
+that were computed before.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from pipelines import workspace
+from pipelines.errors import UserError
+from pipelines.io import read_json, write_json
+from pipelines.processes import Command
+
+RESULT: Final = Path("reports/backtest.json")
+CANDIDATE: Final = "gpt"
+RIVAL: Final = "lightgbm"
+_METRICS: Final = {"binary": ("roc_auc", "ece"), "amount": ("gini", "total_ratio")}
+
+
+def list_folds(home: Path, *, folds: int, step_days: int) -> list[str]:
+    """Return the days (ISO) that the folds end at, the latest first.
+
+    Args:
+        home: the project's folder.
+        folds: how many.
+        step_days: between their ends.
+
+    Raises:
+        UserError: the features stage has not run, so that the end of the log is not known.
+    """
+    end = datetime.fromisoformat(read_json(home / "data/features/cuts.json")["end_ts"])
+    days = [end - timedelta(days=step_days * fold) for fold in range(folds)]
+    return [f"{day:%Y-%m-%d}" for day in days]
+
+
+def run_fold(home: Path, until: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Run the graph up to the evaluation on what was known at a day.
+
+    Args:
+        home: the project's folder.
+        until: ISO day; events before it are read.
+        changes: more dotted keys of params.yaml and values.
+
+    Returns:
+        ``{"until": ..., "targets": {name: {metric: {model: value}}}}``.
+
+    Raises:
+        UserError: a stage failed; what it printed says why.
+    """
+    run_id = f"backtest {until}"
+    # The code may have changed since the fold was made; what has not is in the cache.
+    workspace.remove(home, workspace.locate(home, run_id))
+    folder = workspace.prepare(home, run_id, {**(changes or {}), "ingest.until": until})
+    command = Command(f"{folder}:backtest")
+    code = command.run(["dvc", "repro", "evaluate"], folder, workspace.environment(home, folder))
+    if code:
+        raise UserError(f"backtest: the fold until {until} ended with code {code}")
+    found = summarise_fold(until, read_json(folder / "reports/evaluation.json"))
+    workspace.finish(home, run_id, keep=0)
+    return found
+
+
+def summarise_fold(until: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick what is compared over folds from an evaluation.json."""
+    targets: dict[str, Any] = {}
+    for name, target in evaluation["targets"].items():
+        models = {m: target["models"][m] for m in (CANDIDATE, RIVAL) if m in target["models"]}
+        targets[name] = {
+            metric: {model: entry[metric]["value"] for model, entry in models.items()}
+            for metric in _METRICS[target["kind"]]
+        }
+    return {"until": until, "users": evaluation["data"]["users"], "targets": targets}
+
+
+def gather(home: Path, folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Write reports/backtest.json: the folds, and means and spread of differences over them.
+
+    Returns:
+        Its content.
+    """
+    targets: dict[str, Any] = {}
+    for name in dict.fromkeys(name for fold in folds for name in fold["targets"]):
+        found = [fold["targets"][name] for fold in folds if name in fold["targets"]]
+        metric = next(iter(found[0]))
+        pairs = [
+            (values[metric][CANDIDATE], values[metric][RIVAL])
+            for values in found
+            if None not in (values[metric].get(CANDIDATE), values[metric].get(RIVAL))
+        ]
+        if not pairs:
+            continue
+        differences = [ours - theirs for ours, theirs in pairs]
+        targets[name] = {
+            "metric": metric,
+            "folds": len(pairs),
+            CANDIDATE: statistics.fmean(ours for ours, _ in pairs),
+            RIVAL: statistics.fmean(theirs for _, theirs in pairs),
+            "difference": statistics.fmean(differences),
+            "spread": statistics.stdev(differences) if len(pairs) > 1 else None,
+            "ahead": sum(difference > 0 for difference in differences),
+        }
+    result = {"folds": list(folds), "targets": targets}
+    write_json(home / RESULT, result)
+    return result
+
+
+def format_result(result: Mapping[str, Any]) -> str:
+    """Return the table for people."""
+    head = ("target", "metric", CANDIDATE, RIVAL, "difference", "spread", "ahead")
+    rows = [head] + [
+        (
+            name,
+            t["metric"],
+            f"{t[CANDIDATE]:.4f}",
+            f"{t[RIVAL]:.4f}",
+            f"{t['difference']:+.4f}",
+            "-" if t["spread"] is None else f"{t['spread']:.4f}",
+            f"{t['ahead']} of {t['folds']}",
+        )
+        for name, t in result["targets"].items()
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)
