@@ -239,7 +239,7 @@ class Train(Section):
     fusion: bool = True
     members: Annotated[int, Field(ge=1, le=32)] = 1
     item_buckets: Positive = 4096
-    half_life_days: Annotated[float, Field(gt=0)] | None = 180.0
+    half_life_days: Annotated[float, Field(gt=0)] | None = 90.0
     next_items: Annotated[int, Field(ge=0)] = 5000
     item_weight: Annotated[float, Field(ge=0)] = 0.1
     query_buckets: Positive = 2048
