@@ -34,9 +34,10 @@ from airflow.sdk import (
     task,
     task_group,
 )
-from airflow.sdk.exceptions import AirflowException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from pipelines import workspace
+from pipelines.errors import UserError
 from pipelines.graph import Hints, Stage, load_graph
 from pipelines.processes import Command
 
@@ -195,7 +196,11 @@ def describe_stage(stage: Stage) -> str:
 def prepare(run_id: str, params: dict[str, Any]) -> str:
     """Make the run's workspace, with the settings of the form in its `params.yaml`."""
     changes = {key: params[field] for field, key in SETTINGS.items()}
-    folder = workspace.prepare(HOME, run_id, changes)
+    try:
+        folder = workspace.prepare(HOME, run_id, changes)
+    except UserError as error:
+        # Trying again would find the same mistake.
+        raise AirflowFailException(str(error)) from None
     print(f"workspace {folder}")
     return str(folder)
 
