@@ -277,7 +277,8 @@ def test_parsing_it_is_light(airflow_home: Path) -> None:
     code = (
         "import sys, time, airflow.sdk; from airflow.sdk import *;"
         "from airflow.providers.standard.operators import empty, hitl;"
-        "from airflow.sdk.exceptions import AirflowException, AirflowFailException; before = set(sys.modules);"
+        "from airflow.sdk.exceptions import AirflowException, AirflowFailException;"
+        "before = set(sys.modules);"
         f"{LOAD} t = time.perf_counter(); {LOAD} print('SECONDS', time.perf_counter() - t);"
         "heavy = {'mlflow', 'torch', 'pandas', 'dvc', 'bentoml', 'ibis', 'numpy', 'pydantic'};"
         "print('HEAVY', sorted(heavy & (set(sys.modules) - before)))"
