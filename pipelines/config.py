@@ -88,17 +88,11 @@ class FileFormat(StrEnum):
     PARQUET = "parquet"
 
 
-class Files(Section):
-    """Events from files: path, folder, glob or fsspec URL."""
+class Mapped(Section):
+    """A source whose columns have names of their own."""
 
-    path: str | None = None
-    format: FileFormat | None = None
     # Event column -> origin; null leaves it empty. Others come from the column of their name.
     mapping: dict[str, ColumnMapping | None] = {}
-    users: str | None = None  # optional table in the users schema, same formats
-    items: str | None = None  # optional table in the items schema
-    # False: a line that repeats another one in every event column is dropped as a duplicate.
-    keep_repeats: bool = False
 
     @field_validator("mapping", mode="before")
     @classmethod
@@ -123,6 +117,17 @@ class Files(Section):
         return value
 
 
+class Files(Mapped):
+    """Events from files: path, folder, glob or fsspec URL."""
+
+    path: str | None = None
+    format: FileFormat | None = None
+    users: str | None = None  # optional table in the users schema, same formats
+    items: str | None = None  # optional table in the items schema
+    # False: a line that repeats another one in every event column is dropped as a duplicate.
+    keep_repeats: bool = False
+
+
 def _check_event_types(mapping: ColumnMapping) -> None:
     given = [*(mapping.values or {}).values(), mapping.value]
     unknown = [v for v in given if v is not None and v not in set(EventType)]
@@ -130,11 +135,22 @@ def _check_event_types(mapping: ColumnMapping) -> None:
         raise ValueError(f"no event type {unknown[0]!r}; there are {', '.join(EventType)}")
 
 
+class Database(Mapped):
+    """Events from an SQL database (SQLAlchemy URL)."""
+
+    # null: the variable FORECART_STORE, which is the place for addresses with a password.
+    url: str | None = None
+    events: str = "events"  # tables, perhaps with their schema before a dot
+    users: str | None = None
+    items: str | None = None
+
+
 class Source(StrEnum):
     """Where events come from."""
 
     SIMULATOR = "simulator"
     FILES = "files"
+    DATABASE = "database"
 
 
 class Ingest(Section):
@@ -145,6 +161,7 @@ class Ingest(Section):
     max_quarantine_share: Share = 0.05
     simulator: Simulator = Simulator()
     files: Files = Files()
+    database: Database = Database()
 
     @field_validator("until")
     @classmethod

@@ -16,17 +16,29 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class Overloaded(Exception):
+    """More items wait than may."""
+
+
 class Batcher(Generic[Item, Result]):
     """Runs a function over items of many callers, one batch at a time, in a thread.
 
     Args:
         run: maps a list of items to their results, in order.
         max_items: largest batch; a single call may exceed it.
+        max_waiting: items that may wait for a batch; None = any number.
     """
 
-    def __init__(self, run: Callable[[list[Item]], list[Result]], *, max_items: int) -> None:
+    def __init__(
+        self,
+        run: Callable[[list[Item]], list[Result]],
+        *,
+        max_items: int,
+        max_waiting: int | None = None,
+    ) -> None:
         self._run = run
         self._max_items = max_items
+        self._max_waiting = max_waiting
         self._waiting: deque[tuple[list[Item], asyncio.Future[list[Result]]]] = deque()
         self._worker: asyncio.Task[None] | None = None
 
@@ -34,8 +46,12 @@ class Batcher(Generic[Item, Result]):
         """Return the results of some items.
 
         Raises:
+            Overloaded: too many items wait; nothing was done.
             Exception: what the function raised for the batch that held the items.
         """
+        waiting = sum(len(part) for part, future in self._waiting if not future.done())
+        if self._max_waiting is not None and waiting and waiting + len(items) > self._max_waiting:
+            raise Overloaded(f"{waiting} wait already; send again in a moment")
         future: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
         self._waiting.append((items, future))
         if self._worker is None or self._worker.done():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ JSON: Final = "application/json"
 # Names that clients may rely on; the phrases of http.HTTPStatus change between Pythons.
 CODES: Final = {
     400: "bad_request",
+    401: "unauthorized",
     404: "not_found",
     405: "method_not_allowed",
     413: "too_large",
@@ -54,7 +55,7 @@ class LimitBody:
         headers = dict(scope["headers"])
         media_type = headers.get(b"content-type", JSON.encode()).split(b";")[0].strip().lower()
         if media_type != JSON.encode():
-            await _refuse(send, HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"send {JSON}")
+            await refuse(send, HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"send {JSON}")
             return
         length = headers.get(b"content-length", b"0")
         body = bytearray()
@@ -69,7 +70,7 @@ class LimitBody:
             more = message.get("more_body", False) and not too_large
         if too_large:
             text = f"the body is larger than {self.max_bytes} bytes; send fewer users in a call"
-            await _refuse(send, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
+            await refuse(send, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
             return
         sent = False
 
@@ -129,6 +130,10 @@ def _describe(status: int, body: bytes) -> tuple[int, dict[str, Any]]:
             return HTTPStatus.BAD_REQUEST, _error("malformed_json", first["msg"])
         field = ".".join(str(part) for part in first["loc"]) or None
         return HTTPStatus.UNPROCESSABLE_ENTITY, _error("invalid_request", first["msg"], field)
+    said = answer.get("error") if isinstance(answer, dict) else None
+    # What the service says of itself is for the client; of an accident nothing is told.
+    if isinstance(said, str) and status != HTTPStatus.INTERNAL_SERVER_ERROR:
+        return status, _error(_name(status), said)
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return status, _error(_name(status), "the service failed; see its log")
     known = HTTPStatus(status)
@@ -143,8 +148,14 @@ def _name(status: int) -> str:
     return CODES.get(status, f"http_{status}")
 
 
-async def _refuse(send: Send, status: HTTPStatus, message: str) -> None:
-    start = {"type": "http.response.start", "headers": []}
+async def refuse(
+    send: Send,
+    status: HTTPStatus,
+    message: str,
+    headers: Sequence[tuple[bytes, bytes]] = (),
+) -> None:
+    """Answer with an error in the service's form."""
+    start = {"type": "http.response.start", "headers": list(headers)}
     await _send_error(send, start, (status, _error(_name(status), message)))
 
 

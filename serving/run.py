@@ -16,6 +16,7 @@ SERVICE: Final = "serving.service:Forecart"
 # BentoML keeps metrics of its workers in its home; the project's folder holds them, not the
 # user's.
 HOME: Final = Path(".forecart") / "bentoml"
+STORE: Final = Path(".forecart") / "events.db"
 
 
 def serve(directory: Path, *, host: str = "127.0.0.1", port: int = 3000) -> NoReturn:
@@ -45,6 +46,8 @@ def plan_server(directory: Path, *, host: str, port: int) -> tuple[list[str], di
     directory = directory.resolve()
     environment = os.environ | {"BENTOML_DO_NOT_TRACK": "True"}
     environment.setdefault("BENTOML_HOME", str(HOME.resolve()))
+    # The server changes its folder; events stay in the one that it was started from.
+    environment.setdefault("FORECART_STORE", f"sqlite:///{STORE.resolve()}")
     Path(environment["BENTOML_HOME"]).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "bentoml", "serve"]
     if (directory / "bento.yaml").is_file():

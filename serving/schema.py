@@ -20,6 +20,7 @@ from pipelines.events import MAX_ID_LENGTH, MAX_QUERY_LENGTH, EventType
 # One call costs at most so much memory and time; more users go into more calls.
 MAX_USERS: Final = 256
 MAX_EVENTS: Final = 2000
+MAX_ITEMS: Final = 50
 MAX_BODY_BYTES: Final = 8 << 20
 
 # Clocks of shop and service differ; an event this far ahead still counts as just happened.
@@ -35,9 +36,18 @@ def _check_time(value: datetime) -> datetime:
     return value
 
 
+def _check_text(value: str) -> str:
+    # Databases and C libraries end a text here.
+    if "\0" in value:
+        raise ValueError("text must not hold the character NUL")
+    return value
+
+
 Time = Annotated[AwareDatetime, AfterValidator(_check_time)]
-Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
-Text = Annotated[str, Field(max_length=MAX_ID_LENGTH)]
+Identifier = Annotated[
+    str, Field(min_length=1, max_length=MAX_ID_LENGTH), AfterValidator(_check_text)
+]
+Text = Annotated[str, Field(max_length=MAX_ID_LENGTH), AfterValidator(_check_text)]
 
 
 class Strict(BaseModel):
@@ -57,9 +67,9 @@ class Event(Strict):
     brand: Text | None = None
     price: Annotated[float, Field(ge=0)] | None = Field(default=None, description="Unit price.")
     quantity: float | None = None
-    query: Annotated[str, Field(max_length=MAX_QUERY_LENGTH)] | None = Field(
-        default=None, description="The search text."
-    )
+    query: (
+        Annotated[str, Field(max_length=MAX_QUERY_LENGTH), AfterValidator(_check_text)] | None
+    ) = Field(default=None, description="The search text.")
     session_id: Text | None = None
 
 
@@ -89,6 +99,16 @@ class PredictRequest(Strict):
         description="Predictions look ahead from here; all events lie before. Default: the "
         "service's clock.",
     )
+    next_items: Annotated[int, Field(ge=0, le=MAX_ITEMS)] = Field(
+        default=0, description="How many of the items that may come next are told."
+    )
+
+
+class NextItem(BaseModel):
+    """An item that may come next."""
+
+    item_id: str
+    probability: float
 
 
 class Prediction(BaseModel):
@@ -97,6 +117,12 @@ class Prediction(BaseModel):
     user_id: str
     probabilities: dict[str, float]
     expected_spend: dict[str, float]
+    next_purchase: datetime | None = Field(
+        default=None,
+        description="Until when a purchase is as likely as not; null: not within the longest "
+        "horizon.",
+    )
+    next_items: list[NextItem] = []
 
 
 class PredictResponse(BaseModel):
@@ -105,6 +131,66 @@ class PredictResponse(BaseModel):
     model: str = Field(description="Digest of the model's files.")
     now: datetime
     predictions: list[Prediction]
+
+
+class StoredRequest(Strict):
+    """Shoppers to predict from what was collected of them, and from when on."""
+
+    user_ids: Annotated[list[Identifier], Field(min_length=1, max_length=MAX_USERS)]
+    now: Time | None = Field(default=None, description="Default: the service's clock.")
+    next_items: Annotated[int, Field(ge=0, le=MAX_ITEMS)] = 0
+
+
+class EraseRequest(Strict):
+    """A shopper who wants to be forgotten."""
+
+    user_id: Identifier
+
+
+class EraseResponse(BaseModel):
+    """What was deleted."""
+
+    user_id: str
+    events: int
+
+
+class ExplainRequest(Strict):
+    """A prediction to explain: of a shopper in the request."""
+
+    user: User
+    target: Text = Field(description="A probability's name, such as purchase_14d.")
+    now: Time | None = None
+
+
+class EventEffect(BaseModel):
+    """What an event adds to the log odds of the target."""
+
+    ts: datetime
+    event_type: str
+    item_id: str | None = None
+    query: str | None = None
+    effect: float
+
+
+class FeatureEffect(BaseModel):
+    """What a windowed count or recency adds to the log odds."""
+
+    feature: str
+    effect: float
+
+
+class ExplainResponse(BaseModel):
+    """What moved a prediction, the strongest first (integrated gradients, in log odds)."""
+
+    model: str
+    now: datetime
+    target: str
+    probability: float
+    start: float = Field(description="Log odds of a shopper of whom nothing is known.")
+    end: float = Field(description="Log odds as seen, not calibrated.")
+    gap: float = Field(description="By how much the effects miss the difference of both.")
+    events: list[EventEffect]
+    features: list[FeatureEffect]
 
 
 def resolve_now(request: PredictRequest, clock: datetime) -> datetime:

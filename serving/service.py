@@ -2,36 +2,68 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
 import bentoml
 import numpy as np
+from bentoml.exceptions import BadInput, BentoMLException, ServiceUnavailable
+from sqlalchemy.exc import SQLAlchemyError
 
-from pipelines.features.store import encode_events
+from pipelines.errors import UserError
+from pipelines.features.store import Sequences, encode_events
 from pipelines.io import digest_directory
-from serving.batching import Batcher
+from serving.batching import Batcher, Overloaded
+from serving.collect import (
+    MAX_COLLECTED,
+    CollectRequest,
+    CollectResponse,
+    Outcome,
+    parse_event,
+    summarise,
+)
+from serving.keys import RequireKey
 from serving.middleware import DropValidationErrors, LimitBody, ShapeErrors
 from serving.schema import (
     MAX_BODY_BYTES,
+    MAX_EVENTS,
     MAX_USERS,
+    EraseRequest,
+    EraseResponse,
+    EventEffect,
+    ExplainRequest,
+    ExplainResponse,
+    FeatureEffect,
+    NextItem,
     Prediction,
     PredictRequest,
     PredictResponse,
-    User,
+    StoredRequest,
     resolve_now,
 )
+from serving.store import Store, find_url, to_us
 
 MODEL_VARIABLE: Final = "FORECART_MODEL"
 
 # In a Bento the model lies beside the packages.
 BUNDLED_MODEL: Final = Path(__file__).resolve().parents[1] / "model"
 
+# Waiting beyond these, work is refused at once: its answer would come too late to be of use.
+_MAX_WAITING_USERS: Final = 4 * MAX_USERS
+_MAX_WAITING_EVENTS: Final = 20 * MAX_COLLECTED
+
+_MAX_EFFECTS: Final = 20
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
+
+# A shopper of a batch: id, events, profile, time from which to look ahead, items to tell.
+Shopper = tuple[str, Sequence[dict[str, Any]], dict[str, Any] | None, datetime, int]
 
 
 def find_model() -> Path:
@@ -57,26 +89,127 @@ class Forecart:
         model = find_model()
         self.predictor = Predictor.load(model)
         self.digest = digest_directory(model)
-        self.batcher = Batcher(self._predict_batch, max_items=MAX_USERS)
+        self.batcher = Batcher(
+            self._predict_batch, max_items=MAX_USERS, max_waiting=_MAX_WAITING_USERS
+        )
+        # Opened with the first event: a service that only predicts needs no store.
+        self._store: Store | None = None
+        self.collector = Batcher(
+            self._store_batch, max_items=2 * MAX_COLLECTED, max_waiting=_MAX_WAITING_EVENTS
+        )
 
     @bentoml.api(route="/predict")  # type: ignore[untyped-decorator]  # BentoML is not typed
     async def predict(self, request: PredictRequest, /) -> PredictResponse:
         """Predict one or many shoppers from the events in the request."""
         now = resolve_now(request, datetime.now(UTC))
-        predictions = await self.batcher.submit([(user, now) for user in request.users])
+        shoppers: list[Shopper] = [
+            (
+                user.user_id,
+                [event.model_dump() for event in user.events],
+                user.profile.model_dump() if user.profile else None,
+                now,
+                request.next_items,
+            )
+            for user in request.users
+        ]
+        return await self._predict(shoppers, now)
+
+    @bentoml.api(route="/users/predict")  # type: ignore[untyped-decorator]
+    async def predict_stored(self, request: StoredRequest, /) -> PredictResponse:
+        """Predict shoppers from the events that were collected of them.
+
+        A shopper without collected events before `now` has no prediction and is left out.
+        """
+        now = request.now or datetime.now(UTC)
+        found = await _guard(
+            asyncio.to_thread(
+                self._open_store().history, request.user_ids, before=to_us(now), limit=MAX_EVENTS
+            )
+        )
+        shoppers: list[Shopper] = [
+            (user_id, [_decode_time(event) for event in events], None, now, request.next_items)
+            for user_id, events in found.items()
+            if events
+        ]
+        if not shoppers:
+            return PredictResponse(model=self.digest, now=now, predictions=[])
+        return await self._predict(shoppers, now)
+
+    @bentoml.api(route="/events")  # type: ignore[untyped-decorator]
+    async def collect(self, request: CollectRequest, /) -> CollectResponse:
+        """Keep events; what is answered as accepted is on the disk.
+
+        Every event is judged by itself. One that was sent before (the same `event_id`, or the
+        same content where it has none) is a duplicate and changes nothing, so a client may send
+        again what it had no answer for.
+        """
+        parsed = [parse_event(raw) for raw in request.events]
+        rows = [row for row, _ in parsed if row is not None]
+        new = iter(await self._submit(self.collector, rows) if rows else [])
+        results = [result for _, result in parsed]
+        for row, result in parsed:
+            if row is not None and not next(new):
+                result.outcome = Outcome.DUPLICATE
+        return summarise(results)
+
+    @bentoml.api(route="/users/erase")  # type: ignore[untyped-decorator]
+    async def erase(self, request: EraseRequest, /) -> EraseResponse:
+        """Delete all that was collected of a shopper. What is read from the store next has none."""
+        erase = asyncio.to_thread(self._open_store().erase, request.user_id)
+        return EraseResponse(user_id=request.user_id, events=await _guard(erase))
+
+    @bentoml.api(route="/explain")  # type: ignore[untyped-decorator]
+    async def explain(self, request: ExplainRequest, /) -> ExplainResponse:
+        """Tell which events and counts moved a prediction, and how much."""
+        whole = PredictRequest(users=[request.user], now=request.now)
+        now = resolve_now(whole, datetime.now(UTC))
+        try:
+            return await asyncio.to_thread(self._explain, request, now)
+        except UserError as error:
+            raise BadInput(str(error)) from None
+
+    async def _predict(self, shoppers: list[Shopper], now: datetime) -> PredictResponse:
+        predictions = await self._submit(self.batcher, shoppers)
         return PredictResponse(model=self.digest, now=now, predictions=predictions)
 
-    def _predict_batch(self, items: list[tuple[User, datetime]]) -> list[Prediction]:
+    async def _submit(self, batcher: Batcher[Any, Any], items: list[Any]) -> list[Any]:
+        try:
+            results: list[Any] = await _guard(batcher.submit(items))
+            return results
+        except Overloaded as error:
+            status = HTTPStatus.TOO_MANY_REQUESTS
+            raise BentoMLException(str(error), error_code=status) from None
+
+    def _open_store(self) -> Store:
+        if self._store is None:
+            store = Store(find_url())
+            store.create()
+            self._store = store
+        return self._store
+
+    def _store_batch(self, rows: list[dict[str, Any]]) -> list[bool]:
+        return self._open_store().append(rows)
+
+    def _predict_batch(self, shoppers: list[Shopper]) -> list[Prediction]:
+        from pipelines.model.timeline import Timeline
+
         sequences = encode_events(
-            [[event.model_dump() for event in user.events] for user, _ in items],
-            [user.profile.model_dump() if user.profile else None for user, _ in items],
+            [events for _, events, *_ in shoppers], [profile for _, _, profile, *_ in shoppers]
         )
-        nows = np.array([(now - _EPOCH) // _MICROSECOND for _, now in items], dtype=np.int64)
-        predicted = self.predictor.predict(sequences, nows)
+        timeline = Timeline(sequences)
+        nows = np.array([to_us(now) for *_, now, _ in shoppers], dtype=np.int64)
+        cuts = timeline.cuts(np.arange(len(shoppers)), nows)
+        raw = self.predictor.raw(timeline, cuts)
+        predicted = self.predictor.finish(raw)
+        days = np.full(len(shoppers), np.nan)
+        if "purchase" in self.predictor.spec.heads.events:
+            days = self.predictor.days_until(raw, "purchase")
+        wanted = [count for *_, count in shoppers]
+        items = self._tell_items(sequences, nows, wanted)
         kinds = {target.name: target.kind for target in self.predictor.targets}
         return [
             Prediction(
-                user_id=user.user_id,
+                user_id=user_id,
                 probabilities={
                     name: float(values[i])
                     for name, values in predicted.items()
@@ -87,13 +220,105 @@ class Forecart:
                     for name, values in predicted.items()
                     if kinds[name] == "amount"
                 },
+                next_purchase=(
+                    now + timedelta(days=float(days[i])) if np.isfinite(days[i]) else None
+                ),
+                next_items=items[i],
             )
-            for i, (user, _) in enumerate(items)
+            for i, (user_id, _, _, now, _) in enumerate(shoppers)
         ]
+
+    def _tell_items(
+        self, sequences: Sequences, nows: np.ndarray[Any, Any], wanted: list[int]
+    ) -> list[list[NextItem]]:
+        """Return the items that may come next, for those who want any."""
+        from pipelines.model.timeline import Timeline
+
+        told: list[list[NextItem]] = [[] for _ in wanted]
+        rows = np.flatnonzero(np.array(wanted) > 0)
+        if not len(rows):
+            return told
+        timeline = Timeline(sequences.take(rows))
+        cuts = timeline.cuts(np.arange(len(rows)), nows[rows])
+        codes, values = self.predictor.next_items(timeline, cuts, max(wanted))
+        names = self.predictor.spec.vocabulary.item_id
+        for place, row in enumerate(rows):
+            told[row] = [
+                NextItem(item_id=names[code], probability=float(value))
+                for code, value in zip(
+                    codes[place, : wanted[row]], values[place, : wanted[row]], strict=True
+                )
+            ]
+        return told
+
+    def _explain(self, request: ExplainRequest, now: datetime) -> ExplainResponse:
+        from pipelines.model.explanation import explain
+        from pipelines.model.timeline import Timeline, feature_names
+
+        targets = {target.name: target for target in self.predictor.targets}
+        if request.target not in targets:
+            known = ", ".join(name for name, t in targets.items() if t.kind == "binary")
+            raise UserError(f"target {request.target!r} is not one of {known}")
+        target = targets[request.target]
+        user = request.user
+        events = sorted((e.model_dump() for e in user.events), key=lambda event: event["ts"])
+        profile = user.profile.model_dump() if user.profile else None
+        sequences = encode_events([events], [profile])
+        timeline = Timeline(sequences)
+        nows = np.array([to_us(now)], dtype=np.int64)
+        cuts = timeline.cuts(np.zeros(1, dtype=np.int64), nows)
+        found = explain(self.predictor, timeline, cuts, target)
+        probability = float(self.predictor.predict(sequences, nows)[target.name][0])
+        # Effects are on the event; that nobody does anything is its opposite.
+        sign = -1.0 if target.event is None else 1.0
+        order = np.argsort(-np.abs(found.effect), kind="stable")[:_MAX_EFFECTS]
+        features = found.feature_effect[0]
+        strongest = np.argsort(-np.abs(features), kind="stable")[:_MAX_EFFECTS]
+        names = feature_names()
+        return ExplainResponse(
+            model=self.digest,
+            now=now,
+            target=target.name,
+            probability=probability,
+            start=sign * float(found.base[0]),
+            end=sign * float(found.value[0]),
+            gap=float(np.abs(found.gap[0])),
+            events=[
+                EventEffect(
+                    ts=events[found.event[i]]["ts"],
+                    event_type=str(events[found.event[i]]["event_type"]),
+                    item_id=events[found.event[i]]["item_id"],
+                    query=events[found.event[i]]["query"],
+                    effect=sign * float(found.effect[i]),
+                )
+                for i in order
+            ],
+            features=[
+                FeatureEffect(feature=names[i], effect=sign * float(features[i])) for i in strongest
+            ],
+        )
+
+
+async def _guard(work: Any) -> Any:
+    """Await work on the store; its failure is the service's state, not the client's mistake.
+
+    Raises:
+        ServiceUnavailable: the store does not answer; nothing was stored.
+    """
+    try:
+        return await work
+    except SQLAlchemyError as error:
+        logging.getLogger(__name__).error("the store failed: %s", type(error).__name__)
+        raise ServiceUnavailable("the store does not answer; send again later") from None
+
+
+def _decode_time(event: dict[str, Any]) -> dict[str, Any]:
+    return event | {"ts": _EPOCH + event["ts"] * _MICROSECOND}
 
 
 # The decorator has made a service of the class. The first one added is the outermost: errors of
 # the limits are shaped as well.
 _service: Any = Forecart
 _service.add_asgi_middleware(ShapeErrors)
+_service.add_asgi_middleware(RequireKey)
 _service.add_asgi_middleware(LimitBody, max_bytes=MAX_BODY_BYTES)

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from pipelines import config
 from pipelines.sources.base import QUARANTINE_SCHEMA, SCHEMAS, Batch, Kind, Source
+from pipelines.sources.database import DatabaseSource
 from pipelines.sources.files import FilesSource
 
 _ROWS_PER_BATCH = 1 << 19
@@ -55,6 +56,8 @@ def open_source(params: config.Ingest, root: Path = Path()) -> Source:
         params: the ``ingest`` section.
         root: folder that relative paths start from.
     """
+    if params.source is config.Source.DATABASE:
+        return DatabaseSource(params.database, root)
     if params.source is config.Source.FILES:
         return FilesSource(params.files, root)
     return SimulatorSource(params.simulator)

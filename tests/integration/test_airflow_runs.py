@@ -82,7 +82,7 @@ def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Airflow]:
     project = clone_project(tmp_path_factory.mktemp("runs") / "project")
     # The gate rightly refuses a model of so few shoppers unless it is asked to guess.
     project.change({"gate": {"margin": 0.5, "max_ece": 0.5, "ece_tolerance": 0.5}})
-    project.change({"evaluation": {"confidence": 0.5}})
+    project.change({"evaluation": {"confidence": 0.6}})
     ports = {name: free_port() for name in ("airflow", "mlflow", "service")}
     with pytest.MonkeyPatch.context() as patch:
         for name, port in ports.items():

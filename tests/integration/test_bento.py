@@ -25,7 +25,7 @@ import yaml
 
 from pipelines.config import parse_params
 from pipelines.events import EVENT_TYPES
-from pipelines.features.store import Sequences, encode_events
+from pipelines.features.store import Sequences, encode_events, hash_text
 from pipelines.io import digest_directory, read_json, write_json
 from pipelines.model.calibration import Calibration
 from pipelines.model.heads import Heads, Target
@@ -39,6 +39,7 @@ from serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_USERS
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2025, 3, 1, tzinfo=UTC)
 
+ITEMS = tuple(f"i{n}" for n in range(50))
 TARGETS = (
     Target(name="purchase_14d", kind="binary", event="purchase", horizon_days=14),
     Target(name="churn_14d", kind="binary", event=None, horizon_days=14),
@@ -71,10 +72,11 @@ def make_predictor() -> Predictor:
         events=len(heads.events),
         bins=len(heads.grid),
         amounts=len(heads.amounts),
+        items=len(ITEMS),
     )
     spec = ModelSpec(
         network=config,
-        vocabulary=Vocabulary(),
+        vocabulary=Vocabulary(item=tuple(hash_text(i) for i in ITEMS), item_id=ITEMS),
         heads=heads,
         targets=TARGETS,
         context=16,
@@ -150,7 +152,10 @@ class Service:
             return False
 
     def predict(self, body: Any, **options: Any) -> tuple[int, Any]:
-        status, headers, content = self.ask("POST", "/predict", body, **options)
+        return self.post("/predict", body, **options)
+
+    def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any]:
+        status, headers, content = self.ask("POST", path, body, **options)
         assert headers["content-type"] == "application/json", content
         return status, json.loads(content)
 
@@ -365,6 +370,75 @@ def test_unknown_paths_and_methods_have_the_same_form_of_error(service: Service)
         status, _, body = service.ask(method, path)
         assert status == expected
         assert json.loads(body)["error"].keys() == {"code", "message", "field"}
+
+
+def test_the_next_purchase_and_items_are_told(service: Service) -> None:
+    status, answer = service.predict(make_request(3) | {"next_items": 4})
+    assert status == 200, answer
+    for prediction in answer["predictions"]:
+        told = prediction["next_items"]
+        assert len({item["item_id"] for item in told} & set(ITEMS)) == 4
+        chances = [item["probability"] for item in told]
+        assert chances == sorted(chances, reverse=True)
+        assert 0 < sum(chances) <= 1
+        when = prediction["next_purchase"]
+        assert (when is not None) == (prediction["probabilities"]["purchase_14d"] >= 0.5)
+        assert when is None or datetime.fromisoformat(when) > NOW
+    _, without = service.predict(make_request(3))
+    assert [p["next_items"] for p in without["predictions"]] == [[], [], []]
+
+
+def test_collected_events_are_kept_once_and_predicted_from(service: Service) -> None:
+    request = make_request(2)
+    events = [
+        {"user_id": user["user_id"], **event}
+        for user in request["users"]
+        for event in user["events"]
+    ]
+    bad = [{"user_id": "u0"}, events[0] | {"price": "free"}, events[0] | {"user_id": "a\0"}]
+    status, first = service.post("/events", {"events": [*events, *bad]})
+    assert status == 200, first
+    assert (first["accepted"], first["duplicates"], first["rejected"]) == (len(events), 0, 3)
+    assert [r["field"] for r in first["results"][-3:]] == ["event_type", "price", "user_id"]
+    status, again = service.post("/events", {"events": events})
+    assert (again["accepted"], again["duplicates"]) == (0, len(events))
+    assert [r["event_id"] for r in again["results"]] == [
+        r["event_id"] for r in first["results"][: len(events)]
+    ]
+    asked = {"user_ids": ["u1", "nobody", "u0"], "now": NOW.isoformat()}
+    status, stored = service.post("/users/predict", asked)
+    assert status == 200, stored
+    _, direct = service.predict(request)
+    by_user = {p["user_id"]: p for p in direct["predictions"]}
+    assert [p["user_id"] for p in stored["predictions"]] == ["u1", "u0"]
+    for prediction in stored["predictions"]:
+        for name, value in by_user[prediction["user_id"]]["probabilities"].items():
+            assert prediction["probabilities"][name] == pytest.approx(value, abs=1e-5)
+    count = len(request["users"][0]["events"])
+    status, erased = service.post("/users/erase", {"user_id": "u0"})
+    assert (status, erased["events"]) == (200, count)
+    _, stored = service.post("/users/predict", asked)
+    assert [p["user_id"] for p in stored["predictions"]] == ["u1"]
+
+
+def test_an_explanation_adds_up(service: Service) -> None:
+    user = make_request(1)["users"][0]
+    for target in ("purchase_14d", "churn_14d"):
+        asked = {"user": user, "target": target, "now": NOW.isoformat()}
+        status, answer = service.post("/explain", asked)
+        assert status == 200, answer
+        assert 0 < len(answer["events"]) <= 20
+        effects = [abs(event["effect"]) for event in answer["events"]]
+        assert effects == sorted(effects, reverse=True)
+        assert {e["ts"] for e in answer["events"]} <= {
+            datetime.fromisoformat(e["ts"]).isoformat().replace("+00:00", "Z")
+            for e in user["events"]
+        }
+    for target in ("spend_14d", "purchase_99d"):
+        asked = {"user": user, "target": target, "now": NOW.isoformat()}
+        status, answer = service.post("/explain", asked)
+        assert status == 400
+        assert target in json.dumps(answer)
 
 
 def test_health_metrics_and_description(service: Service) -> None:

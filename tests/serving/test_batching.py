@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from serving.batching import Batcher
+from serving.batching import Batcher, Overloaded
 
 
 class Recorder:
@@ -87,3 +87,25 @@ def test_a_caller_that_gives_up_costs_no_work() -> None:
     batcher = Batcher(recorder, max_items=8)
     asyncio.run(scenario())
     assert recorder.batches == [[1], [3]]
+
+
+def test_beyond_what_may_wait_work_is_refused_at_once() -> None:
+    async def scenario() -> None:
+        release = threading.Event()
+
+        def run(items: list[int]) -> list[int]:
+            release.wait(10)
+            return items
+
+        batcher: Batcher[int, int] = Batcher(run, max_items=2, max_waiting=4)
+        first = asyncio.create_task(batcher.submit([1, 2]))
+        await asyncio.sleep(0.05)
+        waiting = [asyncio.create_task(batcher.submit([i, i])) for i in (3, 4)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(Overloaded):
+            await batcher.submit([5])
+        release.set()
+        assert await asyncio.gather(first, *waiting) == [[1, 2], [3, 3], [4, 4]]
+        assert await batcher.submit([6]) == [6]
+
+    asyncio.run(scenario())

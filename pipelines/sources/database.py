@@ -1,0 +1,177 @@
+"""Events from tables of an SQL database, through SQLAlchemy: the collecting service's, or any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+
+from pipelines.config import ColumnMapping, Database
+from pipelines.errors import UserError
+from pipelines.sources.base import ROW, Batch, Kind, Mapping
+
+URL_VARIABLE: Final = "FORECART_STORE"
+DEFAULT_URL: Final = "sqlite:///.forecart/events.db"
+
+_ROWS_PER_CHUNK: Final = 1 << 16
+
+
+class DatabaseSource:
+    """Events, and perhaps users and items, from tables.
+
+    Rows are read in the order of the primary key, or of all columns where there is none. What
+    changes is noticed by the number of rows and the extremes of the key: rows that are added or
+    deleted are, rows that are changed in place are not.
+    """
+
+    def __init__(self, params: Database, root: Path = Path()) -> None:
+        """Remember where to look; nothing is opened yet.
+
+        Args:
+            params: the ``ingest.database`` section.
+            root: folder that a relative SQLite path starts from.
+        """
+        self._params = params
+        self._root = root
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See ``Source``: counts and extremes of the keys, table by table."""
+        from sqlalchemy import func, select
+
+        tables: dict[str, Any] = {}
+        with self._connect() as (engine, connection):
+            for kind in Kind:
+                name = self._name(kind)
+                if name is None:
+                    continue
+                table = self._reflect(engine, name)
+                keys = list(table.primary_key.columns) or list(table.columns)
+                extremes = [extreme(key) for key in keys for extreme in (func.min, func.max)]
+                row = connection.execute(select(func.count(), *extremes).select_from(table)).one()
+                tables[kind.value] = {"table": name, "found": [_to_json(v) for v in row]}
+        return {"source": "database", **tables}
+
+    def read(self, kind: Kind) -> Iterator[Batch]:
+        """See ``Source``."""
+        name = self._name(kind)
+        if name is None:
+            return
+        from sqlalchemy import select
+
+        from pipelines.sources.mapping import Mapper, connect
+
+        with self._connect() as (engine, connection):
+            table = self._reflect(engine, name)
+            schema = pa.schema([pa.field(c.name, _arrow_type(c.type)) for c in table.columns])
+            mapping = self._complete(kind, schema)
+            mapper = Mapper(kind, mapping, name, schema, connect())
+            order = list(table.primary_key.columns) or list(table.columns)
+            query = select(*(table.c[column] for column in mapper.columns)).order_by(*order)
+            wanted = pa.schema([schema.field(column) for column in mapper.columns])
+            stream = connection.execution_options(
+                stream_results=True, yield_per=_ROWS_PER_CHUNK
+            ).execute(query)
+            first = 1
+            for rows in stream.partitions():
+                columns = [
+                    _to_arrow([row[i] for row in rows], field.type)
+                    for i, field in enumerate(wanted)
+                ]
+                chunk = pa.table(columns, schema=wanted)
+                numbers = pa.array(range(first, first + len(rows)), pa.int64())
+                yield mapper.convert(chunk.add_column(0, ROW, numbers))
+                first += len(rows)
+
+    def _name(self, kind: Kind) -> str | None:
+        names = {
+            Kind.EVENTS: self._params.events,
+            Kind.USERS: self._params.users,
+            Kind.ITEMS: self._params.items,
+        }
+        return names[kind]
+
+    def _complete(self, kind: Kind, schema: pa.Schema) -> Mapping:
+        """Read an unmapped time that is a whole number as microseconds, as the service stores."""
+        mapping: Mapping = dict(self._params.mapping) if kind is Kind.EVENTS else {}
+        for name in ("ts", "signup_ts"):
+            whole = name in schema.names and pa.types.is_integer(schema.field(name).type)
+            if name not in mapping and whole and (kind, name) != (Kind.ITEMS, name):
+                mapping[name] = ColumnMapping(column=name, unit="us")
+        return mapping
+
+    def _connect(self) -> Any:
+        """Open a connection for a with block; errors of the database are told in one line."""
+        from contextlib import contextmanager
+
+        from sqlalchemy import create_engine
+        from sqlalchemy.engine import make_url
+        from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+        text = self._params.url or os.environ.get(URL_VARIABLE, DEFAULT_URL)
+        try:
+            url = make_url(text)
+            if url.get_backend_name() == "sqlite" and url.database:
+                path = self._root / url.database
+                if not path.exists():
+                    raise UserError(f"{path}: no such database; set {URL_VARIABLE}")
+                url = url.set(database=str(path))
+            engine = create_engine(url)
+        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+            raise UserError(f"ingest.database.url: {error}") from None
+
+        @contextmanager
+        def opened() -> Iterator[Any]:
+            try:
+                with engine.connect() as connection:
+                    yield engine, connection
+            except SQLAlchemyError as error:
+                line = str(getattr(error, "orig", None) or error).splitlines()[0]
+                # The address may hold a password.
+                raise UserError(f"{url.render_as_string(hide_password=True)}: {line}") from None
+            finally:
+                engine.dispose()
+
+        return opened()
+
+    def _reflect(self, engine: Any, name: str) -> Any:
+        from sqlalchemy import MetaData, Table
+        from sqlalchemy.exc import NoSuchTableError
+
+        schema, _, table = name.rpartition(".")
+        try:
+            return Table(table, MetaData(), schema=schema or None, autoload_with=engine)
+        except NoSuchTableError:
+            raise UserError(f"ingest.database: there is no table {name}") from None
+
+
+def _arrow_type(kind: Any) -> pa.DataType:
+    from sqlalchemy import types
+
+    if isinstance(kind, types.Integer):
+        return pa.int64()
+    if isinstance(kind, types.Numeric | types.Float):
+        return pa.float64()
+    if isinstance(kind, types.DateTime):
+        return pa.timestamp("us", tz="UTC" if kind.timezone else None)
+    if isinstance(kind, types.Boolean):
+        return pa.bool_()
+    return pa.string()
+
+
+def _to_arrow(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if pa.types.is_floating(kind):
+        values = [None if v is None else float(v) for v in values]
+    elif pa.types.is_string(kind):
+        values = [None if v is None else _to_text(v) for v in values]
+    return pa.array(values, kind)
+
+
+def _to_text(value: Any) -> str:
+    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _to_json(value: Any) -> Any:
+    return value if value is None or isinstance(value, int | str) else str(value)

@@ -1,0 +1,92 @@
+"""Events that the shop sends: each is accepted, known already, or refused with a reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import StrEnum
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, Field, ValidationError
+
+from serving.schema import Event, Identifier, Strict
+from serving.store import to_us
+
+MAX_COLLECTED: Final = 1000
+
+
+class CollectedEvent(Event):
+    """An event with the shopper who did it."""
+
+    user_id: Identifier
+
+
+class Outcome(StrEnum):
+    """What became of an event."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"
+    REJECTED = "rejected"
+
+
+class CollectRequest(Strict):
+    """Events to keep; each is judged by itself."""
+
+    events: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_COLLECTED)]
+
+
+class CollectResult(BaseModel):
+    """What became of one event."""
+
+    outcome: Outcome
+    event_id: str | None = None
+    reason: str | None = None
+    field: str | None = None
+
+
+class CollectResponse(BaseModel):
+    """What became of the events, in their order. Accepted ones and duplicates are stored."""
+
+    accepted: int
+    duplicates: int
+    rejected: int
+    results: list[CollectResult]
+
+
+def parse_event(raw: dict[str, Any]) -> tuple[dict[str, Any] | None, CollectResult]:
+    """Check one event.
+
+    Returns:
+        A row for the store, None when it is refused, and the result so far.
+    """
+    try:
+        event = CollectedEvent.model_validate_json(json.dumps(raw))
+    except (ValidationError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            return None, CollectResult(outcome=Outcome.REJECTED, reason="not valid JSON")
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or None
+        return None, CollectResult(outcome=Outcome.REJECTED, reason=first["msg"], field=field)
+    row = event.model_dump(mode="python") | {
+        "ts": to_us(event.ts),
+        "event_type": event.event_type.value,
+    }
+    row["event_id"] = event.event_id or hash_event(row)
+    return row, CollectResult(outcome=Outcome.ACCEPTED, event_id=row["event_id"])
+
+
+def hash_event(row: dict[str, Any]) -> str:
+    """Return an id of an event's content, for shops that give their events none."""
+    content = {name: value for name, value in sorted(row.items()) if name != "event_id"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def summarise(results: list[CollectResult]) -> CollectResponse:
+    """Count outcomes."""
+    counts = {outcome: sum(r.outcome is outcome for r in results) for outcome in Outcome}
+    return CollectResponse(
+        accepted=counts[Outcome.ACCEPTED],
+        duplicates=counts[Outcome.DUPLICATE],
+        rejected=counts[Outcome.REJECTED],
+        results=results,
+    )

@@ -1,0 +1,205 @@
+"""Where collected events are kept: SQLite by default, PostgreSQL or MySQL/MariaDB by address.
+
+What `append` has returned is committed. Events are known by their id: storing one again changes
+nothing, so that a client may send again what it had no answer for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Double,
+    Engine,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    delete,
+    event,
+    insert,
+    select,
+)
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+from pipelines.errors import UserError
+from pipelines.events import EVENT_SCHEMA, MAX_ID_LENGTH, MAX_QUERY_LENGTH
+
+STORE_VARIABLE: Final = "FORECART_STORE"
+DEFAULT_URL: Final = "sqlite:///.forecart/events.db"
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+_CHUNK: Final = 500  # ids in one query; SQLite allows some tens of thousands of parameters
+
+_METADATA: Final = MetaData()
+# MySQL compares texts by letter, not by byte, unless told; ids differ by case.
+_ID: Final = String(MAX_ID_LENGTH).with_variant(
+    mysql.VARCHAR(MAX_ID_LENGTH, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
+)
+_QUERY: Final = String(MAX_QUERY_LENGTH).with_variant(
+    mysql.VARCHAR(MAX_QUERY_LENGTH, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
+)
+_TYPES: Final[dict[str, Any]] = {"ts": BigInteger, "price": Double, "quantity": Double}
+
+# Times are microseconds since the epoch, which all databases keep exactly. `number` tells the
+# order of arrival, so that a reader sees at once whether anything has come.
+EVENTS: Final = Table(
+    "events",
+    _METADATA,
+    Column(
+        "number",
+        BigInteger().with_variant(Integer, "sqlite"),
+        primary_key=True,
+        autoincrement=True,
+    ),
+    *(
+        Column(
+            f.name,
+            _TYPES.get(f.name, _QUERY if f.name == "query" else _ID),
+            nullable=f.nullable,
+            unique=f.name == "event_id",
+        )
+        for f in EVENT_SCHEMA
+    ),
+    Index("events_by_user", "user_id", "ts"),
+    mysql_charset="utf8mb4",
+    # Numbers are never given twice, also after the last events were erased.
+    sqlite_autoincrement=True,
+)
+_COLUMNS: Final = tuple(f.name for f in EVENT_SCHEMA)
+
+
+def find_url() -> str:
+    """Return the store's address: what FORECART_STORE names, else a file in the project."""
+    return os.environ.get(STORE_VARIABLE, DEFAULT_URL)
+
+
+class Store:
+    """Events in a database.
+
+    Args:
+        url: of SQLAlchemy; ``sqlite:///file``, ``postgresql+psycopg://...``,
+            ``mysql+pymysql://...``.
+
+    Raises:
+        UserError: the address is none that SQLAlchemy knows.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = make_url(url)
+            if parsed.get_backend_name() == "sqlite" and parsed.database:
+                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            # A connection that the server has closed is noticed before it is used.
+            self.engine: Engine = create_engine(parsed, pool_pre_ping=True)
+        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+            raise UserError(f"{STORE_VARIABLE}: {error}") from None
+        if self.engine.dialect.name == "sqlite":
+            event.listen(self.engine, "connect", _set_durable)
+
+    def create(self) -> None:
+        """Create the tables that are missing."""
+        _METADATA.create_all(self.engine)
+
+    def append(self, events: Sequence[Mapping[str, Any]]) -> list[bool]:
+        """Store events in one transaction.
+
+        Args:
+            events: with the columns of the event schema, ``ts`` in microseconds, ``event_id`` set.
+
+        Returns:
+            For each whether it is new; what is returned is durable.
+        """
+        if not events:
+            return []
+        ids = [str(event["event_id"]) for event in events]
+        rows = {
+            event_id: {name: event.get(name) for name in _COLUMNS}
+            for event_id, event in zip(ids, events, strict=True)
+        }
+        with self.engine.begin() as connection:
+            known = self._find_known(connection, list(rows))
+            fresh = [row for event_id, row in rows.items() if event_id not in known]
+            if fresh:
+                connection.execute(self._insert_new(), fresh)
+        seen = set(known)
+        new = []
+        for event_id in ids:
+            new.append(event_id not in seen)
+            seen.add(event_id)
+        return new
+
+    def history(
+        self, user_ids: Sequence[str], *, before: int, limit: int
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Return the latest events of some users, each user's in the order of time.
+
+        Args:
+            user_ids: who.
+            before: microseconds; events at or after it are left out.
+            limit: most events a user.
+        """
+        columns = [EVENTS.c[name] for name in _COLUMNS]
+        found: dict[str, list[dict[str, Any]]] = {}
+        with self.engine.connect() as connection:
+            for user_id in dict.fromkeys(user_ids):
+                query = (
+                    select(*columns)
+                    .where(EVENTS.c.user_id == user_id, EVENTS.c.ts < before)
+                    .order_by(EVENTS.c.ts.desc(), EVENTS.c.event_id.desc())
+                    .limit(limit)
+                )
+                rows = [dict(row._mapping) for row in connection.execute(query)]
+                found[user_id] = rows[::-1]
+        return found
+
+    def erase(self, user_id: str) -> int:
+        """Delete everything about a user; return how many events that were."""
+        with self.engine.begin() as connection:
+            return connection.execute(delete(EVENTS).where(EVENTS.c.user_id == user_id)).rowcount
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+    def _find_known(self, connection: Connection, ids: Sequence[str]) -> set[str]:
+        known: set[str] = set()
+        for low in range(0, len(ids), _CHUNK):
+            query = select(EVENTS.c.event_id).where(EVENTS.c.event_id.in_(ids[low : low + _CHUNK]))
+            known.update(connection.execute(query).scalars())
+        return known
+
+    def _insert_new(self) -> Any:
+        """An insert that leaves alone what another writer stored in the meantime."""
+        name = self.engine.dialect.name
+        if name == "postgresql":
+            return postgresql.insert(EVENTS).on_conflict_do_nothing()
+        if name == "sqlite":
+            return sqlite.insert(EVENTS).on_conflict_do_nothing()
+        return insert(EVENTS).prefix_with("IGNORE")
+
+
+def to_us(ts: datetime) -> int:
+    """Return microseconds since the epoch."""
+    return (ts - _EPOCH) // _MICROSECOND
+
+
+def _set_durable(connection: Any, _record: Any) -> None:
+    """Commit to the disk, and let readers and the writer go on side by side."""
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA busy_timeout=10000")
+    cursor.close()

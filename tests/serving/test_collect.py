@@ -1,0 +1,67 @@
+"""Events are judged one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serving.collect import Outcome, parse_event
+
+GOOD = {"user_id": "ann", "event_type": "view", "ts": "2025-03-01T12:00:00.5+01:00"}
+
+
+def test_a_good_event_becomes_a_row() -> None:
+    row, result = parse_event(GOOD | {"price": 12, "event_id": "e1"})
+    assert row is not None
+    assert (row["ts"], row["price"], row["event_type"]) == (1_740_826_800_500_000, 12.0, "view")
+    assert (result.outcome, result.event_id) == (Outcome.ACCEPTED, "e1")
+
+
+def test_without_an_id_the_content_is_the_id() -> None:
+    ids = []
+    for change in ({}, {"event_id": None}, {"price": 1.0}, {"ts": "2025-03-01T11:00:00.5Z"}):
+        row, _ = parse_event(GOOD | change)
+        assert row is not None
+        ids.append(row["event_id"])
+    assert ids[0] == ids[1] == ids[3]
+    assert ids[2] != ids[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"user_id": ""}, "user_id"),
+        ({"user_id": "a\0b"}, "user_id"),
+        ({"ts": "yesterday"}, "ts"),
+        ({"ts": "2025-03-01T12:00:00"}, "ts"),
+        ({"event_type": "teleport"}, "event_type"),
+        ({"price": -1}, "price"),
+        ({"price": "1"}, "price"),
+        ({"colour": "red"}, "colour"),
+        ({"query": "x" * 2000}, "query"),
+        ({"item_id": {"deep": ["er"]}}, "item_id"),
+    ],
+)
+def test_a_bad_event_is_refused_with_its_field(change: dict[str, Any], field: str) -> None:
+    row, result = parse_event(GOOD | change)
+    assert row is None
+    assert (result.outcome, result.field) == (Outcome.REJECTED, field)
+    assert result.reason
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+# The first drawing of a text builds tables of Unicode.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from([*GOOD, "price", "query", "odd"]), JSON))
+def test_nothing_makes_it_fail(change: dict[str, Any]) -> None:
+    row, result = parse_event(GOOD | change)
+    assert (row is None) == (result.outcome is Outcome.REJECTED)

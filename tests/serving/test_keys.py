@@ -1,0 +1,94 @@
+"""API keys: who is let in, and how often."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.errors import UserError
+from serving.keys import KEYS_VARIABLE, RequireKey, read_clients
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+async def answer(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"{}"})
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def ask(
+    app: RequireKey, headers: dict[str, str], path: str = "/predict"
+) -> tuple[int, dict[str, str], Any]:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    raw = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
+    asyncio.run(app({"type": "http", "path": path, "headers": raw}, receive, send))
+    found = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+    return sent[0]["status"], found, json.loads(sent[1]["body"])
+
+
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "keys"
+    path.write_text(f"# who may call\nshop {digest('s3cret')} 2\n\nother {digest('else')}\n")
+    monkeypatch.setenv(KEYS_VARIABLE, str(path))
+    return path
+
+
+def test_without_a_file_everybody_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    assert ask(RequireKey(answer), {})[0] == 200
+
+
+def test_a_key_lets_in_and_nothing_else_does(keys: Path) -> None:
+    app = RequireKey(answer)
+    assert ask(app, {"X-API-Key": "s3cret"})[0] == 200
+    assert ask(app, {"Authorization": "Bearer else"})[0] == 200
+    for headers in ({}, {"X-API-Key": "wrong"}, {"X-API-Key": digest("s3cret")}):
+        status, _, body = ask(app, headers)
+        assert status == 401
+        assert body["error"]["code"] == "unauthorized"
+    assert ask(app, {}, "/readyz")[0] == 200
+
+
+def test_the_rate_is_kept_and_recovers(keys: Path) -> None:
+    clock = Clock()
+    app = RequireKey(answer, clock)
+    header = {"X-API-Key": "s3cret"}
+    assert [ask(app, header)[0] for _ in range(5)] == [200, 200, 200, 200, 429]
+    status, found, body = ask(app, header)
+    assert (status, found["retry-after"]) == (429, "1")
+    assert body["error"]["code"] == "too_many_requests"
+    assert ask(app, {"X-API-Key": "else"})[0] == 200
+    clock.now += 0.5
+    assert [ask(app, header)[0] for _ in range(2)] == [200, 429]
+
+
+@pytest.mark.parametrize(
+    "line", ["shop", "shop abc 1", f"shop {'g' * 64}", f"shop {digest('x')} fast", "", "# none"]
+)
+def test_a_line_that_is_none_is_told(keys: Path, line: str) -> None:
+    keys.write_text(line)
+    with pytest.raises(UserError, match="keys"):
+        read_clients()

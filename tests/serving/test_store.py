@@ -1,0 +1,80 @@
+"""The store on SQLite: idempotent, ordered, durable; the same suite runs on servers elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.errors import UserError
+from serving.store import Store
+
+
+def make(event_id: str, user: str = "ann", ts: int = 1, **more: Any) -> dict[str, Any]:
+    return {"event_id": event_id, "user_id": user, "ts": ts, "event_type": "view", **more}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store(f"sqlite:///{tmp_path / 'deep/events.db'}")
+    opened.create()
+    yield opened
+    opened.close()
+
+
+def test_an_event_is_stored_once(store: Store) -> None:
+    assert store.append([make("a"), make("b"), make("a")]) == [True, True, False]
+    assert store.append([make("b", ts=9), make("c")]) == [False, True]
+    kept = store.history(["ann"], before=100, limit=10)["ann"]
+    assert [event["event_id"] for event in kept] == ["a", "b", "c"]
+    assert [event["ts"] for event in kept] == [1, 1, 1]
+
+
+def test_history_is_the_latest_before_in_order(store: Store) -> None:
+    store.append([make(f"e{ts}", ts=ts) for ts in (5, 3, 9, 7)])
+    store.append([make("other", user="Ann", ts=4)])
+    found = store.history(["ann", "Ann", "bob"], before=9, limit=2)
+    assert [event["ts"] for event in found["ann"]] == [5, 7]
+    assert [event["event_id"] for event in found["Ann"]] == ["other"]
+    assert found["bob"] == []
+
+
+def test_all_columns_come_back_as_they_were(store: Store) -> None:
+    event = make(
+        "ü-1",
+        user="Зоя 🛍",
+        ts=1_750_000_000_123_456,
+        item_id="i'; DROP TABLE events; --",
+        category="c",
+        brand="b",
+        price=0.1,
+        quantity=-2.0,
+        query="red shoes",
+        session_id="s",
+    )
+    store.append([event])
+    assert store.history(["Зоя 🛍"], before=2**60, limit=1)["Зоя 🛍"] == [event]
+
+
+def test_an_erased_user_is_gone_and_no_one_else(store: Store) -> None:
+    store.append([make("a"), make("b"), make("c", user="bob")])
+    assert store.erase("ann") == 2
+    assert store.erase("ann") == 0
+    found = store.history(["ann", "bob"], before=100, limit=10)
+    assert (len(found["ann"]), len(found["bob"])) == (0, 1)
+
+
+def test_writers_side_by_side_store_each_event_once(store: Store) -> None:
+    batches = [[make(f"e{i}") for i in range(k, k + 40)] for k in range(0, 80, 10)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(store.append, batches))
+    assert len(store.history(["ann"], before=100, limit=1000)["ann"]) == 110
+
+
+def test_a_wrong_address_is_told() -> None:
+    for url in ("nonsense", "nosuchdb://host/x"):
+        with pytest.raises(UserError, match="FORECART_STORE"):
+            Store(url)

@@ -1,0 +1,109 @@
+"""Events from SQL tables: those that the service stores, and those of others."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from pipelines.config import Database
+from pipelines.errors import UserError
+from pipelines.sources.base import Kind
+from pipelines.sources.database import URL_VARIABLE, DatabaseSource
+from serving.collect import parse_event
+from serving.store import Store
+
+EVENTS: list[dict[str, Any]] = [
+    {"user_id": "ann", "event_type": "view", "ts": "2025-03-01T12:00:00.123456Z", "price": 1.5},
+    {"user_id": "bob", "event_type": "search", "ts": "2025-03-02T00:00:00Z", "query": "red"},
+    {"user_id": "ann", "event_type": "purchase", "ts": "2025-02-01T00:00:00Z", "quantity": 2},
+]
+
+
+def collect(path: Path, events: list[dict[str, Any]]) -> str:
+    url = f"sqlite:///{path}"
+    store = Store(url)
+    store.create()
+    rows = [row for row, _ in map(parse_event, events) if row]
+    assert all(store.append(rows))
+    store.close()
+    return url
+
+
+def read(source: DatabaseSource, kind: Kind = Kind.EVENTS) -> list[dict[str, Any]]:
+    return [row for batch in source.read(kind) for row in batch.table.to_pylist()]
+
+
+def test_what_the_service_stored_is_read_as_it_was_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(URL_VARIABLE, collect(tmp_path / "events.db", EVENTS))
+    found = read(DatabaseSource(Database()))
+    assert [row["user_id"] for row in found] == ["ann", "bob", "ann"]
+    for row, sent in zip(found, EVENTS, strict=True):
+        assert row["ts"] == datetime.fromisoformat(sent["ts"])
+        assert row["event_type"] == sent["event_type"]
+        assert (row["price"], row["query"]) == (sent.get("price"), sent.get("query"))
+    assert len({row["event_id"] for row in found}) == 3
+
+
+def test_what_is_added_or_deleted_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    source = DatabaseSource(Database(url=collect(path, EVENTS[:2])))
+    first = source.fingerprint()
+    assert source.fingerprint() == first
+    collect(path, EVENTS[2:])
+    second = source.fingerprint()
+    assert second != first
+    Store(f"sqlite:///{path}").erase("bob")
+    assert source.fingerprint() not in (first, second)
+
+
+def test_tables_of_others_are_mapped(tmp_path: Path) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path / 'shop.db'}")
+    with engine.begin() as connection:
+        connection.execute(
+            text("CREATE TABLE log (who TEXT, at TIMESTAMP, what TEXT, cost NUMERIC(10, 2))")
+        )
+        connection.execute(text("CREATE TABLE people (user_id TEXT PRIMARY KEY, age INTEGER)"))
+        connection.execute(text("INSERT INTO people VALUES ('ann', 33)"))
+        connection.execute(
+            text("INSERT INTO log VALUES ('ann', '2025-03-01 10:00:00.000000', 'transaction', 9.9)")
+        )
+    params = Database.model_validate(
+        {
+            "url": "sqlite:///shop.db",
+            "events": "log",
+            "users": "people",
+            "mapping": {
+                "user_id": "who",
+                "ts": {"column": "at", "timezone": "Europe/Berlin"},
+                "event_type": {"column": "what", "values": {"transaction": "purchase"}},
+                "price": "cost",
+            },
+        }
+    )
+    source = DatabaseSource(params, tmp_path)
+    (row,) = read(source)
+    assert (row["user_id"], row["event_type"], row["price"]) == ("ann", "purchase", 9.9)
+    assert row["ts"] == datetime(2025, 3, 1, 9, tzinfo=UTC)
+    assert read(source, Kind.USERS)[0]["age"] == 33
+    assert read(source, Kind.ITEMS) == []
+
+
+def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
+    url = collect(tmp_path / "events.db", EVENTS)
+    for params, match in (
+        (Database(url=url, events="log"), "there is no table log"),
+        (Database(url=f"sqlite:///{tmp_path}/none.db"), "no such database"),
+        (Database(url="nonsense"), "ingest.database.url"),
+    ):
+        with pytest.raises(UserError, match=match):
+            DatabaseSource(params).fingerprint()
+    secret = Database(url="postgresql+psycopg://u:hunter2@127.0.0.1:1/x")
+    with pytest.raises(UserError) as caught:
+        DatabaseSource(secret).fingerprint()
+    assert "hunter2" not in str(caught.value)
