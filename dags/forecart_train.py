@@ -262,7 +262,6 @@ def outcome(run_id: str, ti: Any = None) -> str:
     if result is None:
         raise AirflowException("a stage failed; its log says why")
     promoted = ti.xcom_pull(task_ids="promotion.promote")
-    answer = ti.xcom_pull(task_ids="promotion.approve")
     for name in workspace.finish(HOME, run_id, keep=KEEP_RUNS):
         print(f"removed workspace {name}; its branch stays")
     if promoted:
@@ -270,8 +269,10 @@ def outcome(run_id: str, ti: Any = None) -> str:
     if not result["passed"]:
         print(f"refused: {result['why']}")
         return "promotion.refused"
-    if answer and answer["chosen_options"] == [ApprovalOperator.REJECT]:
-        print(f"rejected by {answer.get('responded_by_user') or 'a person'}")
+    # A rejection skips the promotion, and leaves no result of its own.
+    states = ti.get_task_states(dag_id=ti.dag_id, task_ids=["promotion.promote"], run_ids=[run_id])
+    if states[run_id]["promotion.promote"] == "skipped":
+        print("rejected; nothing was promoted")
         return "promotion.rejected"
     raise AirflowException("the model passed but was not promoted; the log of promote says why")
 

@@ -122,6 +122,8 @@ def _describe(status: int, body: bytes) -> tuple[int, dict[str, Any]]:
         answer = json.loads(body)
     except ValueError:
         answer = None
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]  # so BentoML wraps errors that a method raised
     if isinstance(answer, dict) and isinstance(answer.get("error"), dict):
         return status, answer["error"]
     if isinstance(answer, dict) and answer.get("detail"):
