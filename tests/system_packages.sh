@@ -8,6 +8,9 @@ need() { # COMMAND PACKAGE
 }
 need java default-jre-headless
 need chromium chromium
+# Debian keeps these off the path.
+ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || missing="$missing postgresql"
+[ -x /usr/sbin/mariadbd ] || missing="$missing mariadb-server"
 [ -z "$missing" ] && exit 0
 if [ "$(id -u)" = 0 ]; then sudo=""; elif sudo -n true 2>/dev/null; then sudo="sudo -n"; else sudo="none"; fi
 if command -v apt-get >/dev/null 2>&1 && [ "$sudo" != none ]; then

@@ -1,0 +1,134 @@
+"""The store and the promotion lock on real PostgreSQL and MariaDB servers, killed under load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy.exc import SQLAlchemyError
+
+from pipelines.config import Database
+from pipelines.errors import UserError
+from pipelines.registry import lock
+from pipelines.sources.base import Kind
+from pipelines.sources.database import DatabaseSource
+from serving.store import EVENTS, Store
+from tests.integration.databases import Server, run_mariadb, run_postgres
+from tests.serving.test_store import (
+    make,
+    test_all_columns_come_back_as_they_were,
+    test_an_erased_user_is_gone_and_no_one_else,
+    test_an_event_is_stored_once,
+    test_history_is_the_latest_before_in_order,
+    test_writers_side_by_side_store_each_event_once,
+)
+
+# The suite of the store, run here on servers.
+__all__ = [
+    "test_all_columns_come_back_as_they_were",
+    "test_an_erased_user_is_gone_and_no_one_else",
+    "test_an_event_is_stored_once",
+    "test_history_is_the_latest_before_in_order",
+    "test_writers_side_by_side_store_each_event_once",
+]
+
+NOON = 1_750_000_000_000_000
+RUN = {"postgres": run_postgres, "mariadb": run_mariadb}
+
+
+@pytest.fixture(scope="module", params=list(RUN))
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with RUN[request.param]() as running:
+        yield running
+
+
+@pytest.fixture
+def store(server: Server) -> Iterator[Store]:
+    opened = Store(server.url)
+    EVENTS.drop(opened.engine, checkfirst=True)
+    opened.create()
+    yield opened
+    opened.close()
+
+
+def test_ingest_reads_what_was_stored(store: Store, server: Server) -> None:
+    store.append([make(f"e{i}", user=f"u{i}", ts=NOON + i, price=0.1) for i in range(5)])
+    source = DatabaseSource(Database(url=server.url))
+    rows = [row for batch in source.read(Kind.EVENTS) for row in batch.table.to_pylist()]
+    assert [row["event_id"] for row in rows] == [f"e{i}" for i in range(5)]
+    assert rows[4]["price"] == 0.1
+    before = source.fingerprint()
+    store.append([make("more", ts=NOON)])
+    assert source.fingerprint() != before
+
+
+def test_a_killed_server_loses_nothing_that_was_acknowledged(store: Store, server: Server) -> None:
+    stop = threading.Event()
+    acknowledged: list[str] = []
+
+    def write(writer: int) -> None:
+        number = 0
+        while not stop.is_set():
+            batch = [make(f"w{writer}-{number + i}") for i in range(10)]
+            try:
+                store.append(batch)
+            except SQLAlchemyError:
+                time.sleep(0.05)
+                continue  # sent again, as a client does
+            acknowledged.extend(event["event_id"] for event in batch)
+            number += 10
+
+    writers = [threading.Thread(target=write, args=(i,)) for i in range(3)]
+    for writer in writers:
+        writer.start()
+    for _ in range(2):
+        time.sleep(0.7)
+        server.kill()
+        server.start()
+    time.sleep(0.5)
+    stop.set()
+    for writer in writers:
+        writer.join(30)
+    assert len(acknowledged) > 50
+    kept = [e["event_id"] for e in store.history(["ann"], before=2**60, limit=10**6)["ann"]]
+    assert len(kept) == len(set(kept))
+    assert set(acknowledged) <= set(kept)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pipelines.registry.lock import hold_lock
+with hold_lock(sys.argv[1], "model", Path(sys.argv[2])):
+    print("taken", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_promoter_holds_the_lock_and_its_death_frees_it(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_WAIT_SECONDS", 0.5)
+    command = [sys.executable, "-c", HOLD, server.url, str(tmp_path)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "taken\n"
+        with (
+            pytest.raises(UserError, match="somebody else is promoting"),
+            lock.hold_lock(server.url, "model", tmp_path),
+        ):
+            pass
+        with lock.hold_lock(server.url, "another", tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    monkeypatch.setattr(lock, "_WAIT_SECONDS", 10.0)
+    with lock.hold_lock(server.url, "model", tmp_path):
+        pass
