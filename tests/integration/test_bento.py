@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from pipelines.model.timeline import feature_names
 from pipelines.model.tokens import Vocabulary
 from pipelines.stages import package
 from serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_USERS
+from serving.store import Store, to_us
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2025, 3, 1, tzinfo=UTC)
@@ -161,8 +163,14 @@ class Service:
 
 
 @contextmanager
-def start(directory: Path, folder: Path) -> Iterator[Service]:
-    """Serve a Bento or a model as `forecart serve` does; end it with all its children."""
+def start(directory: Path, folder: Path, *, gone: bool = False) -> Iterator[Service]:
+    """Serve a Bento or a model as `forecart serve` does; end it with all its children.
+
+    Args:
+        directory: a Bento or a model.
+        folder: the server's own.
+        gone: the test itself kills it.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -189,7 +197,7 @@ def start(directory: Path, folder: Path) -> Iterator[Service]:
             time.sleep(0.2)
         yield service
     finally:
-        children = psutil.Process(process.pid).children(recursive=True)
+        children = [] if gone else psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(30)
@@ -479,3 +487,65 @@ def test_a_model_is_served_by_the_projects_own_code(
         assert other.predict(request) == service.predict(request)
     with pytest.raises(OSError, match="refused"):
         other.ask("GET", "/livez")
+
+
+def test_hostile_requests_get_no_server_error(service: Service) -> None:
+    """Requests drawn from the service's own description, and broken ones (schemathesis)."""
+    done = subprocess.run(
+        [
+            *[str(Path(sys.executable).parent / "st"), "run"],
+            f"http://127.0.0.1:{service.port}/docs.json",
+            *["--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing"],
+            *["--mode", "all", "--max-examples", "40", "--seed", "1", "--request-timeout", "20"],
+            *["--include-path-regex", "^/(predict|events|explain|users)"],
+            *["--suppress-health-check", "all", "--no-color"],
+        ],
+        cwd=service.log.parent,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    status, answer = service.predict(make_request(1))
+    assert status == 200, answer
+
+
+def test_a_killed_service_loses_no_acknowledged_event(project: Path, tmp_path: Path) -> None:
+    acknowledged: list[str] = []
+    stop = threading.Event()
+
+    def write(writer: int, service: Service) -> None:
+        number = 0
+        while not stop.is_set():
+            ids = [f"{writer}-{number + i}" for i in range(20)]
+            events = [{**VIEW, "user_id": f"w{writer}", "event_id": event_id} for event_id in ids]
+            try:
+                status, _ = service.post("/events", {"events": events})
+            except (OSError, http.client.HTTPException, KeyError):
+                time.sleep(0.05)
+                continue  # sent again, as a client does that had no answer
+            if status == 200:
+                acknowledged.extend(ids)
+                number += 20
+
+    for _ in range(2):
+        with start(project / "models/gpt", tmp_path, gone=True) as service:
+            stop.clear()
+            writers = [threading.Thread(target=write, args=(i, service)) for i in range(3)]
+            for writer in writers:
+                writer.start()
+            time.sleep(1.5)
+            for process in [*psutil.Process(service.process.pid).children(recursive=True)]:
+                process.kill()
+            service.process.kill()
+            stop.set()
+            for writer in writers:
+                writer.join(60)
+    assert len(acknowledged) > 100
+    store = Store(f"sqlite:///{tmp_path / '.forecart/events.db'}")
+    users = [f"w{i}" for i in range(3)]
+    found = store.history(users, before=to_us(NOW), limit=10**6).values()
+    kept = [event["event_id"] for events in found for event in events]
+    assert len(kept) == len(set(kept))
+    assert set(acknowledged) <= set(kept)
