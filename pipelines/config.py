@@ -327,6 +327,8 @@ class Gate(Section):
     min_base_rate: Share = 0.001
     max_base_rate: Share = 0.99
     ece_tolerance: Share = 0.01
+    slice_margin: Share = 0.02
+    max_drifted_share: Share = 0.5
 
 
 class Package(Section):

@@ -66,6 +66,7 @@ def render_report(
         omitted=evaluation["omitted"],
         next_item=evaluation.get("next_item"),
         explanation=evaluation.get("explanation"),
+        drift=evaluation.get("drift"),
         sections=sections,
         settings=settings,
         metric_names=METRIC_NAMES,

@@ -90,6 +90,8 @@ def decide(
     else:
         checks += _check_data(target, policy)
         checks += _check_calibration(target, policy, candidate=candidate, champion=champion)
+        checks.append(_check_slices(target, policy, champion=champion))
+        checks.append(_check_drift(evaluation, policy))
         if champion is None:
             checks += _check_floors(target, policy)
             checks.append(_check_best_baseline(target, policy))
@@ -198,6 +200,50 @@ def _check_calibration(
         why="the champion was not scored on this data, so calibration cannot be compared"
         if before is None
         else f"the champion's ECE is {before:.3f}; {policy.ece_tolerance:g} more is allowed",
+    )
+
+
+def _check_slices(target: dict[str, Any], policy: Gate, *, champion: str | None) -> Check:
+    """Does any group of shoppers surely lose? Groups too small to judge are passed over."""
+    rival = CHAMPION if champion is not None else "lightgbm"
+    lost: dict[str, float] = {}
+    judged = 0
+    for name, group in target.get("slices", {}).items():
+        high = group["paired"].get(f"{CANDIDATE}-{rival}", {}).get("high")
+        enough = group["rows"] >= policy.min_users and group["positives"] >= policy.min_positives
+        if high is None or not enough:
+            continue
+        judged += 1
+        if high < -policy.slice_margin:
+            lost[name] = high
+    worst = min(lost.values(), default=None)
+    told = ", ".join(f"{name} ({high:+.3f} at best)" for name, high in sorted(lost.items()))
+    return Check(
+        name="slices",
+        passed=not lost,
+        value=worst,
+        limit=-policy.slice_margin,
+        why=f"of {judged} groups of shoppers these lose against {rival}: {told}"
+        if lost
+        else f"none of {judged} groups of shoppers surely loses more than "
+        f"{policy.slice_margin:g} in roc_auc against {rival}",
+    )
+
+
+def _check_drift(evaluation: dict[str, Any], policy: Gate) -> Check:
+    """Are the inputs still those that the model learned from?"""
+    drift = evaluation.get("drift", {})
+    share = drift.get("share")
+    worst = ", ".join(entry["feature"] for entry in drift.get("worst", [])[:3])
+    return Check(
+        name="drift",
+        passed=share is not None and share <= policy.max_drifted_share,
+        value=share,
+        limit=policy.max_drifted_share,
+        why="how the inputs changed was not measured"
+        if share is None
+        else f"{share:.0%} of {drift['features']} features shifted much since training "
+        f"(most: {worst}); {policy.max_drifted_share:.0%} are allowed",
     )
 
 

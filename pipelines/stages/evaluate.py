@@ -32,8 +32,10 @@ from pipelines.evaluation.curves import (
     roc_curve,
     spend_deciles,
 )
+from pipelines.evaluation.drift import measure_drift
 from pipelines.evaluation.ranking import compare_rankings
 from pipelines.evaluation.report import render_report
+from pipelines.evaluation.slices import find_slices, score_slices
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind
 from pipelines.features.snapshot_table import SnapshotTable
@@ -72,6 +74,14 @@ def run(params: Params, root: Path = Path()) -> str:
         predictions["oracle"] = _predict_oracle(params, root, table)
     test = collect_test_rows(table, predictions, params.evaluation)
     evaluation = compare(table, test, params.evaluation, data=_describe_data(params, root))
+    evaluation["drift"] = measure_drift(table)
+    rows = table.rows_of(Split.TEST)
+    for part in test:
+        if _is_primary(params, part):
+            slices = find_slices(table, rows)
+            evaluation["targets"][part.target.name]["slices"] = score_slices(
+                part, table.user[rows], slices, params.evaluation
+            )
     found = _compare_items(params, root, table)
     if found is not None:
         evaluation["next_item"] = found
@@ -259,7 +269,6 @@ def _describe_data(params: Params, root: Path) -> dict[str, Any]:
 
 def _collect_curves(params: Params, test: Sequence[TestRows]) -> dict[str, list[dict[str, Any]]]:
     curves: dict[str, list[dict[str, Any]]] = {name: [] for name in _PLOTS}
-    primary = params.targets.primary_horizon_days
     for part in test:
         if part.target.kind is Kind.AMOUNT:
             curves["spend"] += spend_deciles(part)
@@ -268,10 +277,19 @@ def _collect_curves(params: Params, test: Sequence[TestRows]) -> dict[str, list[
         curves["roc"] += roc_curve(part)
         curves["pr"] += pr_curve(part)
         curves["lift"] += lift_curve(part)
-        is_primary = part.target.horizon_days == primary and part.target.event is not None
-        if is_primary and not curves["confusion"]:
+        if _is_primary(params, part):
             curves["confusion"] = confusion_rows(part, CANDIDATE)
     return curves
+
+
+def _is_primary(params: Params, part: TestRows) -> bool:
+    """Is it the first event within the primary horizon, which is looked at most closely?"""
+    target = part.target
+    return (
+        target.kind is Kind.BINARY
+        and target.event == params.targets.events[0]
+        and target.horizon_days == params.targets.primary_horizon_days
+    )
 
 
 def _to_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:

@@ -42,7 +42,14 @@ def shop() -> Sequences:
 @pytest.fixture(scope="module")
 def model(shop: Sequences) -> Predictor:
     config = TINY.model_copy(
-        update={"epochs": 5, "learning_rate": 0.01, "fusion": False, "context": 32, "stride": 16}
+        update={
+            "epochs": 8,
+            "learning_rate": 0.005,
+            "fusion": False,
+            "half_life_days": None,
+            "context": 32,
+            "stride": 16,
+        }
     )
     return train_model(shop, PERIODS, (TARGET,), config, Vocabulary()).shipped
 

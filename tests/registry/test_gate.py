@@ -45,6 +45,7 @@ def make_evaluation(**gains: float) -> dict[str, Any]:
     }
     return {
         "data": {"source": "simulator"},
+        "drift": {"features": 100, "share": 0.1, "worst": [{"feature": "f_tenure", "psi": 0.9}]},
         "targets": {
             "purchase_14d": {
                 "kind": "binary",
@@ -94,6 +95,8 @@ def test_a_first_model_as_good_as_the_best_baseline_passes() -> None:
         "positives",
         "base_rate",
         "calibration",
+        "slices",
+        "drift",
         "beats_majority",
         "beats_recency",
         "not_worse_than_best_baseline",
@@ -239,7 +242,41 @@ def test_the_stage_writes_the_verdict(tmp_path: Path) -> None:
         stage.run(params, tmp_path)
     write_json(tmp_path / "reports/evaluation.json", make_evaluation())
     write_json(tmp_path / "reports/validation.json", VALID)
-    assert "passed 8 checks" in stage.run(params, tmp_path)
+    assert "passed 10 checks" in stage.run(params, tmp_path)
     verdict = json.loads((tmp_path / "reports/verdict.json").read_text())
     assert verdict["candidate"] == digest_directory(tmp_path / "models/gpt")
     assert verdict["data"] == digest_directory(tmp_path / "data/features")
+
+
+def make_group(high: float, rows: int = 1000) -> dict[str, Any]:
+    paired = {"gpt-lightgbm": {"diff": high - 0.01, "low": high - 0.02, "high": high}}
+    paired["gpt-champion"] = paired["gpt-lightgbm"]
+    return {"rows": rows, "positives": rows // 5, "models": {}, "paired": paired}
+
+
+@pytest.mark.parametrize(
+    ("groups", "passed"),
+    [
+        ({"new": make_group(0.01), "light": make_group(-0.01)}, True),
+        ({"new": make_group(0.01), "light": make_group(-0.03)}, False),
+        ({"new": make_group(-0.3, rows=50)}, True),  # too few to judge
+        ({}, True),
+    ],
+)
+def test_a_group_that_surely_loses_fails(groups: dict[str, Any], passed: bool) -> None:
+    evaluation = make_evaluation()
+    evaluation["targets"]["purchase_14d"]["slices"] = groups
+    verdict = decide(evaluation, VALID, POLICY, candidate=CANDIDATE, champion=None, data=DATA)
+    (check,) = [c for c in verdict["checks"] if c["name"] == "slices"]
+    assert check["passed"] is passed
+    assert verdict["passed"] is passed
+    assert passed or "light (-0.030 at best)" in check["why"]
+
+
+@pytest.mark.parametrize(("share", "passed"), [(0.5, True), (0.51, False), (None, False)])
+def test_shifted_inputs_fail(share: float | None, passed: bool) -> None:
+    evaluation = make_evaluation()
+    evaluation["drift"]["share"] = share
+    verdict = decide(evaluation, VALID, POLICY, candidate=CANDIDATE, champion=None, data=DATA)
+    (check,) = [c for c in verdict["checks"] if c["name"] == "drift"]
+    assert check["passed"] is verdict["passed"] is passed
