@@ -150,6 +150,28 @@ def status() -> None:
     typer.echo(act(Path()))
 
 
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(help="Version or beginning of a digest; the champion where none is named."),
+]
+
+
+@app.command()
+def lineage(model: ModelArgument = None) -> None:
+    """Show where a model comes from: data, code, run, verdict, Bento, by their digests."""
+    from pipelines.registry.lineage import show
+
+    typer.echo(show(Path(), model))
+
+
+@app.command()
+def verify(model: ModelArgument = None) -> None:
+    """Compute a model's chain of digests again and compare."""
+    from pipelines.registry.lineage import verify as act
+
+    typer.echo(act(Path(), model))
+
+
 @app.command()
 def serve(
     host: Annotated[str, typer.Option(help="The address to bind.")] = "127.0.0.1",

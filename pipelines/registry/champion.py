@@ -26,6 +26,7 @@ CHAMPION_FILE: Final = Path("champion.json")
 CACHE: Final = Path(".forecart") / "models"
 DIGEST_TAG: Final = "forecart.model_digest"
 VERDICT_TAG: Final = "forecart.verdict"
+LOCK_TAG: Final = "forecart.dvc_lock"
 
 # A model's files are data that nothing executes; any other kind is refused unread.
 SAFE_SUFFIXES: Final = frozenset({".safetensors", ".json"})

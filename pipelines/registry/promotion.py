@@ -19,6 +19,7 @@ from pipelines.io import digest_directory, digest_file, read_json
 from pipelines.registry.champion import (
     CHAMPION_FILE,
     DIGEST_TAG,
+    LOCK_TAG,
     VERDICT_TAG,
     check_files,
     connect,
@@ -29,6 +30,7 @@ from pipelines.registry.champion import (
     read_name,
     write_champion,
 )
+from pipelines.registry.lineage import EVIDENCE
 from pipelines.registry.lock import hold_lock
 
 if TYPE_CHECKING:
@@ -101,6 +103,7 @@ def _promote(registry: MlflowClient, root: Path) -> str:
     version, _ = _register(registry, root)
     history = _read_history(registry, version.name, present)
     # Until the alias moves, nobody takes these into account.
+    _log_evidence(registry, version, root)
     registry.set_model_version_tag(
         version.name, version.version, VERDICT_TAG, digest_file(root / VERDICT)
     )
@@ -207,6 +210,17 @@ def _register(registry: MlflowClient, root: Path) -> tuple[ModelVersion, bool]:
         )
     registry.set_registered_model_alias(name, CANDIDATE_ALIAS, version.version)
     return version, new
+
+
+def _log_evidence(registry: MlflowClient, version: ModelVersion, root: Path) -> None:
+    """Keep what the promotion relies on beside the run, where `forecart verify` finds it."""
+    lock = root / "dvc.lock"
+    if lock.exists():
+        registry.set_model_version_tag(version.name, version.version, LOCK_TAG, digest_file(lock))
+    if version.run_id:
+        for path in (root / VERDICT, lock):
+            if path.exists():
+                registry.log_artifact(version.run_id, str(path), f"{EVIDENCE}-{version.version}")
 
 
 def _find_models(registry: MlflowClient, digest: str) -> list[LoggedModel]:

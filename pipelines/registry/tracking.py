@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import tempfile
@@ -114,12 +115,23 @@ def track(
         params=[Param(key, str(value)) for key, value in params.items()],
         tags=[RunTag(key, value) for key, value in all_tags.items()],
     )
+    _log_dataset(store, run.info.run_id, data_digest)
     try:
         yield Run(store, run.info.run_id, experiment_id)
     except BaseException:
         store.set_terminated(run.info.run_id, status="FAILED")
         raise
     store.set_terminated(run.info.run_id)
+
+
+def _log_dataset(store: MlflowClient, run_id: str, digest: str) -> None:
+    """Tell MLflow's pages what the run learned from; a dataset's digest has 36 letters at most."""
+    from mlflow.entities import Dataset, DatasetInput
+
+    short = digest.removeprefix("sha256:")[:32]
+    source = json.dumps({"digest": digest})
+    dataset = Dataset(name="features", digest=short, source_type="dvc", source=source)
+    store.log_inputs(run_id, [DatasetInput(dataset)])
 
 
 def read_revision(root: Path) -> str | None:
