@@ -130,6 +130,14 @@ def _check_event_types(mapping: ColumnMapping) -> None:
         raise ValueError(f"no event type {unknown[0]!r}; there are {', '.join(EventType)}")
 
 
+class Which(StrEnum):
+    """The model that scores."""
+
+    AUTO = "auto"  # the champion where there is one, else the candidate
+    CHAMPION = "champion"
+    CANDIDATE = "candidate"
+
+
 class Source(StrEnum):
     """Where events come from."""
 
