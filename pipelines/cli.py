@@ -169,6 +169,20 @@ def serve(
 
 
 @app.command()
+def pages(
+    host: Annotated[str, typer.Option(help="The address to bind.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to bind.", min=1, max=65535)] = 3001,
+) -> None:
+    """Show shoppers, audiences and the model on pages for people until interrupted."""
+    from serving.pages.app import show
+    from serving.run import check_address
+
+    check_address(host, port)
+    typer.echo(f"http://{host}:{port}  (ends with Ctrl-C)")
+    show(Path(), host=host, port=port)
+
+
+@app.command()
 def up() -> None:
     """Start Airflow, the MLflow pages and the service, and wait until they are healthy."""
     from pipelines.platform import start
