@@ -31,7 +31,7 @@ from pipelines.model.heads import Target
 from pipelines.scoring import DESCRIPTION, SCORES
 from serving.pages.board import BINS, SEGMENTS, STEPS, Board
 from serving.pages.quality import read_curve, read_quality
-from serving.pages.shopper import REASONS, Storyteller
+from serving.pages.shopper import REASONS, Storyteller, name_event
 from serving.run import check_address
 
 T = TypeVar("T")
@@ -104,6 +104,7 @@ class Pages:
             "money": lambda value: f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}",
             "when": lambda value: value.strftime("%Y-%m-%d %H:%M"),
             "short": lambda digest: digest.removeprefix("sha256:")[:12] if digest else "none",
+            "event": name_event,
             "verb": lambda target: _VERBS.get(target.event, str(target.event)),
         }
 
@@ -241,7 +242,7 @@ class Pages:
             chart=chart,
             legend=legend,
             reasons=_split(story.reasons) if story else ([], []),
-            moved=_moved(story.events) if story else ([], []),
+            moved=_split(story.moved) if story else ([], []),
         )
 
     def _list_shoppers(self, request: Request, board: Board) -> Response:
@@ -261,7 +262,7 @@ class Pages:
         """The champion, how good it is, and where it comes from."""
         quality = read_quality(self.root)
         targets = (quality.evaluation or {"targets": {}})["targets"]
-        names = sorted(targets, key=lambda n: (targets[n]["kind"] != "binary", n))
+        names = sorted(targets, key=lambda n: _by_kind(n, targets[n]))
         name = _choose(
             request.query_params.get("target"),
             names,
@@ -415,6 +416,10 @@ def _choose(value: T | None, allowed: list[T], otherwise: T) -> T:
     return value if value is not None and value in allowed else otherwise
 
 
+def _by_kind(name: str, target: dict[str, Any]) -> tuple[bool, str, int]:
+    return target["kind"] != "binary", name.rpartition("_")[0], target["horizon_days"]
+
+
 def _integer(request: Request, name: str, otherwise: int) -> int:
     text = request.query_params.get(name, "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else otherwise
@@ -456,10 +461,3 @@ def _bars(counts: Any, lowest: float) -> list[dict[str, Any]]:
 def _split(items: list[Any]) -> tuple[list[Any], list[Any]]:
     up = [item for item in items if item.effect > 0][:REASONS]
     return up, [item for item in items if item.effect < 0][:REASONS]
-
-
-def _moved(events: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
-    """Return the events that raised and lowered the prediction most."""
-    known = sorted((e for e in events if e["effect"] is not None), key=lambda e: e["effect"])
-    up = [e for e in known[::-1] if e["effect"] > 0][:REASONS]
-    return up, [e for e in known if e["effect"] < 0][:REASONS]

@@ -27,16 +27,16 @@ from pipelines.scoring import FEATURES, find_model
 EVENTS: Final = Path("data/valid")
 
 # A page holds so many events, reasons in either direction, and points of the integral.
-SHOWN: Final = 100
+SHOWN: Final = 50
 REASONS: Final = 6
 _STEPS: Final = 16
 
-_WHAT: Final = {
+_PLURAL: Final = {
     "view": "views",
     "search": "searches",
     "add_to_cart": "additions to the cart",
     "remove_from_cart": "removals from the cart",
-    "wishlist": "wishes",
+    "wishlist": "additions to the wish list",
     "purchase": "purchases",
     "refund": "refunds",
     "review": "reviews",
@@ -52,10 +52,12 @@ class Reason:
     Attributes:
         text: for people.
         effect: what it adds to the log odds.
+        ts: when it happened, where it is an event.
     """
 
     text: str
     effect: float
+    ts: datetime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ class Story:
     Attributes:
         events: what happened, the newest first; ``effect`` is None where none was computed.
         hidden: older events that are not shown.
+        moved: events that were explained, the strongest first.
         curves: event name -> (days, probability) pairs.
         explained: the target that the reasons are about; None where there is none.
         reasons: windowed counts and recencies, the strongest first.
@@ -73,6 +76,7 @@ class Story:
 
     events: list[dict[str, Any]]
     hidden: int
+    moved: list[Reason]
     curves: dict[str, list[tuple[float, float]]]
     explained: Target | None
     reasons: list[Reason]
@@ -134,10 +138,16 @@ class Storyteller:
         events = self._read_events(row, count, timeline)
         for event, effect in zip(events, effects, strict=True):
             event["effect"] = None if np.isnan(effect) else float(effect)
+        moved = [
+            Reason(text=name_event(e), effect=e["effect"], ts=e["ts"])
+            for e in events
+            if e["effect"] is not None
+        ]
         events.reverse()
         return Story(
             events=events[:SHOWN],
             hidden=max(0, count - SHOWN),
+            moved=sorted(moved, key=lambda reason: -abs(reason.effect)),
             curves=curves,
             explained=chosen,
             reasons=reasons,
@@ -189,6 +199,14 @@ class Storyteller:
         return found if same else plain
 
 
+def name_event(event: dict[str, Any]) -> str:
+    """Say in words what happened."""
+    words = [event["event_type"].replace("_", " ")]
+    if event.get("query"):
+        words.append(f"“{event['query']}”")
+    return " ".join([*words, event.get("item_id") or ""]).strip()
+
+
 def _describe(effects: Any) -> list[Reason]:
     """Put the strongest windowed features into words."""
     if len(effects) == 0:
@@ -206,12 +224,13 @@ def _word(feature: str) -> str:
     """Name the group of a feature: windows of one kind move together and are told together."""
     if feature == "tenure":
         return "time since first seen"
-    for prefix, text in (("since_", "time since the last of"), ("seen_", "ever any")):
-        if feature.startswith(prefix):
-            return f"{text} {_WHAT[feature.removeprefix(prefix)]}"
-    kind, _, window = feature.removeprefix("focus_").rpartition("_")
     if feature.startswith("focus_"):
-        return "interest in the category looked at last"
-    days = float(window.removesuffix("d")) if window != "ever" else 1e9
-    when = "of the last days" if days <= 7 else "of the last months"
-    return f"number of {_WHAT[kind]} {when}" if kind != "spend" else f"{_WHAT[kind]} {when}"
+        return "interest in the category seen last"
+    for prefix, text in (("since_", "time without"), ("seen_", "having had any")):
+        if feature.startswith(prefix):
+            return f"{text} {_PLURAL[feature.removeprefix(prefix)]}"
+    kind, _, window = feature.rpartition("_")
+    if window == "ever":
+        return f"{_PLURAL[kind]} in all"
+    days = float(window.removesuffix("d"))
+    return f"{_PLURAL[kind]} in the last {'days' if days <= 7 else 'months'}"
