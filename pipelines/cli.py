@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.config import PARAMS_FILE, Which, load_params
+from pipelines.config import PARAMS_FILE, Builder, Which, load_params
 from pipelines.errors import UserError
 
 # Tools that report home are told not to before any of them is imported.
@@ -180,6 +180,24 @@ def pages(
     check_address(host, port)
     typer.echo(f"http://{host}:{port}  (ends with Ctrl-C)")
     show(Path(), host=host, port=port)
+
+
+@app.command()
+def containerize(
+    tag: Annotated[str, typer.Option(help="Name of the image.")] = "forecart:latest",
+    base_image: Annotated[
+        str, typer.Option(help="A Linux with Python as python3.")
+    ] = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim",
+    builder: Annotated[Builder, typer.Option(help="What builds the image.")] = Builder.AUTO,
+    torch_index: Annotated[
+        str, typer.Option(help="Index of PyTorch's CPU builds; empty: pip's own indexes.")
+    ] = "https://download.pytorch.org/whl/cpu",
+) -> None:
+    """Build a lean image of the packaged service with docker, podman or buildah."""
+    from pipelines.container import containerize as act
+
+    done = act(Path(), tag=tag, base_image=base_image, builder=builder, torch_index=torch_index)
+    typer.echo(done)
 
 
 @app.command()

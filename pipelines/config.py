@@ -130,6 +130,15 @@ def _check_event_types(mapping: ColumnMapping) -> None:
         raise ValueError(f"no event type {unknown[0]!r}; there are {', '.join(EventType)}")
 
 
+class Builder(StrEnum):
+    """A program that builds images."""
+
+    AUTO = "auto"
+    DOCKER = "docker"
+    PODMAN = "podman"
+    BUILDAH = "buildah"
+
+
 class Which(StrEnum):
     """The model that scores."""
 

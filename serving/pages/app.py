@@ -452,7 +452,7 @@ def _bars(counts: Any, lowest: float) -> list[dict[str, Any]]:
             "low": i / BINS,
             "high": (i + 1) / BINS,
             "n": int(n),
-            "reached": (i + 0.5) / BINS >= lowest,
+            "reached": (i + 1) / BINS > lowest,
         }
         for i, n in enumerate(counts)
     ]

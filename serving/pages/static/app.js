@@ -28,7 +28,7 @@ function start(form) {
     link.searchParams.set("share", k);
     field("download").href = link;
     for (const bar of document.querySelectorAll("#histogram .bar")) {
-      bar.classList.toggle("reached", Number(bar.dataset.middle) >= reach.lowest[k]);
+      bar.classList.toggle("reached", Number(bar.dataset.high) > reach.lowest[k]);
     }
     marker(k / 100);
   }
