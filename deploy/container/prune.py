@@ -6,7 +6,8 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-# Relative to site-packages. Stubs and static libraries serve compilers.
+# Relative to site-packages. Stubs and static libraries serve compilers; Flight and Substrait are
+# protocols that nothing here speaks.
 PATTERNS = (
     "torch/include",
     "torch/bin/protoc*",
@@ -17,6 +18,8 @@ PATTERNS = (
     "torch/**/*.a",
     "torch/utils/benchmark",
     "torch/utils/tensorboard",
+    "pyarrow/*flight*",
+    "pyarrow/*substrait*",
     "pyarrow/include",
     "pyarrow/tests",
     "pyarrow/src",
