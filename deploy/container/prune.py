@@ -6,8 +6,8 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-# Relative to site-packages. Stubs and static libraries serve compilers; Flight and Substrait are
-# protocols that nothing here speaks.
+# Relative to site-packages. Stubs and static libraries serve compilers; Flight is a
+# protocol that nothing here speaks.
 PATTERNS = (
     "torch/include",
     "torch/bin/protoc*",
@@ -19,7 +19,6 @@ PATTERNS = (
     "torch/utils/benchmark",
     "torch/utils/tensorboard",
     "pyarrow/*flight*",
-    "pyarrow/*substrait*",
     "pyarrow/include",
     "pyarrow/tests",
     "pyarrow/src",
