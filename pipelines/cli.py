@@ -10,13 +10,14 @@ import errno
 import os
 import sys
 import time
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines.config import PARAMS_FILE, load_params
+from pipelines.config import PARAMS_FILE, Builder, Which, load_params
 from pipelines.errors import UserError
 
 # Tools that report home are told not to before any of them is imported.
@@ -173,6 +174,22 @@ def verify(model: ModelArgument = None) -> None:
 
 
 @app.command()
+def score(
+    model: Annotated[
+        Which, typer.Option(help="auto: the champion where there is one, else the candidate.")
+    ] = Which.AUTO,
+    at: Annotated[
+        str | None, typer.Option(help="UTC time; events from then on are not looked at.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write one CSV file.")] = None,
+) -> None:
+    """Predict every shopper as of one time, by default the end of the data; can be resumed."""
+    from pipelines.scoring import score as act
+
+    typer.echo(act(Path(), which=model, at=_parse_time("--at", at), csv=csv))
+
+
+@app.command()
 def serve(
     host: Annotated[str, typer.Option(help="The address to bind.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to bind.", min=1, max=65535)] = 3000,
@@ -185,6 +202,38 @@ def serve(
     if champion is None:
         raise UserError("there is no champion to serve; run: forecart promote")
     act(champion, host=host, port=port)
+
+
+@app.command()
+def pages(
+    host: Annotated[str, typer.Option(help="The address to bind.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to bind.", min=1, max=65535)] = 3001,
+) -> None:
+    """Show shoppers, audiences and the model on pages for people until interrupted."""
+    from serving.pages.app import show
+    from serving.run import check_address
+
+    check_address(host, port)
+    typer.echo(f"http://{host}:{port}  (ends with Ctrl-C)")
+    show(Path(), host=host, port=port)
+
+
+@app.command()
+def containerize(
+    tag: Annotated[str, typer.Option(help="Name of the image.")] = "forecart:latest",
+    base_image: Annotated[
+        str, typer.Option(help="A Linux with Python as python3.")
+    ] = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim",
+    builder: Annotated[Builder, typer.Option(help="What builds the image.")] = Builder.AUTO,
+    torch_index: Annotated[
+        str, typer.Option(help="Index of PyTorch's CPU builds; empty: pip's own indexes.")
+    ] = "https://download.pytorch.org/whl/cpu",
+) -> None:
+    """Build a lean image of the packaged service with docker, podman or buildah."""
+    from pipelines.container import containerize as act
+
+    done = act(Path(), tag=tag, base_image=base_image, builder=builder, torch_index=torch_index)
+    typer.echo(done)
 
 
 @app.command()
@@ -201,6 +250,17 @@ def down() -> None:
     from pipelines.platform import stop
 
     typer.echo(stop(Path()))
+
+
+def _parse_time(option: str, text: str | None) -> datetime | None:
+    """Read an ISO time; without an offset it is UTC."""
+    if text is None:
+        return None
+    try:
+        time_ = datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"{option} {text}: not a time such as 2025-06-30T00:00:00Z") from None
+    return time_ if time_.tzinfo else time_.replace(tzinfo=UTC)
 
 
 def main() -> None:

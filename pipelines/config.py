@@ -145,6 +145,23 @@ class Database(Mapped):
     items: str | None = None
 
 
+class Builder(StrEnum):
+    """A program that builds images."""
+
+    AUTO = "auto"
+    DOCKER = "docker"
+    PODMAN = "podman"
+    BUILDAH = "buildah"
+
+
+class Which(StrEnum):
+    """The model that scores."""
+
+    AUTO = "auto"  # the champion where there is one, else the candidate
+    CHAMPION = "champion"
+    CANDIDATE = "candidate"
+
+
 class Source(StrEnum):
     """Where events come from."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,9 @@ from pipelines.errors import UserError
 T = TypeVar("T")
 
 _CHUNK = 1 << 20
+
+# A spreadsheet takes a cell that begins like this for a formula, unless it is a plain number.
+_FORMULA = re.compile(r"\s*(?![+-]?[\d.]+$)[=+\-@\t\r\n|%]")
 
 
 @contextmanager
@@ -83,6 +87,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file; run the stage that writes it") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON") from None
+
+
+def guard_cells(cells: Iterable[str | None]) -> list[str | None]:
+    """Keep spreadsheets from running texts as formulas: such a text gets a leading apostrophe.
+
+    That is what OWASP advises against CSV injection. Numbers stay as they are.
+    """
+    return [f"'{cell}" if cell and _FORMULA.match(cell) else cell for cell in cells]
 
 
 def write_table(path: Path, table: pa.Table) -> None:

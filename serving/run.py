@@ -33,7 +33,7 @@ def serve(directory: Path, *, host: str = "127.0.0.1", port: int = 3000) -> NoRe
         UserError: the directory is neither, or the address cannot be bound.
     """
     command, environment = plan_server(directory, host=host, port=port)
-    _check_address(host, port)
+    check_address(host, port)
     os.execve(command[0], command, environment)  # noqa: S606 - an argument list, no shell
 
 
@@ -61,7 +61,12 @@ def plan_server(directory: Path, *, host: str, port: int) -> tuple[list[str], di
     return [*command, "--host", host, "--port", str(port)], environment
 
 
-def _check_address(host: str, port: int) -> None:
+def check_address(host: str, port: int) -> None:
+    """Fail while an address cannot be bound.
+
+    Raises:
+        UserError: it is in use, or not this machine's.
+    """
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

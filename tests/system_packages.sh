@@ -3,6 +3,7 @@
 # missing and how to get it where it may not. Never fails: a test that lacks one says so itself.
 set -u
 missing=""
+PATH="$PATH:/usr/sbin:/sbin"
 need() { # COMMAND PACKAGE
     command -v "$1" >/dev/null 2>&1 || missing="$missing $2"
 }
@@ -11,6 +12,12 @@ need chromium chromium
 # Debian keeps these off the path.
 ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || missing="$missing postgresql"
 [ -x /usr/sbin/mariadbd ] || missing="$missing mariadb-server"
+need chromedriver chromium-driver
+need nginx nginx-light
+need openssl openssl
+for tool in buildah podman runc debootstrap; do
+    need "$tool" "$tool"
+done
 [ -z "$missing" ] && exit 0
 if [ "$(id -u)" = 0 ]; then sudo=""; elif sudo -n true 2>/dev/null; then sudo="sudo -n"; else sudo="none"; fi
 if command -v apt-get >/dev/null 2>&1 && [ "$sudo" != none ]; then

@@ -192,6 +192,23 @@ class Sequences:
             **columns,
         )
 
+    def slice(self, low: int, high: int) -> Sequences:
+        """Return the sequences of users ``low:high`` without touching those of the others.
+
+        Their cost follows the users taken, not all users; the query table is shared.
+        """
+        first, last = int(self.offsets[low]), int(self.offsets[high])
+        columns: dict[str, Any] = {
+            n: np.array(getattr(self, n)[first:last]) for n in _EVENT_COLUMNS
+        }
+        columns |= {n: np.array(getattr(self, n)[low:high]) for n in _PROFILE_COLUMNS}
+        return Sequences(
+            offsets=np.asarray(self.offsets[low : high + 1] - first, dtype=np.int64),
+            query_offsets=self.query_offsets,
+            query_tokens=self.query_tokens,
+            **columns,
+        )
+
 
 def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Concatenate ``arange(start, start + length)`` over all pairs, without a loop."""

@@ -264,7 +264,7 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copytree(
             source,
             target,
-            ignore=shutil.ignore_patterns("__pycache__"),
+            ignore=shutil.ignore_patterns("__pycache__", "pages"),  # the pages read a project
             copy_function=shutil.copyfile,
         )
     elif source.is_file():

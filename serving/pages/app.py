@@ -1,0 +1,463 @@
+"""`forecart pages`: a small server-rendered application over the files of a project.
+
+It reads, and writes nothing. Addresses name pages only: what is shown is chosen by query
+parameters that are looked up or parsed, never by paths.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import uvicorn
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipelines.errors import UserError
+from pipelines.evaluation.charts import Line, line_chart
+from pipelines.evaluation.report import METRIC_NAMES
+from pipelines.model.heads import Target
+from pipelines.scoring import DESCRIPTION, SCORES
+from serving.pages.board import BINS, SEGMENTS, STEPS, Board
+from serving.pages.quality import read_curve, read_quality
+from serving.pages.shopper import REASONS, Storyteller, name_event
+from serving.run import check_address
+
+T = TypeVar("T")
+
+HERE: Final = Path(__file__).parent
+
+# Pages load their own style sheet and script, nothing else from anywhere; nobody may frame them.
+SECURITY: Final = {
+    "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
+    "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+
+LOOPBACK: Final = ("127.0.0.1", "localhost")
+
+_HITS: Final = 50
+_MAX_ID: Final = 1024
+_METRICS: Final = {
+    "binary": ("roc_auc", "pr_auc", "brier", "ece", "lift_at_10pct"),
+    "amount": ("gini", "mae", "top_decile_capture", "total_ratio"),
+}
+_DRAWN: Final = ("gpt", "lightgbm", "oracle")
+_VERBS: Final = {"purchase": "buy", "search": "search", None: "leave"}
+_NOUNS: Final = {"purchase": "buyers", "search": "searchers", None: "leavers"}
+
+_log = logging.getLogger(__name__)
+
+
+class Protect:
+    """ASGI middleware that puts the security headers on every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+
+        async def add_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message.get("headers", []),
+                    *((k.encode(), v.encode()) for k, v in SECURITY.items()),
+                ]
+            await send(message)
+
+        await self.app(scope, receive, add_headers)
+
+
+class Pages:
+    """Handlers. They are plain functions, so that Starlette runs them on threads."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lock = threading.Lock()
+        self._stamp: int | None = None
+        self._board: Board | None = None
+        self._teller: Storyteller | None = None
+        self.environment = Environment(
+            loader=FileSystemLoader(HERE / "templates"),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=StrictUndefined,
+        )
+        self.environment.filters |= {
+            "count": lambda value: f"{value:,.0f}",
+            "percent": lambda value: f"{100 * value:.1f} %",
+            "money": lambda value: f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}",
+            "when": lambda value: value.strftime("%Y-%m-%d %H:%M"),
+            "short": lambda digest: digest.removeprefix("sha256:")[:12] if digest else "none",
+            "event": name_event,
+            "verb": lambda target: _VERBS.get(target.event, str(target.event)),
+        }
+
+    # -- handlers ------------------------------------------------------------------------------
+
+    def overview(self, request: Request) -> Response:
+        """Who will buy, search and leave; whom to reach."""
+        board, whole = self._choose_board(request)
+        if not len(board):
+            raise _Empty("Nobody to show", "No shopper was active lately.", "?scope=all")
+        days = _choose(_integer(request, "days", 14), board.horizons, board.horizons[0])
+        targets = board.targets_at(days)
+        binary = [t for t in targets if t.kind == "binary"]
+        if not binary:
+            raise _Empty("No probabilities", f"The model predicts none for {days} days.", "/")
+        names = [t.name for t in binary]
+        target = binary[names.index(_choose(request.query_params.get("target"), names, names[0]))]
+        by = _choose(request.query_params.get("by"), list(SEGMENTS), next(iter(SEGMENTS)))
+        spend = next((t for t in targets if t.kind == "amount"), None)
+        reach = board.reach(target.name)
+        total = float(reach.hits[-1])
+        default = _default_margin(board, target, spend)
+        cost = _amount(request, "cost", 0.5)
+        margin = _amount(request, "margin", default)
+        share = min(max(_integer(request, "share", 20), 0), STEPS)
+        profit = reach.profit(cost=cost, margin=margin)
+        observed = read_curve(self.root, "lift", target.name).get("gpt", [])
+        lines = [
+            Line(
+                name="expected",
+                points=[(k / STEPS, reach.hits[k] / max(total, 1e-9)) for k in range(STEPS + 1)],
+            )
+        ]
+        if observed:
+            points = [(0.0, 0.0), *((r["share"], r["captured"]) for r in observed)]
+            lines.append(Line(name="happened", points=points))
+        return self._render(
+            "overview.html",
+            board=board,
+            whole=whole,
+            scope=request.query_params.get("scope", "active"),
+            days=days,
+            targets=targets,
+            sums={t.name: float(board.values(t.name).sum()) for t in targets},
+            binary=binary,
+            target=target,
+            noun=_NOUNS.get(target.event, f"shoppers with {target.event}"),
+            spend=spend,
+            by=by,
+            kinds=list(SEGMENTS),
+            segments=board.segments(by),
+            share=share,
+            cost=cost,
+            margin=margin,
+            contacted=int(reach.contacted[share]),
+            hits=float(reach.hits[share]),
+            total=total,
+            profit=float(profit[share]),
+            best=int(profit.argmax()),
+            lowest=float(reach.lowest[share]),
+            bars=_bars(board.histogram(target.name), float(reach.lowest[share])),
+            observed=bool(observed),
+            chart=line_chart(
+                lines,
+                x_label="share of the shoppers reached",
+                y_label=f"share of the {_NOUNS.get(target.event, 'events')}",
+                x_range=(0.0, 1.0),
+                y_range=(0.0, 1.0),
+                diagonal=True,
+            ),
+            data=json.dumps(
+                {
+                    "contacted": reach.contacted.tolist(),
+                    "hits": [round(v, 3) for v in reach.hits.tolist()],
+                    "lowest": [round(v, 5) for v in reach.lowest.tolist()],
+                }
+            ),
+        )
+
+    def audience(self, request: Request) -> Response:
+        """Return the shoppers of the slider's top share as CSV."""
+        board, _ = self._choose_board(request)
+        name = request.query_params.get("target", "")
+        if name not in [t.name for t in board.targets if t.kind == "binary"]:
+            raise HTTPException(404, "There is no such target.")
+        share = min(max(_integer(request, "share", 20), 0), STEPS)
+        file = f"{name}-top{share}.csv"
+        return StreamingResponse(
+            board.audience(name, share),
+            media_type="text/csv; charset=utf-8",
+            headers={"content-disposition": f'attachment; filename="{file}"'},
+        )
+
+    def shopper(self, request: Request) -> Response:
+        """One shopper, or a way to find one."""
+        board = self._load_board()
+        user_id = request.query_params.get("id")
+        if not user_id:
+            return self._list_shoppers(request, board)
+        row = board.find(user_id[:_MAX_ID])
+        if row is None:
+            return self._render(
+                "message.html",
+                status=404,
+                title="No such shopper",
+                text=f"Nobody called “{user_id[:80]}” was scored. Ids are told apart by case.",
+                link=("/shopper", "Find a shopper"),
+            )
+        binary = [t for t in board.targets if t.kind == "binary"]
+        story, trouble = None, None
+        try:
+            story = self._load_teller(board).tell(row, request.query_params.get("target"))
+        except UserError as error:
+            trouble = f"{error}; run: forecart score"
+        chart, legend = "", []
+        if story is not None:
+            lines = [Line(name=n, points=p, dots=True) for n, p in story.curves.items()]
+            legend = [_WORDS.get(line.name, line.name) for line in lines]
+            chart = line_chart(
+                lines,
+                x_label="days from now",
+                y_label="probability",
+                x_range=(0.0, float(board.horizons[-1])),
+                y_range=(0.0, 1.0),
+            )
+        return self._render(
+            "shopper.html",
+            board=board,
+            row=row,
+            binary=binary,
+            events=list(dict.fromkeys(t.event for t in binary)),
+            amounts=[t for t in board.targets if t.kind == "amount"],
+            story=story,
+            trouble=trouble,
+            chart=chart,
+            legend=legend,
+            reasons=_split(story.reasons) if story else ([], []),
+            moved=_split(story.moved) if story else ([], []),
+        )
+
+    def _list_shoppers(self, request: Request, board: Board) -> Response:
+        text = request.query_params.get("q", "")[:_MAX_ID]
+        target = next((t for t in board.targets if t.kind == "binary"), None)
+        if text:
+            rows = board.search(text, limit=_HITS)
+        elif target is not None:
+            rows = board.table.take(board.order(target.name)[:_HITS]).to_pylist()
+        else:
+            rows = board.table.slice(0, _HITS).to_pylist()
+        return self._render(
+            "shoppers.html", board=board, rows=rows, text=text, target=target, most=_HITS
+        )
+
+    def model(self, request: Request) -> Response:
+        """The champion, how good it is, and where it comes from."""
+        quality = read_quality(self.root)
+        targets = (quality.evaluation or {"targets": {}})["targets"]
+        names = sorted(targets, key=lambda n: _by_kind(n, targets[n]))
+        name = _choose(
+            request.query_params.get("target"),
+            names,
+            "purchase_14d" if "purchase_14d" in names else next(iter(names), ""),
+        )
+        chart, drawn = None, []
+        if name and targets[name]["kind"] == "binary":
+            rows = read_curve(self.root, "calibration", name)
+            drawn = [m for m in _DRAWN if m in rows]
+            points = {m: [(r["predicted"], r["observed"]) for r in rows[m]] for m in drawn}
+            top = max((max(p) for ps in points.values() for p in ps), default=1.0)
+            chart = line_chart(
+                [Line(name=m, points=points[m], dots=True) for m in drawn],
+                x_label="predicted",
+                y_label="happened",
+                x_range=(0.0, max(0.1, top)),
+                y_range=(0.0, max(0.1, top)),
+                diagonal=True,
+            )
+        return self._render(
+            "model.html",
+            quality=quality,
+            names=names,
+            name=name,
+            found=targets.get(name),
+            metrics=_METRICS[targets[name]["kind"]] if name else (),
+            metric_names=METRIC_NAMES,
+            models=[m for m in quality.models if name and m in targets[name]["models"]],
+            chart=chart if drawn else None,
+            drawn=drawn,
+            plan=self._load_board().plan if self._has_scores() else None,
+        )
+
+    def health(self, _request: Request) -> Response:
+        """Say that the process answers."""
+        return Response("ok\n", media_type="text/plain")
+
+    # -- errors --------------------------------------------------------------------------------
+
+    def refuse(self, _request: Request, error: Exception) -> Response:
+        """Show an error of HTTP."""
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        text = str(getattr(error, "detail", "")) if status != 404 else ""
+        title = "This page does not exist" if status == 404 else "This cannot be shown"
+        return self._render(
+            "message.html", status=status, title=title, text=text, link=("/", "To the overview")
+        )
+
+    def explain_empty(self, _request: Request, error: Exception) -> Response:
+        """Show that there is nothing to show, and what to do about it."""
+        if isinstance(error, _Empty):
+            title, text, link = error.title, error.text, (error.link, "Show what there is")
+        else:
+            title, text, link = "Nothing to show yet", str(error), ("/model", "To the model")
+        return self._render("message.html", status=200, title=title, text=text, link=link)
+
+    def fail(self, _request: Request, _error: Exception) -> Response:
+        """Show that something broke; the log tells what."""
+        return self._render(
+            "message.html",
+            status=500,
+            title="Something broke",
+            text="The terminal in which forecart pages runs tells what.",
+            link=("/", "To the overview"),
+        )
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def _has_scores(self) -> bool:
+        return (self.root / SCORES / DESCRIPTION).is_file()
+
+    def _load_board(self) -> Board:
+        """Return the scores, read again when they have been made anew."""
+        if not self._has_scores():
+            raise UserError("No shopper has been scored. Run: forecart score")
+        with self._lock:
+            stamp = (self.root / SCORES / DESCRIPTION).stat().st_mtime_ns
+            if self._board is None or stamp != self._stamp:
+                self._board, self._teller = Board.load(self.root), None
+                self._stamp = stamp
+            return self._board
+
+    def _load_teller(self, board: Board) -> Storyteller:
+        with self._lock:
+            if self._teller is None:
+                self._teller = Storyteller(self.root, board.plan)
+            return self._teller
+
+    def _choose_board(self, request: Request) -> tuple[Board, Board]:
+        whole = self._load_board()
+        everyone = request.query_params.get("scope") == "all"
+        return (whole if everyone else whole.active), whole
+
+    def _render(self, template: str, /, *, status: int = 200, **values: Any) -> Response:
+        return HTMLResponse(self.environment.get_template(template).render(**values), status)
+
+
+# What the curves of the events are called.
+_WORDS: Final = {"any": "comes back", "purchase": "buys", "search": "searches"}
+
+
+class _Empty(UserError):
+    """There is nothing to show for this choice."""
+
+    def __init__(self, title: str, text: str, link: str) -> None:
+        super().__init__(text)
+        self.title, self.text, self.link = title, text, link
+
+
+def create_app(root: Path, *, hosts: tuple[str, ...] = LOOPBACK) -> ASGIApp:
+    """Return the application.
+
+    Args:
+        root: the project's folder.
+        hosts: names under which it may be asked; a page of somebody else's that resolves to this
+            machine (DNS rebinding) asks under another.
+    """
+    pages = Pages(root)
+    app = Starlette(
+        routes=[
+            Route("/", pages.overview),
+            Route("/audience.csv", pages.audience),
+            Route("/shopper", pages.shopper),
+            Route("/model", pages.model),
+            Route("/livez", pages.health),
+            Mount("/static", StaticFiles(directory=HERE / "static")),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+        exception_handlers={
+            HTTPException: pages.refuse,
+            UserError: pages.explain_empty,
+            Exception: pages.fail,
+        },
+    )
+    # Around everything: Starlette answers to a failure outside of its own middleware.
+    return Protect(app)
+
+
+def show(root: Path, *, host: str, port: int) -> None:
+    """Serve the pages until interrupted.
+
+    Raises:
+        UserError: the address cannot be bound.
+    """
+    check_address(host, port)
+    app = create_app(root, hosts=LOOPBACK if host in LOOPBACK else ("*",))
+    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False)
+
+
+def _choose(value: T | None, allowed: list[T], otherwise: T) -> T:
+    return value if value is not None and value in allowed else otherwise
+
+
+def _by_kind(name: str, target: dict[str, Any]) -> tuple[bool, str, int]:
+    return target["kind"] != "binary", name.rpartition("_")[0], target["horizon_days"]
+
+
+def _integer(request: Request, name: str, otherwise: int) -> int:
+    text = request.query_params.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else otherwise
+
+
+def _amount(request: Request, name: str, otherwise: float) -> float:
+    try:
+        value = float(request.query_params.get(name, ""))
+    except ValueError:
+        return otherwise
+    return value if 0 <= value < 1e9 else otherwise
+
+
+def _default_margin(board: Board, target: Target, spend: Target | None) -> float:
+    """Return a third of what a buyer is expected to spend: a start for people to overwrite."""
+    if spend is None or target.event != "purchase":
+        return 10.0
+    buyers = float(board.values(target.name).sum())
+    return round(float(board.values(spend.name).sum()) / max(buyers, 1e-9) / 3, 2)
+
+
+def _bars(counts: Any, lowest: float) -> list[dict[str, Any]]:
+    """Lay a histogram out on a 100 x 40 canvas."""
+    top = max(int(counts.max()), 1)
+    return [
+        {
+            "x": 100 * i / BINS + 0.3,
+            "width": 100 / BINS - 0.6,
+            "height": 38 * int(n) / top,
+            "low": i / BINS,
+            "high": (i + 1) / BINS,
+            "n": int(n),
+            "reached": (i + 1) / BINS > lowest,
+        }
+        for i, n in enumerate(counts)
+    ]
+
+
+def _split(items: list[Any]) -> tuple[list[Any], list[Any]]:
+    up = [item for item in items if item.effect > 0][:REASONS]
+    return up, [item for item in items if item.effect < 0][:REASONS]

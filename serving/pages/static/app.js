@@ -1,0 +1,62 @@
+// The overview's slider. Without this script the form asks the server for the same numbers.
+"use strict";
+
+const form = document.getElementById("reach-form");
+if (form) start(form);
+
+function start(form) {
+  const reach = JSON.parse(form.dataset.reach);
+  const field = (name) => document.getElementById(name);
+  const [share, cost, margin] = ["share", "cost", "margin"].map(field);
+  const count = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+  const small = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+  const marker = addMarker(field("gains"));
+
+  const amount = (input) => Math.max(0, Number(input.value) || 0);
+  const profit = (k) => amount(margin) * reach.hits[k] - amount(cost) * reach.contacted[k];
+
+  function update() {
+    const k = Number(share.value);
+    const gain = profit(k);
+    field("share-out").value = k;
+    field("contacted").textContent = count.format(reach.contacted[k]);
+    field("hits").textContent = count.format(reach.hits[k]);
+    field("misses").textContent = count.format(reach.contacted[k] - reach.hits[k]);
+    field("profit").textContent = (Math.abs(gain) < 100 ? small : count).format(gain);
+    field("lowest").textContent = (100 * reach.lowest[k]).toFixed(1) + " %";
+    const link = new URL(field("download").href);
+    link.searchParams.set("share", k);
+    field("download").href = link;
+    for (const bar of document.querySelectorAll("#histogram .bar")) {
+      bar.classList.toggle("reached", Number(bar.dataset.high) > reach.lowest[k]);
+    }
+    marker(k / 100);
+  }
+
+  for (const input of [share, cost, margin]) input.addEventListener("input", update);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  const best = field("best");
+  best.hidden = false;
+  best.addEventListener("click", () => {
+    const gains = reach.hits.map((_, k) => profit(k));
+    share.value = gains.indexOf(Math.max(...gains));
+    update();
+  });
+  document.documentElement.classList.add("script");
+  update();
+}
+
+// A line through the chart at the chosen share; the figure names the plot's borders.
+function addMarker(figure) {
+  const { left, right, top, bottom } = figure.dataset;
+  const line = document.createElementNS("http://www.w3.org/2000/svg", "line");
+  line.setAttribute("class", "marker");
+  line.setAttribute("y1", top);
+  line.setAttribute("y2", bottom);
+  figure.querySelector("svg").append(line);
+  return (share) => {
+    const x = Number(left) + share * (right - left);
+    line.setAttribute("x1", x);
+    line.setAttribute("x2", x);
+  };
+}

@@ -1,0 +1,200 @@
+"""The pages' answers without a browser: numbers, states, and what must not get through."""
+
+from __future__ import annotations
+
+import csv
+import io
+import socket
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from starlette.testclient import TestClient
+
+from pipelines.errors import UserError
+from pipelines.io import write_json, write_text
+from serving.pages.app import create_app
+from serving.pages.board import Board
+from serving.run import check_address
+
+AT = datetime(2025, 3, 1, tzinfo=UTC)
+EVIL = "<script>alert(1)</script>'\"=1+1/../"
+
+
+def make_scores(root: Path, *, users: int = 200) -> None:
+    rng = np.random.default_rng(1)
+    ids = [EVIL, "=HYPERLINK(1)", *(f"u{i}" for i in range(users - 2))]
+    purchase = rng.beta(1, 4, users)
+    table = pa.table(
+        {
+            "user": np.arange(users, dtype=np.int32),
+            "user_id": ids,
+            "purchase_7d": pa.array(purchase / 2, pa.float32()),
+            "churn_7d": pa.array(rng.random(users), pa.float32()),
+            "spend_7d": pa.array(purchase * 10, pa.float32()),
+            "purchase_14d": pa.array(purchase, pa.float32()),
+            "active": np.arange(users) % 4 > 0,
+            "events": np.arange(users) % 9 + 1,
+            "events_28d": np.arange(users) % 9,
+            "first_event_ts": [AT - timedelta(days=i % 60 + 1) for i in range(users)],
+            "last_event_ts": [AT - timedelta(hours=i + 1) for i in range(users)],
+            "age": [None if i % 5 == 0 else float(15 + i % 60) for i in range(users)],
+            "gender": pa.array([None] * users, pa.string()),
+            "region": [EVIL if i % 3 == 0 else None for i in range(users)],
+            "signup_ts": pa.array([None] * users, pa.timestamp("us", "UTC")),
+        }
+    )
+    (root / "data/scores").mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, root / "data/scores/part-000000.parquet")
+    events = {"purchase_7d": "purchase", "churn_7d": None, "purchase_14d": "purchase"}
+    targets: list[dict[str, Any]] = [
+        {"name": n, "kind": "binary", "event": e, "horizon_days": 14 if "14" in n else 7}
+        for n, e in events.items()
+    ]
+    targets.append({"name": "spend_7d", "kind": "amount", "event": "purchase", "horizon_days": 7})
+    plan = {"role": "candidate", "model": "sha256:0", "data": "sha256:1", "at": AT.isoformat()}
+    plan |= {"format": 1, "users": users, "targets": targets, "active_within_days": 28}
+    write_json(root / "data/scores/_scores.json", plan)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    make_scores(tmp_path)
+    return tmp_path
+
+
+def ask(root: Path, path: str) -> Any:
+    app = create_app(root, hosts=("testserver",))
+    return TestClient(app, raise_server_exceptions=False).get(path)
+
+
+def test_reach_adds_up(root: Path) -> None:
+    board = Board.load(root)
+    reach = board.reach("purchase_14d")
+    assert reach.contacted.tolist() == [2 * k for k in range(101)]
+    assert reach.hits[100] == pytest.approx(board.values("purchase_14d").sum())
+    top = np.sort(board.values("purchase_14d"))[::-1]
+    assert reach.hits[10] == pytest.approx(top[:20].sum())
+    assert reach.lowest[10] == pytest.approx(top[19])
+    assert reach.profit(cost=1, margin=3)[10] == pytest.approx(3 * top[:20].sum() - 20)
+
+
+def test_segments_add_up(root: Path) -> None:
+    board = Board.load(root)
+    for by in ("region", "age", "history"):
+        segments = board.segments(by)
+        assert sum(s.shoppers for s in segments) == 200
+        total = sum(s.expected["spend_7d"] for s in segments)
+        assert total == pytest.approx(board.values("spend_7d").sum())
+    assert [s.name for s in board.segments("age")][:2] == ["0 to 24", "25 to 34"]
+    names = [s.name.split()[0] for s in board.segments("history")]
+    assert names == ["light", "new", "regular"]
+
+
+def test_the_overview_counts_active_shoppers_unless_asked(root: Path) -> None:
+    assert "150 active shoppers" in ask(root, "/").text
+    assert "200 shoppers ever seen" in ask(root, "/?scope=all").text
+
+
+def test_the_form_works_without_a_script(root: Path) -> None:
+    page = ask(root, "/?scope=all&days=14&target=purchase_14d&share=10&cost=1&margin=3").text
+    expected = Board.load(root).reach("purchase_14d").profit(cost=1, margin=3)[10]
+    assert '<dd id="contacted">20</dd>' in page
+    assert f'<dd id="profit">{expected:,.2f}</dd>' in page
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["share=-1", "share=1e9", "share=²", "days=0", "days=x", "target=nope", "by=__class__",
+     "cost=nan", "cost=inf", "margin=-1", "cost=%00", "scope=%ff"],
+)  # fmt: skip
+def test_odd_parameters_fall_back(root: Path, query: str) -> None:
+    answer = ask(root, f"/?{query}")
+    assert answer.status_code == 200
+    assert "active shoppers" in answer.text
+    assert "nan" not in answer.text.replace("finance", "")
+
+
+def test_nothing_of_a_shopper_becomes_markup(root: Path) -> None:
+    for path in ("/?by=region", "/shopper", "/shopper?q=%3Cscript", f"/shopper?id={EVIL}"):
+        text = ask(root, path).text
+        assert "<script>alert" not in text
+        assert "alert(1)" in text
+
+
+def test_an_id_finds_its_shopper_whatever_it_is_made_of(root: Path) -> None:
+    app = create_app(root, hosts=("testserver",))
+    answer = TestClient(app).get("/shopper", params={"id": EVIL})
+    assert answer.status_code == 200
+    assert "cannot be shown" in answer.text  # the model is not there: said, not broken
+    assert ask(root, "/shopper?id=U1").status_code == 404
+    assert ask(root, "/shopper?id=" + "x" * 5000).status_code == 404
+
+
+def test_every_answer_is_fenced(root: Path) -> None:
+    for path in ("/", "/static/style.css", "/nope", "/audience.csv?target=purchase_7d"):
+        headers = ask(root, path).headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert "unsafe" not in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+    app = create_app(root)
+    rebound = TestClient(app, base_url="http://evil.example").get("/")
+    assert rebound.status_code == 400
+
+
+def test_paths_lead_nowhere_else(root: Path) -> None:
+    for path in ("/static/../app.py", "/static/%2e%2e/app.py", "/static//etc/passwd", "/static/"):
+        assert ask(root, path).status_code in (404, 405)
+
+
+def test_the_audience_is_the_top_share_and_safe_to_open(root: Path) -> None:
+    answer = ask(root, "/audience.csv?target=purchase_14d&share=50&scope=all")
+    assert answer.headers["content-disposition"] == 'attachment; filename="purchase_14d-top50.csv"'
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    scores = [float(row["purchase_14d"]) for row in rows]
+    assert len(rows) == 100
+    assert scores == sorted(scores, reverse=True)
+    everyone = ask(root, "/audience.csv?target=purchase_14d&share=100&scope=all").text
+    ids = {row["user_id"] for row in csv.DictReader(io.StringIO(everyone))}
+    assert "'=HYPERLINK(1)" in ids
+    assert "=HYPERLINK(1)" not in ids
+    assert ask(root, "/audience.csv?target=user_id").status_code == 404
+    assert ask(root, "/audience.csv?target=spend_7d").status_code == 404
+
+
+def test_states_without_files_say_what_to_do(tmp_path: Path) -> None:
+    assert "forecart score" in ask(tmp_path, "/").text
+    assert "forecart score" in ask(tmp_path, "/shopper").text
+    page = ask(tmp_path, "/model").text
+    assert "There is no champion yet" in page
+    assert "Nothing has been compared yet" in page
+
+
+def test_damaged_files_do_not_break_a_page(root: Path) -> None:
+    write_text(root / "reports/evaluation.json", "{")
+    write_text(root / "reports/verdict.json", "[]")
+    assert ask(root, "/model").status_code == 200
+    write_text(root / "data/scores/_scores.json", "{}")
+    broken = ask(root, "/")
+    assert broken.status_code == 500
+    assert "Something broke" in broken.text
+    assert "default-src 'none'" in broken.headers["content-security-policy"]
+
+
+def test_new_scores_show_up(root: Path) -> None:
+    client = TestClient(create_app(root, hosts=("testserver",)))
+    assert "200 shoppers" in client.get("/?scope=all").text
+    make_scores(root, users=120)
+    assert "120 shoppers" in client.get("/?scope=all").text
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        with pytest.raises(UserError, match="in use"):
+            check_address("127.0.0.1", busy.getsockname()[1])
