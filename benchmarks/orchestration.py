@@ -64,9 +64,7 @@ def measure_plain(project: Path, users: int) -> float:
 
 def measure_orchestrated(project: Path, users: int) -> dict[str, Any]:
     """Seconds of the same work under Airflow."""
-    ports = {
-        f"FORECART_{name}_PORT": str(find_port()) for name in ("AIRFLOW", "MLFLOW", "SERVICE")
-    }
+    ports = {f"FORECART_{name}_PORT": str(find_port()) for name in ("AIRFLOW", "MLFLOW", "SERVICE")}
     address = f"http://127.0.0.1:{ports['FORECART_AIRFLOW_PORT']}"
     try:
         run(project, "forecart", "up", **ports)

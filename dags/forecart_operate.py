@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from airflow.sdk import Asset, Param, dag, task
-from airflow.sdk.exceptions import AirflowException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
+from pipelines.errors import UserError
 from pipelines.processes import Command
 
 HOME = Path(os.environ.get("FORECART_HOME") or Path(__file__).resolve().parents[1])
@@ -47,7 +48,10 @@ def plan(params: dict[str, Any]) -> list[str]:
     """List the days that folds end at."""
     from pipelines.backtest import list_folds
 
-    return list_folds(HOME, folds=params["folds"], step_days=params["step_days"])
+    try:
+        return list_folds(HOME, folds=params["folds"], step_days=params["step_days"])
+    except UserError as error:
+        raise AirflowFailException(str(error)) from None
 
 
 @task(retries=1, retry_delay=RETRY_DELAY, max_active_tis_per_dagrun=1)
@@ -55,7 +59,10 @@ def evaluate(until: str) -> dict[str, Any]:
     """Run the graph on what was known at that day."""
     from pipelines.backtest import run_fold
 
-    return run_fold(HOME, until)
+    try:
+        return run_fold(HOME, until)
+    except UserError as error:
+        raise AirflowException(str(error)) from None
 
 
 @task
