@@ -99,11 +99,22 @@ def test_relative_files_stay_those_of_the_checkout(home: Path) -> None:
 
 
 def test_the_cache_is_the_checkouts_and_so_are_other_local_settings(home: Path) -> None:
-    (home / ".dvc/config.local").write_text("['remote \"store\"']\n    url = /backup\n")
-    folder = prepare(home, "one", {})
-    found = (folder / ".dvc/config.local").read_text()
-    assert str(home / ".dvc/cache") in found
-    assert "/backup" in found
+    from dvc.config import Config
+
+    (home / ".dvc/config").write_text("['remote \"shared\"']\n    url = ../../shared\n")
+    (home / ".dvc/config.local").write_text("['remote \"store\"']\n    url = ../../backup\n")
+    found = Config(str(prepare(home, "one", {}) / ".dvc"))
+    assert found["cache"]["dir"] == str(home / ".dvc/cache")
+    urls = {name: remote["url"] for name, remote in found["remote"].items()}
+    assert urls == {"shared": str(home.parent / "shared"), "store": str(home.parent / "backup")}
+
+
+def test_a_cache_that_lies_elsewhere_is_found(home: Path) -> None:
+    from dvc.config import Config
+
+    (home / ".dvc/config.local").write_text("[cache]\n    dir = ../../cache\n")
+    found = Config(str(prepare(home, "one", {}) / ".dvc"))
+    assert found["cache"]["dir"] == str(home.parent / "cache")
 
 
 @pytest.mark.parametrize(
