@@ -199,6 +199,8 @@ def _airflow_environment(root: Path, ports: dict[str, int]) -> dict[str, str]:
         "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
         # The executor starts as many processes, busy or not.
         "AIRFLOW__CORE__PARALLELISM": "4",
+        # Between two stages it looks again this often, in seconds.
+        "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.4",
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://{HOST}:{port}/execution/",
         "AIRFLOW__API__HOST": HOST,
         "AIRFLOW__API__PORT": str(port),
