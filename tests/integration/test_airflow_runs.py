@@ -202,35 +202,43 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 def test_a_person_triggers_it_in_the_browser_and_sees_it_go_green(
     airflow: Airflow, browser: Any
 ) -> None:
+    from selenium.common import exceptions
     from selenium.webdriver.support.ui import WebDriverWait
 
-    def find(selector: str, seconds: float = 60) -> Any:
-        """The first element, once it is there."""
-        wait = WebDriverWait(browser, seconds)
-        return wait.until(lambda b: b.find_elements("css selector", selector))[0]
+    # The page draws its parts anew while it loads.
+    passing = (
+        exceptions.NoSuchElementException,
+        exceptions.StaleElementReferenceException,
+        exceptions.ElementNotInteractableException,
+    )
+    wait = WebDriverWait(browser, 60, ignored_exceptions=passing)
+
+    def click(selector: str) -> None:
+        wait.until(lambda b: b.find_element("css selector", selector).click() is None)
+
+    def fill(selector: str, text: str) -> None:
+        wait.until(lambda b: b.find_element("css selector", selector).send_keys(text) is None)
 
     # The settings of the runs before: nothing is left to compute.
     trainings = count_trainings(airflow.project)
     champion = read_champion(airflow.project)
     browser.get(f"{airflow.address}/dags/{DAG}")
-    find("input[type=password]").send_keys(airflow.password)
-    find("input:not([type=password])").send_keys(airflow.user)
-    find("button[type=submit]").click()
-    find("[data-testid=trigger-dag-button]").click()
+    fill("input:not([type=password])", airflow.user)
+    fill("input[type=password]", airflow.password)
+    click("button[type=submit]")
+    click("[data-testid=trigger-dag-button]")
     for field in ("users", "days", "epochs"):
-        find(f"[name=element_{field}]").send_keys(str(FORM[field]))
-    # The last field is taken over when it is left.
-    find("[name=element_until]").send_keys("")
-    find("[data-testid=trigger-dag-submit]").click()
-    WebDriverWait(browser, 60).until(lambda b: "/runs/" in b.current_url)
+        fill(f"[name=element_{field}]", str(FORM[field]))
+    # A field is taken over when it is left.
+    click("[name=element_path]")
+    click("[data-testid=trigger-dag-submit]")
+    wait.until(lambda b: "/runs/" in b.current_url)
     run_id = unquote(browser.current_url.split("/runs/")[1].split("?")[0])
-    find("[aria-label^='Show Graph']").click()
-    find("[data-testid=rf__node-prepare]")
+    click("[aria-label^='Show Graph']")
     assert airflow.await_end(run_id) == "success", airflow.states(run_id)
     for node in ("prepare", "data", "models", "judgement", "commit", "promotion"):
-        selector = f"[data-testid=rf__node-{node}] [data-testid=state-badge]"
-        badge = find(selector)
-        WebDriverWait(browser, 60).until(lambda _, b=badge: b.text.lower() == "success")
+        badge = f"[data-testid=rf__node-{node}] [data-testid=state-badge]"
+        wait.until(lambda b, of=badge: b.find_element("css selector", of).text == "success")
     if folder := os.environ.get("FORECART_SCREENSHOTS"):
         browser.save_screenshot(f"{folder}/airflow.png")
 
