@@ -1,23 +1,70 @@
-"""DAGs beside the training: return to the previous champion, evaluate over past dates.
+"""DAGs beside the training: deploy a new champion, return to the last, evaluate over past dates.
 
-FORECART_HOME is the project's folder; by default the one that this file lies in.
+Variables of the environment that matter:
+    FORECART_HOME: the project's folder; by default the one that this file lies in.
+    FORECART_DEPLOY: what to run when there is a new champion, as a JSON list of arguments.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from airflow.sdk import Asset, Param, dag, task
-from airflow.sdk.exceptions import AirflowException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
+from pipelines.errors import UserError
 from pipelines.processes import Command
 
 HOME = Path(os.environ.get("FORECART_HOME") or Path(__file__).resolve().parents[1])
 CHAMPION = Asset("champion", uri="forecart://champion")
 RETRY_DELAY = timedelta(seconds=10)
+
+
+@task(retries=2, retry_delay=RETRY_DELAY)
+def deploy() -> None:
+    """Run the command of FORECART_DEPLOY; it finds the champion's digest and version in variables.
+
+    It may be run again for the same champion, so it has to be one that may.
+    """
+    champion = json.loads((HOME / "champion.json").read_text())
+    text = os.environ.get("FORECART_DEPLOY")
+    if not text:
+        raise AirflowSkipException("FORECART_DEPLOY is not set: nothing to run")
+    try:
+        command = json.loads(text)
+    except ValueError:
+        command = None
+    if not (isinstance(command, list) and command and all(isinstance(c, str) for c in command)):
+        raise AirflowFailException(f"FORECART_DEPLOY: expected a JSON list of strings: {text!r}")
+    variables = {
+        "FORECART_CHAMPION_DIGEST": champion["digest"] or "",
+        "FORECART_CHAMPION_VERSION": str(champion["version"] or ""),
+    }
+    code = Command(f"{HOME}:deploy").run(command, HOME, variables)
+    if code:
+        raise AirflowException(f"{command[0]} ended with code {code}")
+
+
+@dag(
+    dag_id="forecart_deploy",
+    schedule=[CHAMPION],
+    catchup=False,
+    is_paused_upon_creation=False,
+    max_active_runs=1,
+    tags=["forecart"],
+    doc_md=(
+        "Runs whenever there is a new champion, after a promotion or a rollback: the command of "
+        "the variable `FORECART_DEPLOY`, a JSON list of arguments, for example "
+        '`["kubectl", "rollout", "restart", "deployment/forecart"]`. Skipped where it is not set.'
+    ),
+)
+def forecart_deploy() -> None:
+    """One task."""
+    deploy()
 
 
 @task(outlets=[CHAMPION])
@@ -47,7 +94,10 @@ def plan(params: dict[str, Any]) -> list[str]:
     """List the days that folds end at."""
     from pipelines.backtest import list_folds
 
-    return list_folds(HOME, folds=params["folds"], step_days=params["step_days"])
+    try:
+        return list_folds(HOME, folds=params["folds"], step_days=params["step_days"])
+    except UserError as error:
+        raise AirflowFailException(str(error)) from None
 
 
 @task(retries=1, retry_delay=RETRY_DELAY, max_active_tis_per_dagrun=1)
@@ -55,7 +105,10 @@ def evaluate(until: str) -> dict[str, Any]:
     """Run the graph on what was known at that day."""
     from pipelines.backtest import run_fold
 
-    return run_fold(HOME, until)
+    try:
+        return run_fold(HOME, until)
+    except UserError as error:
+        raise AirflowException(str(error)) from None
 
 
 @task
@@ -92,5 +145,6 @@ def forecart_backtest() -> None:
     gather(evaluate.expand(until=plan(params="{{ params }}")))
 
 
+DEPLOY = forecart_deploy()
 ROLLBACK = forecart_rollback()
 BACKTEST = forecart_backtest()

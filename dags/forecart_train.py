@@ -8,6 +8,7 @@ Variables of the environment that matter:
         whose hint names another pool runs in the default one, because Airflow never starts a
         task whose pool is missing, and says so in the scheduler's log alone.
     FORECART_KEEP_RUNS: workspaces of finished runs that stay, 5 by default.
+    FORECART_MLFLOW: address of MLflow's pages, for links to them.
     FORECART_SCHEDULE: cron expression of the retraining, "0 3 * * *" by default.
     PATH: need not hold DVC; the environment of the worker's own interpreter comes first.
 """
@@ -27,8 +28,10 @@ from airflow.sdk import (
     Asset,
     AssetOrTimeSchedule,
     BaseOperator,
+    BaseOperatorLink,
     CronTriggerTimetable,
     Param,
+    TaskGroup,
     TriggerRule,
     dag,
     task,
@@ -44,6 +47,7 @@ from pipelines.processes import Command
 HOME = Path(os.environ.get("FORECART_HOME") or Path(__file__).resolve().parents[1])
 POOLS = frozenset(filter(None, os.environ.get("FORECART_POOLS", "").split(",")))
 KEEP_RUNS = int(os.environ.get("FORECART_KEEP_RUNS", "5"))
+MLFLOW = os.environ.get("FORECART_MLFLOW", "").rstrip("/")
 SCHEDULE = os.environ.get("FORECART_SCHEDULE", "0 3 * * *")
 RETRY_DELAY = timedelta(seconds=10)
 
@@ -61,7 +65,8 @@ SETTINGS = {
     "device": "train.device",
     "epochs": "train.epochs",
 }
-AS_SET = "Empty: as in `params.yaml`."
+AS_SET = "Empty: as in params.yaml."
+NOT_CHOSEN = {"null": "as in params.yaml"}
 
 
 def make_params(*, require_approval: bool) -> dict[str, Param]:
@@ -70,8 +75,8 @@ def make_params(*, require_approval: bool) -> dict[str, Param]:
         "source": Param(
             None,
             enum=[None, "simulator", "files"],
+            values_display=NOT_CHOSEN,
             title="Source of events",
-            description=AS_SET,
         ),
         "path": Param(
             None,
@@ -106,8 +111,8 @@ def make_params(*, require_approval: bool) -> dict[str, Param]:
         "device": Param(
             None,
             enum=[None, "auto", "cpu", "cuda"],
+            values_display=NOT_CHOSEN,
             title="Device of the training",
-            description=AS_SET,
         ),
         "epochs": Param(
             None,
@@ -205,24 +210,66 @@ def prepare(run_id: str, params: dict[str, Any]) -> str:
     return str(folder)
 
 
-@task(retries=2, retry_delay=RETRY_DELAY)
-def commit(run_id: str) -> dict[str, Any]:
-    """Commit what was computed to the run's branch, and tell where the results are."""
-    folder = workspace.locate(HOME, run_id)
-    branch = workspace.commit(HOME, run_id)
-    path = folder / "reports/verdict.json"
-    verdict = json.loads(path.read_text()) if path.exists() else {"passed": False, "checks": []}
-    for check in verdict["checks"]:
-        print(f"{'passed' if check['passed'] else 'FAILED'}  {check['name']}: {check['why']}")
-    result = {
-        "branch": branch,
-        "report": str(folder / "reports/index.html"),
-        "passed": verdict["passed"] is True,
-        "candidate": verdict.get("candidate"),
-        "why": "; ".join(check["why"] for check in verdict["checks"] if not check["passed"]),
-    }
-    print(json.dumps(result, indent=2))
-    return result
+class ResultLink(BaseOperatorLink):
+    """A button that leads to the training run in MLflow, which holds the report."""
+
+    name = "Report and training run"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: Any) -> str:
+        """Return the address, empty where MLflow's is not known."""
+        return operator.address if isinstance(operator, CommitOperator) else ""
+
+
+class CommitOperator(BaseOperator):
+    """Commits what was computed to the run's branch, and tells where the results are.
+
+    Args:
+        home: the project's folder.
+    """
+
+    operator_extra_links = (ResultLink(),)
+
+    def __init__(self, *, home: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.home = home
+        self.address = ""
+
+    def execute(self, context: Mapping[str, Any]) -> dict[str, Any]:
+        """Commit; a second time nothing happens."""
+        home, run_id = Path(self.home), context["run_id"]
+        folder = workspace.locate(home, run_id)
+        branch = workspace.commit(home, run_id)
+        path = folder / "reports/verdict.json"
+        verdict = json.loads(path.read_text()) if path.exists() else {"passed": False, "checks": []}
+        for check in verdict["checks"]:
+            print(f"{'passed' if check['passed'] else 'FAILED'}  {check['name']}: {check['why']}")
+        report = folder / "reports/index.html"
+        self.address = attach_report(folder, report, verdict.get("candidate"))
+        result = {
+            "branch": branch,
+            "report": str(report),
+            "training": self.address or None,
+            "passed": verdict["passed"] is True,
+            "candidate": verdict.get("candidate"),
+            "why": "; ".join(check["why"] for check in verdict["checks"] if not check["passed"]),
+        }
+        print(json.dumps(result, indent=2))
+        return result
+
+
+def attach_report(folder: Path, report: Path, candidate: str | None) -> str:
+    """Put the report beside its training run in MLflow.
+
+    Returns:
+        The address of the report there; empty without a run or a known address of MLflow.
+    """
+    if candidate is None or not report.exists():
+        return ""
+    from pipelines.registry.tracking import attach
+
+    os.environ["MLFLOW_TRACKING_URI"] = workspace.environment(HOME, folder)["MLFLOW_TRACKING_URI"]
+    place = attach(folder, candidate, [report])
+    return f"{MLFLOW}/{place}/artifacts/{report.name}" if place and MLFLOW else ""
 
 
 @task.branch
@@ -286,7 +333,8 @@ def build(*, require_approval: bool) -> Any:
             task_id="approve",
             subject="Promote the model of {{ run_id }}?",
             body="The gate has passed it.\n\n"
-            "- report: `{{ ti.xcom_pull(task_ids='commit')['report'] }}`\n"
+            "- report: {{ ti.xcom_pull(task_ids='commit')['training'] or "
+            "ti.xcom_pull(task_ids='commit')['report'] }}\n"
             "- branch: `{{ ti.xcom_pull(task_ids='commit')['branch'] }}`",
             doc_md="Waits for a person. Rejecting promotes nothing.",
         )
@@ -306,25 +354,35 @@ def build(*, require_approval: bool) -> Any:
     def build_tasks() -> None:
         graph = load_graph(HOME / "dvc.yaml")
         ready = prepare(run_id="{{ run_id }}", params="{{ params }}")
+        names = dict.fromkeys(stage.hints.group for stage in graph.stages.values())
+        # Tasks keep the names of their stages.
+        groups = {name: TaskGroup(name, prefix_group_id=False) for name in names if name}
         tasks = {
             stage.name: StageOperator(
                 task_id=stage.name,
                 stage=stage.name,
                 home=str(HOME),
                 doc_md=describe_stage(stage),
+                task_group=groups.get(stage.hints.group or ""),
                 **read_options(stage.hints),
             )
             for stage in graph.stages.values()
         }
         for up, down in sorted(graph.edges):
             tasks[up] >> tasks[down]
-        result = commit(run_id="{{ run_id }}")
+        result = CommitOperator(
+            task_id="commit",
+            home=str(HOME),
+            retries=2,
+            retry_delay=RETRY_DELAY,
+            doc_md="Commits the results to the run's branch and tells where they are.",
+        )
         for stage in tasks.values():
             if not stage.upstream_task_ids:
                 ready >> stage
             if not stage.downstream_task_ids:
                 stage >> result
-        promotion(result)
+        promotion(result.output)
 
     return build_tasks
 

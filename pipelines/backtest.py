@@ -21,6 +21,8 @@ from pipelines.processes import Command
 RESULT: Final = Path("reports/backtest.json")
 CANDIDATE: Final = "gpt"
 RIVAL: Final = "lightgbm"
+_FOLD: Final = "backtest-"
+_CUTS: Final = Path("data/features/cuts.json")
 _METRICS: Final = {"binary": ("roc_auc", "ece"), "amount": ("gini", "total_ratio")}
 
 
@@ -33,9 +35,19 @@ def list_folds(home: Path, *, folds: int, step_days: int) -> list[str]:
         step_days: between their ends.
 
     Raises:
-        UserError: the features stage has not run, so that the end of the log is not known.
+        UserError: the features stage has run neither in the checkout nor in the workspace of a
+            run, so that the end of the log is not known.
     """
-    end = datetime.fromisoformat(read_json(home / "data/features/cuts.json")["end_ts"])
+    # A fold that was broken off ends before the log does.
+    runs = [p for p in (home / workspace.RUNS).glob("*") if not p.name.startswith(_FOLD)]
+    known = [path for path in (folder / _CUTS for folder in (home, *runs)) if path.exists()]
+    if not known:
+        raise UserError(
+            f"{home / _CUTS}: no such file, so the end of the log is not known; "
+            "run first: dvc repro features, or the DAG forecart_train"
+        )
+    newest = max(known, key=lambda path: path.stat().st_mtime)
+    end = datetime.fromisoformat(read_json(newest)["end_ts"])
     days = [end - timedelta(days=step_days * fold) for fold in range(folds)]
     return [f"{day:%Y-%m-%d}" for day in days]
 
@@ -54,7 +66,7 @@ def run_fold(home: Path, until: str, changes: Mapping[str, Any] | None = None) -
     Raises:
         UserError: a stage failed; what it printed says why.
     """
-    run_id = f"backtest {until}"
+    run_id = _FOLD + until
     # The code may have changed since the fold was made; what has not is in the cache.
     workspace.remove(home, workspace.locate(home, run_id))
     folder = workspace.prepare(home, run_id, {**(changes or {}), "ingest.until": until})
@@ -63,7 +75,7 @@ def run_fold(home: Path, until: str, changes: Mapping[str, Any] | None = None) -
     if code:
         raise UserError(f"backtest: the fold until {until} ended with code {code}")
     found = summarise_fold(until, read_json(folder / "reports/evaluation.json"))
-    workspace.finish(home, run_id, keep=0)
+    workspace.remove(home, folder)
     return found
 
 

@@ -31,12 +31,14 @@ class Hints:
         queue: name of a worker queue; None = any.
         timeout_minutes: after which the stage is taken for stuck.
         retries: how often it is tried again.
+        group: under which pictures show it together with others.
     """
 
     pool: str | None = None
     queue: str | None = None
     timeout_minutes: int | None = None
     retries: int = 0
+    group: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,7 @@ def _read_hints(path: Path, name: str, meta: Any) -> Hints:
             raise UserError(
                 f"{where}.{key}: expected a whole number from {least} (found {value!r})"
             )
-    for key in ("pool", "queue"):
+    for key in ("pool", "queue", "group"):
         value = getattr(hints, key)
         if value is not None and not isinstance(value, str):
             raise UserError(f"{where}.{key}: expected a name (found {value!r})")

@@ -135,7 +135,7 @@ def _plan_programs(root: Path) -> list[Program]:
     binaries = Path(sys.executable).parent
     path = {"PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"}
     store = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-    airflow = path | _airflow_environment(root, ports["airflow"])
+    airflow = path | _airflow_environment(root, ports)
     server = ["api-server", "--host", HOST, "--port", str(ports["airflow"])]
     # `airflow standalone` would open its log servers on every network of the machine; with one
     # machine they are not needed, so the parts are started one by one without them.
@@ -185,11 +185,12 @@ def _plan_programs(root: Path) -> list[Program]:
     return programs
 
 
-def _airflow_environment(root: Path, port: int) -> dict[str, str]:
-    home = root / STATE / "airflow"
+def _airflow_environment(root: Path, ports: dict[str, int]) -> dict[str, str]:
+    home, port = root / STATE / "airflow", ports["airflow"]
     return {
         "AIRFLOW_HOME": str(home),
         "FORECART_HOME": str(root),
+        "FORECART_MLFLOW": f"http://{HOST}:{ports['mlflow']}",
         "PYTHONPATH": str(root),
         "AIRFLOW__CORE__DAGS_FOLDER": str(root / "dags"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
@@ -198,6 +199,8 @@ def _airflow_environment(root: Path, port: int) -> dict[str, str]:
         "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
         # The executor starts as many processes, busy or not.
         "AIRFLOW__CORE__PARALLELISM": "4",
+        # Between two stages it looks again this often, in seconds.
+        "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.4",
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://{HOST}:{port}/execution/",
         "AIRFLOW__API__HOST": HOST,
         "AIRFLOW__API__PORT": str(port),

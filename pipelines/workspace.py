@@ -209,31 +209,17 @@ def run_git(folder: Path, *arguments: str) -> str:
 
 def _share_cache(home: Path, folder: Path) -> None:
     """Point a workspace at the checkout's cache and at what else is set for this machine alone."""
-    local = home / ".dvc/config.local"
-    if local.exists():
-        shutil.copyfile(local, folder / ".dvc/config.local")
-    dvc = [shutil.which("dvc", path=_find_binaries()) or "dvc"]
-    found = subprocess.run(
-        [*dvc, "cache", "dir"], cwd=home, capture_output=True, text=True, check=False
-    )
-    if found.returncode:
-        raise UserError(f"{home}: not a DVC project: {found.stderr.strip().splitlines()[-1:]}")
-    cache = found.stdout.strip()
-    done = subprocess.run(
-        [*dvc, "cache", "dir", "--local", cache],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise UserError(f"{folder}: {done.stderr.strip().splitlines()[-1:]}")
+    from dvc.config import Config
 
-
-def _find_binaries() -> str:
-    import sys
-
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if not (home / ".dvc").is_dir():
+        raise UserError(f"{home}: not a DVC project: no folder .dvc")
+    theirs = Config(str(home / ".dvc"))
+    with Config(str(folder / ".dvc")).edit("local") as ours:
+        # DVC resolves relative paths when it reads, and makes them relative to the new place when
+        # it writes; those of committed remotes would lead elsewhere from a workspace.
+        ours.update(theirs.load_one("local"))
+        ours["remote"] = theirs.load_one("repo")["remote"] | ours["remote"]
+        ours["cache"]["dir"] = theirs["cache"].get("dir") or str(home / ".dvc/cache")
 
 
 def _touched(folder: Path) -> float:

@@ -9,6 +9,7 @@ need() { # COMMAND PACKAGE
 }
 need java default-jre-headless
 need chromium chromium
+need chromedriver chromium-driver
 # Debian keeps these off the path.
 ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || missing="$missing postgresql"
 [ -x /usr/sbin/mariadbd ] || missing="$missing mariadb-server"

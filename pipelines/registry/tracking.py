@@ -134,6 +134,33 @@ def _log_dataset(store: MlflowClient, run_id: str, digest: str) -> None:
     store.log_inputs(run_id, [DatasetInput(dataset)])
 
 
+def attach(root: Path, digest: str, files: Sequence[Path]) -> str | None:
+    """Put files beside the newest training run that made a model.
+
+    Args:
+        root: the project's folder.
+        digest: of the model.
+        files: existing ones.
+
+    Returns:
+        The run's address relative to MLflow's pages, or None when no run is known.
+    """
+    store = connect(root)
+    experiment_id = _find_experiment(store, root)
+    found = store.search_runs(
+        [experiment_id],
+        f"tags.`{DIGEST_TAG}` = '{digest}'",
+        max_results=1,
+        order_by=["attributes.start_time DESC"],
+    )
+    if not found:
+        return None
+    run_id = found[0].info.run_id
+    for file in files:
+        store.log_artifact(run_id, str(file))
+    return f"#/experiments/{experiment_id}/runs/{run_id}"
+
+
 def read_revision(root: Path) -> str | None:
     """Return the git commit of the project, or None where there is none."""
     git = shutil.which("git")

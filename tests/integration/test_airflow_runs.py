@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import time
 import urllib.error
@@ -11,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -20,7 +24,7 @@ from tests.integration.test_platform import free_port
 
 DAG = "forecart_train"
 WAITING = ("deferred", "awaiting_input")
-FORM = {"users": 400, "days": 140, "epochs": 1, "device": "cpu", "require_approval": True}
+FORM = {"users": 400, "days": 140, "epochs": 1, "require_approval": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,8 @@ class Airflow:
 
     project: Project
     address: str
+    user: str
+    password: str
     token: str
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -99,7 +105,13 @@ def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Airflow]:
             )
             with urllib.request.urlopen(request, timeout=30) as answer:
                 token = json.loads(answer.read())["access_token"]
-            yield Airflow(project=project, address=address, token=token)
+            yield Airflow(
+                project=project,
+                address=address,
+                user=account["username"],
+                password=account["password"],
+                token=token,
+            )
         finally:
             project.run("forecart", "down")
 
@@ -156,10 +168,82 @@ def test_a_run_is_trained_approved_and_promoted_and_a_second_runs_nothing_again(
     assert read_champion(project) == champion
     assert count_trainings(project) == trainings
 
-    third = airflow.trigger(FORM | {"require_approval": False})
-    assert airflow.await_end(third) == "success", airflow.states(third)
-    assert airflow.states(third)["promotion.promoted"] == "success"
-    assert read_champion(project) == champion
-    assert count_trainings(project) == trainings
-    log = airflow.call("GET", f"dags/{DAG}/dagRuns/{third}/taskInstances/evaluate/logs/1")
+    # A link leads to the report beside the training run.
+    link = airflow.call("GET", f"dags/{DAG}/dagRuns/{first}/taskInstances/commit/links")
+    (address,) = link["extra_links"].values()
+    assert re.search(r"/#/experiments/\d+/runs/\w{32}/artifacts/index.html$", address)
+
+
+BROWSER = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--window-size=1600,1100",
+)  # fmt: skip
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs chromium and chromedriver: make system")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for flag in (*BROWSER, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(flag)
+    service = webdriver.ChromeService(str(shutil.which("chromedriver")))
+    driver = webdriver.Chrome(options=options, service=service)
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def test_a_person_triggers_it_in_the_browser_and_sees_it_go_green(
+    airflow: Airflow, browser: Any
+) -> None:
+    from selenium.common import exceptions
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    # The page draws its parts anew while it loads.
+    passing = (
+        exceptions.NoSuchElementException,
+        exceptions.StaleElementReferenceException,
+        exceptions.ElementNotInteractableException,
+    )
+    wait = WebDriverWait(browser, 60, ignored_exceptions=passing)
+
+    def click(selector: str) -> None:
+        wait.until(lambda b: b.find_element("css selector", selector).click() is None)
+
+    def fill(selector: str, text: str) -> None:
+        wait.until(lambda b: b.find_element("css selector", selector).send_keys(text) is None)
+
+    # The settings of the runs before: nothing is left to compute.
+    trainings = count_trainings(airflow.project)
+    champion = read_champion(airflow.project)
+    browser.get(f"{airflow.address}/dags/{DAG}")
+    fill("input:not([type=password])", airflow.user)
+    fill("input[type=password]", airflow.password)
+    click("button[type=submit]")
+    click("[data-testid=trigger-dag-button]")
+    for field in ("users", "days", "epochs"):
+        fill(f"[name=element_{field}]", str(FORM[field]))
+    # A field is taken over when it is left.
+    click("[name=element_path]")
+    click("[data-testid=trigger-dag-submit]")
+    wait.until(lambda b: "/runs/" in b.current_url)
+    run_id = unquote(browser.current_url.split("/runs/")[1].split("?")[0])
+    click("[aria-label^='Show Graph']")
+    assert airflow.await_end(run_id) == "success", airflow.states(run_id)
+    for node in ("prepare", "data", "models", "judgement", "commit", "promotion"):
+        badge = f"[data-testid=rf__node-{node}] [data-testid=state-badge]"
+        wait.until(lambda b, of=badge: b.find_element("css selector", of).text == "success")
+    if folder := os.environ.get("FORECART_SCREENSHOTS"):
+        browser.save_screenshot(f"{folder}/airflow.png")
+
+    assert airflow.states(run_id)["promotion.promoted"] == "success"
+    assert read_champion(airflow.project) == champion
+    assert count_trainings(airflow.project) == trainings
+    log = airflow.call("GET", f"dags/{DAG}/dagRuns/{run_id}/taskInstances/evaluate/logs/1")
     assert "Running stage" not in json.dumps(log)

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines import workspace
+from pipelines.config import load_params
+from pipelines.errors import UserError
+from pipelines.workspace import RUNS, locate, name_run, prepare
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A checkout with one commit; DVC is set up in it."""
+    from dvc.repo import Repo
+
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    (folder / ".gitignore").write_text("/.forecart/\n/reports/\n")
+    (folder / "code.py").write_text("committed")
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    Repo.init(str(folder)).close()
+    git(folder, "add", "--all")
+    git(folder, "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "start")
+    return folder
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def end(home: Path, run_id: str, *, age: float) -> None:
+    """Let a run be finished, so many seconds ago."""
+    mark = locate(home, run_id) / ".forecart/.finished"
+    mark.touch()
+    moment = time.time() - age
+    os.utime(mark, (moment, moment))
+    os.utime(mark.with_name(".ready"), (moment, moment))
+
+
+@pytest.mark.parametrize(
+    "run_id", ["manual__2025-01-01T00:00:00+00:00", "../../etc", "a b;c", "", "x" * 300, "é.lock"]
+)
+def test_names_are_safe_for_folders_and_branches(run_id: str) -> None:
+    name = name_run(run_id)
+    assert re.fullmatch(r"[A-Za-z0-9_-]{1,80}", name)
+    subprocess.run(["git", "check-ref-format", f"refs/heads/runs/{name}"], check=True)
+
+
+def test_run_ids_that_read_alike_have_names_of_their_own() -> None:
+    assert len({name_run(run_id) for run_id in ("a b", "a:b", "a-b", "x" * 70, "x" * 71)}) == 5
+
+
+def test_a_workspace_has_the_committed_code_and_the_changed_settings(home: Path) -> None:
+    (home / "code.py").write_text("not committed")
+    (home / "champion.json").write_text('{"version": 3}')
+    before = (home / "params.yaml").read_text()
+    changes = {"ingest.simulator.users": 77, "train.epochs": None, "train.device": "cpu"}
+    folder = prepare(home, "one", changes)
+    assert (folder / "code.py").read_text() == "committed"
+    assert (folder / "champion.json").read_text() == '{"version": 3}'
+    params = load_params(folder / "params.yaml")
+    assert (params.ingest.simulator.users, params.train.device) == (77, "cpu")
+    assert params.train.epochs == load_params(home / "params.yaml").train.epochs
+    text = (folder / "params.yaml").read_text()
+    assert "# Every setting of a run." in text
+    assert (home / "params.yaml").read_text() == before
+    assert prepare(home, "one", {"ingest.simulator.users": 88}) == folder
+    assert (folder / "params.yaml").read_text() == text
+
+
+def test_settings_of_the_checkout_that_are_not_committed_count(home: Path) -> None:
+    text = (home / "params.yaml").read_text().replace("users: 6000", "users: 500", 1)
+    (home / "params.yaml").write_text(text)
+    folder = prepare(home, "one", {})
+    assert load_params(folder / "params.yaml").ingest.simulator.users == 500
+
+
+def test_relative_files_stay_those_of_the_checkout(home: Path) -> None:
+    changes = {"ingest.source": "files", "ingest.files.path": "exports/*.csv"}
+    files = load_params(prepare(home, "one", changes) / "params.yaml").ingest.files
+    assert files.path == f"{home}/exports/*.csv"
+    assert files.users is None
+    kept = ("s3://shop/*.csv", "/exports/day.csv")
+    for path in kept:
+        folder = prepare(home, path, changes | {"ingest.files.path": path})
+        assert load_params(folder / "params.yaml").ingest.files.path == path
+
+
+def test_the_cache_is_the_checkouts_and_so_are_other_local_settings(home: Path) -> None:
+    from dvc.config import Config
+
+    (home / ".dvc/config").write_text("['remote \"shared\"']\n    url = ../../shared\n")
+    (home / ".dvc/config.local").write_text("['remote \"store\"']\n    url = ../../backup\n")
+    found = Config(str(prepare(home, "one", {}) / ".dvc"))
+    assert found["cache"]["dir"] == str(home / ".dvc/cache")
+    urls = {name: remote["url"] for name, remote in found["remote"].items()}
+    assert urls == {"shared": str(home.parent / "shared"), "store": str(home.parent / "backup")}
+
+
+def test_a_cache_that_lies_elsewhere_is_found(home: Path) -> None:
+    from dvc.config import Config
+
+    (home / ".dvc/config.local").write_text("[cache]\n    dir = ../../cache\n")
+    found = Config(str(prepare(home, "one", {}) / ".dvc"))
+    assert found["cache"]["dir"] == str(home.parent / "cache")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train.epochs": 0}, "train.epochs"),
+        ({"train.epoch": 2}, "train.epoch"),
+        ({"ingest.until": "tomorrow"}, "ingest.until"),
+    ],
+)
+def test_a_wrong_setting_is_named(home: Path, changes: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        prepare(home, "one", changes)
+
+
+def test_a_half_made_workspace_is_made_anew(home: Path) -> None:
+    folder = prepare(home, "one", {})
+    (folder / ".forecart/.ready").unlink()
+    (folder / "params.yaml").unlink()
+    assert (prepare(home, "one", {}) / "params.yaml").exists()
+
+
+def test_results_are_committed_once_and_the_checkout_is_left_alone(home: Path) -> None:
+    head = git(home, "rev-parse", "HEAD")
+    folder = prepare(home, "one", {"train.epochs": 2})
+    (folder / "reports").mkdir()
+    (folder / "reports/verdict.json").write_text("{}")
+    (folder / "reports/index.html").write_text("large")
+    branch = workspace.commit(home, "one")
+    first = git(home, "rev-parse", branch)
+    assert git(home, "rev-parse", f"{branch}~1") == head
+    changed = git(home, "diff", "--name-only", head, branch).split()
+    assert changed == ["params.yaml", "reports/verdict.json"]
+    assert git(home, "show", f"{branch}:reports/verdict.json") == "{}"
+    assert workspace.commit(home, "one") == branch
+    assert git(home, "rev-parse", branch) == first
+    assert git(home, "status", "--short") == ""
+    assert git(home, "rev-parse", "HEAD") == head
+
+
+def test_the_newest_workspaces_stay_and_all_branches(home: Path) -> None:
+    for age, run_id in enumerate(("new", "older", "oldest")):
+        prepare(home, run_id, {})
+        workspace.commit(home, run_id)
+        end(home, run_id, age=100.0 * age)
+    prepare(home, "running", {})
+    removed = workspace.finish(home, "new", keep=2)
+    assert removed == [name_run("oldest")]
+    left = {path.name for path in (home / RUNS).iterdir()}
+    assert left == {name_run(run_id) for run_id in ("new", "older", "running")}
+    assert len(git(home, "branch", "--list", "runs/*").splitlines()) == 3
+    assert name_run("oldest") not in git(home, "worktree", "list")
+
+
+def test_a_workspace_that_nothing_has_touched_for_a_week_goes(home: Path) -> None:
+    prepare(home, "now", {})
+    lost = prepare(home, "lost", {}) / ".forecart/.ready"
+    moment = time.time() - 8 * 86_400
+    os.utime(lost, (moment, moment))
+    assert workspace.finish(home, "now", keep=5) == [name_run("lost")]
+
+
+def test_without_git_history_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="git worktree"):
+        prepare(tmp_path, "one", {})
+
+
+def test_the_params_are_as_they_were_but_for_the_change(home: Path) -> None:
+    folder = prepare(home, "one", {"ingest.until": "2025-03-01"})
+    before = yaml.safe_load((home / "params.yaml").read_text())
+    after = yaml.safe_load((folder / "params.yaml").read_text())
+    before["ingest"]["until"] = after["ingest"]["until"]
+    assert after == before
