@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines.errors import UserError
 from pipelines.features.store import Sequences, encode_events
+from serving.access import LogAccess
 from serving.batching import Batcher, Overloaded
 from serving.collect import (
     MAX_COLLECTED,
@@ -348,6 +349,7 @@ def _decode_time(event: dict[str, Any]) -> dict[str, Any]:
 # The decorator has made a service of the class. The first one added is the outermost: errors of
 # the limits are shaped as well.
 _service: Any = Forecart
+_service.add_asgi_middleware(LogAccess)
 _service.add_asgi_middleware(ShapeErrors)
 _service.add_asgi_middleware(RequireKey)
 _service.add_asgi_middleware(LimitBody, max_bytes=MAX_BODY_BYTES)
