@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from pipelines.errors import UserError
 from pipelines.features.store import Sequences
 from pipelines.io import digest_directory, read_json
+
+if TYPE_CHECKING:
+    from pipelines.model.predictor import Predictor
 
 GOLDEN_FILE: Final = Path("golden.json")
 MODEL: Final = Path("model")
@@ -51,11 +54,26 @@ def find_difference(folder: Path) -> str | None:
     from pipelines.model.predictor import Predictor
 
     golden = read_json(folder / GOLDEN_FILE)
-    if digest_directory(folder / MODEL) != golden["model"]:
-        return f"{folder / MODEL}: not the model that the golden predictions come from"
+    predictor = Predictor.load(folder / MODEL)
+    return compare_predictions(predictor, golden, digest_directory(folder / MODEL))
+
+
+def compare_predictions(predictor: Predictor, golden: dict[str, Any], digest: str) -> str | None:
+    """Compare a model's predictions with golden ones.
+
+    Args:
+        predictor: the model.
+        golden: content of golden.json.
+        digest: of the model's files.
+
+    Returns:
+        What differs, or None.
+    """
+    if digest != golden["model"]:
+        return "not the model that the golden predictions come from"
     sequences = decode_sequences(golden["sequences"])
     now = np.full(sequences.users, golden["now_us"], dtype=np.int64)
-    predicted = Predictor.load(folder / MODEL).predict(sequences, now)
+    predicted = predictor.predict(sequences, now)
     if set(predicted) != set(golden["expected"]):
         return f"predicts {sorted(predicted)} instead of {sorted(golden['expected'])}"
     for name, values in sorted(golden["expected"].items()):

@@ -48,6 +48,8 @@ def plan_server(directory: Path, *, host: str, port: int) -> tuple[list[str], di
     environment.setdefault("BENTOML_HOME", str(HOME.resolve()))
     # The server changes its folder; events stay in the one that it was started from.
     environment.setdefault("FORECART_STORE", f"sqlite:///{STORE.resolve()}")
+    if environment.get("FORECART_CHAMPION"):
+        environment["FORECART_CHAMPION"] = str(Path(environment["FORECART_CHAMPION"]).resolve())
     Path(environment["BENTOML_HOME"]).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "bentoml", "serve"]
     if (directory / "bento.yaml").is_file():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import bentoml
 import numpy as np
@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines.errors import UserError
 from pipelines.features.store import Sequences, encode_events
-from pipelines.io import digest_directory
+from serving.access import LogAccess
 from serving.batching import Batcher, Overloaded
 from serving.collect import (
     MAX_COLLECTED,
@@ -29,6 +29,7 @@ from serving.collect import (
     summarise,
 )
 from serving.keys import RequireKey
+from serving.metrics import Metrics
 from serving.middleware import DropValidationErrors, LimitBody, ShapeErrors
 from serving.schema import (
     MAX_BODY_BYTES,
@@ -48,6 +49,10 @@ from serving.schema import (
     resolve_now,
 )
 from serving.store import Store, find_url, to_us
+from serving.swap import Loaded, Watcher, find_watched, load
+
+if TYPE_CHECKING:
+    from pipelines.model.predictor import Predictor
 
 MODEL_VARIABLE: Final = "FORECART_MODEL"
 
@@ -81,14 +86,12 @@ class Forecart:
     """Predicts what shoppers do next from their recent events."""
 
     def __init__(self) -> None:
-        # Torch takes seconds to import, and building a Bento imports this module too.
-        from pipelines.model.predictor import Predictor
-
         # BentoML logs every refused request with its text.
         logging.getLogger("bentoml._internal.server.http_app").addFilter(DropValidationErrors())
-        model = find_model()
-        self.predictor = Predictor.load(model)
-        self.digest = digest_directory(model)
+        # Whoever reads it reads it once: a newly promoted model may take its place at any time.
+        self.model = load(find_model())
+        self.metrics = Metrics()
+        self.metrics.show_model(self.model.digest)
         self.batcher = Batcher(
             self._predict_batch, max_items=MAX_USERS, max_waiting=_MAX_WAITING_USERS
         )
@@ -97,6 +100,20 @@ class Forecart:
         self.collector = Batcher(
             self._store_batch, max_items=2 * MAX_COLLECTED, max_waiting=_MAX_WAITING_EVENTS
         )
+        self._watcher: Watcher | None = None
+        watched = find_watched()
+        if watched is not None:
+            path, seconds = watched
+            self._watcher = Watcher(
+                path, current=self.model, take=self._take, metrics=self.metrics, seconds=seconds
+            )
+            self._watcher.start()
+
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    def stop(self) -> None:
+        """Look for no new model any more."""
+        if self._watcher is not None:
+            self._watcher.stop()
 
     @bentoml.api(route="/predict")  # type: ignore[untyped-decorator]  # BentoML is not typed
     async def predict(self, request: PredictRequest, /) -> PredictResponse:
@@ -132,7 +149,7 @@ class Forecart:
             if events
         ]
         if not shoppers:
-            return PredictResponse(model=self.digest, now=now, predictions=[])
+            return PredictResponse(model=self.model.digest, now=now, predictions=[])
         return await self._predict(shoppers, now)
 
     @bentoml.api(route="/events")  # type: ignore[untyped-decorator]
@@ -169,8 +186,13 @@ class Forecart:
             raise BadInput(str(error)) from None
 
     async def _predict(self, shoppers: list[Shopper], now: datetime) -> PredictResponse:
-        predictions = await self._submit(self.batcher, shoppers)
-        return PredictResponse(model=self.digest, now=now, predictions=predictions)
+        told = await self._submit(self.batcher, shoppers)
+        # A call's shoppers are never split, so one model has predicted all of them.
+        predictions = [prediction for _, prediction in told]
+        return PredictResponse(model=told[0][0], now=now, predictions=predictions)
+
+    def _take(self, model: Loaded) -> None:
+        self.model = model
 
     async def _submit(self, batcher: Batcher[Any, Any], items: list[Any]) -> list[Any]:
         try:
@@ -190,31 +212,32 @@ class Forecart:
     def _store_batch(self, rows: list[dict[str, Any]]) -> list[bool]:
         return self._open_store().append(rows)
 
-    def _predict_batch(self, shoppers: list[Shopper]) -> list[Prediction]:
+    def _predict_batch(self, shoppers: list[Shopper]) -> list[tuple[str, Prediction]]:
+        """Predict shoppers; with each the digest of the model that did."""
         from pipelines.model.timeline import Timeline
 
+        model = self.model
+        predictor = model.predictor
         sequences = encode_events(
             [events for _, events, *_ in shoppers], [profile for _, _, profile, *_ in shoppers]
         )
         timeline = Timeline(sequences)
         nows = np.array([to_us(now) for *_, now, _ in shoppers], dtype=np.int64)
         cuts = timeline.cuts(np.arange(len(shoppers)), nows)
-        raw = self.predictor.raw(timeline, cuts)
-        predicted = self.predictor.finish(raw)
+        raw = predictor.raw(timeline, cuts)
+        predicted = predictor.finish(raw)
         days = np.full(len(shoppers), np.nan)
-        if "purchase" in self.predictor.spec.heads.events:
-            days = self.predictor.days_until(raw, "purchase")
+        if "purchase" in predictor.spec.heads.events:
+            days = predictor.days_until(raw, "purchase")
         wanted = [count for *_, count in shoppers]
-        items = self._tell_items(sequences, nows, wanted)
-        kinds = {target.name: target.kind for target in self.predictor.targets}
-        return [
+        items = self._tell_items(predictor, sequences, nows, wanted)
+        kinds = {target.name: target.kind for target in predictor.targets}
+        binary = {name: values for name, values in predicted.items() if kinds[name] == "binary"}
+        self.metrics.count_batch(len(shoppers), binary)
+        predictions = [
             Prediction(
                 user_id=user_id,
-                probabilities={
-                    name: float(values[i])
-                    for name, values in predicted.items()
-                    if kinds[name] == "binary"
-                },
+                probabilities={name: float(values[i]) for name, values in binary.items()},
                 expected_spend={
                     name: float(values[i])
                     for name, values in predicted.items()
@@ -227,9 +250,14 @@ class Forecart:
             )
             for i, (user_id, _, _, now, _) in enumerate(shoppers)
         ]
+        return [(model.digest, prediction) for prediction in predictions]
 
     def _tell_items(
-        self, sequences: Sequences, nows: np.ndarray[Any, Any], wanted: list[int]
+        self,
+        predictor: Predictor,
+        sequences: Sequences,
+        nows: np.ndarray[Any, Any],
+        wanted: list[int],
     ) -> list[list[NextItem]]:
         """Return the items that may come next, for those who want any."""
         from pipelines.model.timeline import Timeline
@@ -240,8 +268,8 @@ class Forecart:
             return told
         timeline = Timeline(sequences.take(rows))
         cuts = timeline.cuts(np.arange(len(rows)), nows[rows])
-        codes, values = self.predictor.next_items(timeline, cuts, max(wanted))
-        names = self.predictor.spec.vocabulary.item_id
+        codes, values = predictor.next_items(timeline, cuts, max(wanted))
+        names = predictor.spec.vocabulary.item_id
         for place, row in enumerate(rows):
             told[row] = [
                 NextItem(item_id=names[code], probability=float(value))
@@ -255,7 +283,9 @@ class Forecart:
         from pipelines.model.explanation import explain
         from pipelines.model.timeline import Timeline, feature_names
 
-        targets = {target.name: target for target in self.predictor.targets}
+        model = self.model
+        predictor = model.predictor
+        targets = {target.name: target for target in predictor.targets}
         if request.target not in targets:
             known = ", ".join(name for name, t in targets.items() if t.kind == "binary")
             raise UserError(f"target {request.target!r} is not one of {known}")
@@ -267,8 +297,8 @@ class Forecart:
         timeline = Timeline(sequences)
         nows = np.array([to_us(now)], dtype=np.int64)
         cuts = timeline.cuts(np.zeros(1, dtype=np.int64), nows)
-        found = explain(self.predictor, timeline, cuts, target)
-        probability = float(self.predictor.predict(sequences, nows)[target.name][0])
+        found = explain(predictor, timeline, cuts, target)
+        probability = float(predictor.predict(sequences, nows)[target.name][0])
         # Effects are on the event; that nobody does anything is its opposite.
         sign = -1.0 if target.event is None else 1.0
         order = np.argsort(-np.abs(found.effect), kind="stable")[:_MAX_EFFECTS]
@@ -276,7 +306,7 @@ class Forecart:
         strongest = np.argsort(-np.abs(features), kind="stable")[:_MAX_EFFECTS]
         names = feature_names()
         return ExplainResponse(
-            model=self.digest,
+            model=model.digest,
             now=now,
             target=target.name,
             probability=probability,
@@ -319,6 +349,7 @@ def _decode_time(event: dict[str, Any]) -> dict[str, Any]:
 # The decorator has made a service of the class. The first one added is the outermost: errors of
 # the limits are shaped as well.
 _service: Any = Forecart
+_service.add_asgi_middleware(LogAccess)
 _service.add_asgi_middleware(ShapeErrors)
 _service.add_asgi_middleware(RequireKey)
 _service.add_asgi_middleware(LimitBody, max_bytes=MAX_BODY_BYTES)

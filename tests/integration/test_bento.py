@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
 
 from pipelines.config import parse_params
 from pipelines.events import EVENT_TYPES
@@ -35,8 +36,10 @@ from pipelines.model.predictor import ModelSpec, Predictor
 from pipelines.model.timeline import feature_names
 from pipelines.model.tokens import Vocabulary
 from pipelines.stages import package
+from serving.metrics import Metrics
 from serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_USERS
 from serving.store import Store, to_us
+from serving.swap import Loaded, Watcher, load
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2025, 3, 1, tzinfo=UTC)
@@ -49,11 +52,11 @@ TARGETS = (
 )
 
 
-def make_predictor() -> Predictor:
+def make_predictor(seed: int = 1) -> Predictor:
     """A model with random weights: small, but with every part of a real one."""
     import torch
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     heads = Heads.for_targets(TARGETS)
     config = NetworkConfig(
         backbone="gpt",
@@ -456,6 +459,10 @@ def test_health_metrics_and_description(service: Service) -> None:
     status, _, metrics = service.ask("GET", "/metrics")
     assert status == 200
     assert b'endpoint="/predict"' in metrics
+    assert b"forecart_batch_users_count" in metrics
+    assert b'forecart_probability_count{target="purchase_14d"}' in metrics
+    digest = service.predict(make_request(1))[1]["model"]
+    assert f'forecart_model_info{{digest="{digest}"}} 1.0'.encode() in metrics
     status, _, description = service.ask("GET", "/docs.json")
     assert status == 200
     document = json.loads(description)
@@ -549,3 +556,102 @@ def test_a_killed_service_loses_no_acknowledged_event(project: Path, tmp_path: P
     kept = [event["event_id"] for events in found for event in events]
     assert len(kept) == len(set(kept))
     assert set(acknowledged) <= set(kept)
+
+
+def promote(root: Path, predictor: Predictor) -> str:
+    """Put a model into a project's cache of champions and name it in champion.json."""
+    partial = root / "partial"
+    partial.mkdir(parents=True)
+    predictor.save(partial)
+    digest = digest_directory(partial)
+    target = root / ".forecart/models" / digest.removeprefix("sha256:")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial.rename(target)
+    write_json(root / "champion.json", {"digest": digest, "version": 1, "verdict": None})
+    return digest
+
+
+def test_a_new_champion_is_taken_without_dropping_a_request(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = tmp_path / "shop"
+    monkeypatch.setenv("FORECART_CHAMPION", str(shop / "champion.json"))
+    monkeypatch.setenv("FORECART_CHAMPION_SECONDS", "0.1")
+    answers: list[tuple[int, str | None]] = []
+    stop = threading.Event()
+
+    def ask(service: Service) -> None:
+        request = make_request(2)
+        while not stop.is_set():
+            try:
+                status, answer = service.predict(request)
+                answers.append((status, answer.get("model")))
+            except (OSError, http.client.HTTPException):
+                answers.append((0, None))
+
+    def wait_for(text: str, service: Service) -> None:
+        deadline = time.monotonic() + 30
+        while text.encode() not in service.ask("GET", "/metrics")[2]:
+            assert time.monotonic() < deadline, service.log.read_text()
+            time.sleep(0.1)
+
+    with start(project / "models/gpt", tmp_path) as service:
+        askers = [threading.Thread(target=ask, args=(service,)) for _ in range(3)]
+        for asker in askers:
+            asker.start()
+        try:
+            time.sleep(0.5)
+            new = promote(shop, make_predictor(seed=2))
+            wait_for('forecart_model_swaps_total{outcome="taken"} 1.0', service)
+            time.sleep(0.5)
+            # A model whose files are not those that were promoted.
+            tampered = shop / ".forecart/models" / ("0" * 64)
+            tampered.mkdir()
+            make_predictor(seed=3).save(tampered)
+            write_json(
+                shop / "champion.json",
+                {"digest": f"sha256:{'0' * 64}", "version": 2, "verdict": None},
+            )
+            wait_for('forecart_model_swaps_total{outcome="refused"} 1.0', service)
+            time.sleep(0.5)
+        finally:
+            stop.set()
+            for asker in askers:
+                asker.join(60)
+        assert "the new model is refused" in service.log.read_text()
+    old = digest_directory(project / "models/gpt")
+    assert len(answers) > 20
+    assert {status for status, _ in answers} == {200}
+    models = [model for _, model in answers]
+    assert models[0] == old
+    assert models[-1] == new
+    assert set(models) == {old, new}
+
+
+def test_a_bento_that_fails_its_golden_predictions_is_not_taken(
+    project: Path, tmp_path: Path
+) -> None:
+    bento = tmp_path / "bento"
+    shutil.copytree(project / "build/bento", bento)
+    other = tmp_path / "other"
+    other.mkdir()
+    make_predictor(seed=2).save(other)
+    serving = load(other)
+    taken: list[Loaded] = []
+    registry = CollectorRegistry()
+    watcher = Watcher(bento, current=serving, take=taken.append, metrics=Metrics(registry))
+    golden = read_json(bento / "src/golden.json")
+    broken = json.loads(json.dumps(golden))
+    broken["expected"]["purchase_14d"][0] += 1e-3
+    write_json(bento / "src/golden.json", broken)
+    watcher.look()
+    watcher.look()
+    assert taken == []
+    counts = [
+        registry.get_sample_value("forecart_model_swaps_total", {"outcome": outcome})
+        for outcome in ("taken", "refused")
+    ]
+    assert counts == [0.0, 1.0]
+    write_json(bento / "src/golden.json", golden)
+    watcher.look()
+    assert [model.digest for model in taken] == [digest_directory(project / "models/gpt")]
