@@ -232,6 +232,20 @@ class Predictor:
             values[collated.rows] = best.values.cpu().numpy()
         return codes, values
 
+    @torch.inference_mode()
+    def embed(self, timeline: Timeline, cuts: Cuts) -> NDArray[np.float32]:
+        """Return what the backbone makes of every history, (M, width x members).
+
+        Shoppers who are alike to the model lie near each other: for look-alikes and clusters.
+        """
+        width = self.spec.network.width
+        result = np.zeros((len(cuts), width * len(self.networks)), dtype=np.float32)
+        for collated in self._iterate(timeline, cuts, features=False):
+            batch = collated.batch.to(self._device)
+            said = [network.at_now(batch, network.encode(batch)) for network in self.networks]
+            result[collated.rows] = torch.cat(said, dim=1).cpu().numpy()
+        return result
+
     @property
     def _device(self) -> torch.device:
         return next(self.network.parameters()).device

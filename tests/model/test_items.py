@@ -120,3 +120,16 @@ def test_days_until_the_event_is_the_median(trained: TrainedModel) -> None:
     assert np.isnan(model.days_until(never, event)).all()
     assert (model.days_until(soon, event) < grid[0]).all()
     assert (model.days_until(soon, event) > 0).all()
+
+
+def test_embeddings_are_of_the_shopper_and_not_of_the_batch(trained: TrainedModel) -> None:
+    rng = np.random.default_rng(9)
+    histories = [make_loyal(rng) for _ in range(12)]
+    timeline = Timeline(encode_events([*histories, histories[0]]))
+    cuts = timeline.cuts(np.arange(13), np.full(13, START + 50 * DAY))
+    found = trained.shipped.embed(timeline, cuts)
+    assert found.shape == (13, TINY.width)
+    assert np.allclose(found[0], found[12], atol=1e-5)
+    alone = trained.shipped.embed(timeline, cuts.take([5]))
+    assert np.allclose(found[5], alone[0], atol=1e-5)
+    assert np.linalg.norm(found[1] - found[2]) > 1e-3
