@@ -76,10 +76,15 @@ def find_model() -> Path:
     return Path(os.environ.get(MODEL_VARIABLE, BUNDLED_MODEL))
 
 
+# Reading a request costs as much as predicting, and comes before the queues of the batches: what is
+# open at once has to be bounded as well, or all wait for seconds and none is refused.
+_MAX_OPEN_REQUESTS: Final = 64
+
+
 @bentoml.service(
     name="forecart",
     workers=1,
-    traffic={"timeout": 30, "max_concurrency": 512},
+    traffic={"timeout": 30, "max_concurrency": _MAX_OPEN_REQUESTS},
     logging={"access": {"enabled": False}},
 )
 class Forecart:

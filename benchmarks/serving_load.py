@@ -1,0 +1,225 @@
+"""How many predictions a second the service answers, beside an empty endpoint of the same server.
+
+    python benchmarks/serving_load.py --model models/gpt
+
+A shopper a request, with 100 events. First as many requests as a few connections can send, one
+after the other (the rated load); then requests at three times that rate, whatever is answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import bentoml
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+NOW = datetime(2025, 3, 1, tzinfo=UTC)
+
+
+@bentoml.service(
+    name="empty",
+    workers=1,
+    traffic={"timeout": 30, "max_concurrency": 512},
+    logging={"access": {"enabled": False}},
+)
+class Empty:
+    """Does nothing, in the same server."""
+
+    @bentoml.api(route="/empty")  # type: ignore[untyped-decorator]
+    async def empty(self) -> dict[str, str]:
+        """Answer."""
+        return {}
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """What came of requests.
+
+    Attributes:
+        statuses: HTTP status -> count; 0 is a connection that failed.
+        seconds: of the answers, by status.
+    """
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+
+    def add(self, status: int, seconds: float) -> None:
+        """Count an answer."""
+        self.statuses[status] += 1
+        self.seconds.setdefault(status, []).append(seconds)
+
+    def describe(self, wall: float) -> str:
+        """Return rate, counts and percentiles by status."""
+        parts = []
+        for status, times in sorted(self.seconds.items()):
+            p50, p99 = np.quantile(times, [0.5, 0.99]) * 1000
+            rate = len(times) / wall
+            parts.append(f"{status}: {rate:.0f}/s, p50 {p50:.1f} ms, p99 {p99:.1f} ms")
+        return "; ".join(parts)
+
+
+async def request(reader: Any, writer: Any, payload: bytes) -> int:
+    """Send a request on an open connection; return the status."""
+    writer.write(payload)
+    await writer.drain()
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    length = int(head.split("content-length:")[1].split("\r\n")[0])
+    await reader.readexactly(length)
+    return int(head.split()[1])
+
+
+async def send_steadily(port: int, payload: bytes, connections: int, seconds: float) -> Seen:
+    """Send the next request on a connection when the last one is answered."""
+    seen = Seen()
+    until = time.perf_counter() + seconds
+
+    async def send() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while (began := time.perf_counter()) < until:
+            seen.add(await request(reader, writer, payload), time.perf_counter() - began)
+        writer.close()
+
+    await asyncio.gather(*(send() for _ in range(connections)))
+    return seen
+
+
+async def send_at_rate(port: int, payload: bytes, rate: float, seconds: float) -> Seen:
+    """Send requests at a rate, whether or not the earlier ones are answered."""
+    seen = Seen()
+    idle: list[tuple[Any, Any]] = []
+
+    async def send() -> None:
+        began = time.perf_counter()
+        try:
+            pair = idle.pop() if idle else await asyncio.open_connection("127.0.0.1", port)
+            status = await asyncio.wait_for(request(*pair, payload), 30)
+            idle.append(pair)
+        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+            status = 0
+        seen.add(status, time.perf_counter() - began)
+
+    began = time.perf_counter()
+    tasks = []
+    for number in range(int(rate * seconds)):
+        await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
+        tasks.append(asyncio.create_task(send()))
+    await asyncio.gather(*tasks)
+    return seen
+
+
+def make_payload(path: str, body: Any) -> bytes:
+    """Return a whole HTTP request."""
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+def make_body(events: int) -> dict[str, Any]:
+    """Return a request for one shopper."""
+    rng = np.random.default_rng(1)
+    minutes = np.sort(rng.integers(1, 60 * 24 * 60, events))[::-1]
+    history = [
+        {
+            "event_type": str(rng.choice(["view", "search", "add_to_cart", "purchase"])),
+            "ts": (NOW - timedelta(minutes=int(m))).isoformat(),
+            "item_id": f"sku-{rng.integers(500)}",
+            "category": f"c{rng.integers(9)}",
+            "price": float(rng.integers(1, 100)),
+        }
+        for m in minutes
+    ]
+    return {"users": [{"user_id": "ada", "events": history}], "now": NOW.isoformat()}
+
+
+@contextmanager
+def serve(service: str, environment: dict[str, str]) -> Iterator[int]:
+    """Serve on a free port until the end of the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [sys.executable, "-m", "bentoml", "serve", service, "--working-dir", str(ROOT)]
+    with tempfile.TemporaryDirectory() as home:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            env=os.environ
+            | {"BENTOML_HOME": home, "BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": str(ROOT)}
+            | environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            _wait(port, process)
+            yield port
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _wait(port: int, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        try:
+            connection.request("GET", "/readyz")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            time.sleep(0.2)
+        finally:
+            connection.close()
+    raise SystemExit("the server did not start")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="a model's folder")
+    parser.add_argument("--events", type=int, default=100, help="of the shopper")
+    parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=15.0, help="of every measurement")
+    options = parser.parse_args()
+    connections, seconds = options.connections, options.seconds
+
+    with serve("benchmarks.serving_load:Empty", {}) as port:
+        payload = make_payload("/empty", {})
+        asyncio.run(send_steadily(port, payload, connections, 2))
+        empty = asyncio.run(send_steadily(port, payload, connections, seconds))
+    print(f"empty endpoint     {empty.describe(seconds)}")
+
+    with serve(
+        "serving.service:Forecart", {"FORECART_MODEL": str(options.model.resolve())}
+    ) as port:
+        payload = make_payload("/predict", make_body(options.events))
+        asyncio.run(send_steadily(port, payload, connections, 2))
+        rated = asyncio.run(send_steadily(port, payload, connections, seconds))
+        print(f"{options.events} events         {rated.describe(seconds)}")
+        print(f"ratio              {rated.statuses[200] / empty.statuses[200]:.2f}")
+        rate = 3 * rated.statuses[200] / seconds
+        began = time.perf_counter()
+        flood = asyncio.run(send_at_rate(port, payload, rate, seconds))
+        # Until the last answer: a backlog must not pass for throughput.
+        wall = time.perf_counter() - began
+    print(f"{rate:.0f}/s offered      {flood.describe(wall)}")
+
+
+if __name__ == "__main__":
+    main()
