@@ -389,9 +389,9 @@ def build(*, require_approval: bool) -> Any:
 
 OPTIONS: dict[str, Any] = {
     "catchup": False,
-    # Runs have workspaces of their own; stages of one run share theirs, and DVC lets one at a time
-    # into it.
-    "max_active_runs": 2,
+    # Runs have workspaces of their own. One that waits for a person counts as active.
+    "max_active_runs": 4,
+    # Stages of one run share its workspace, and DVC lets one at a time into it.
     "max_active_tasks": 1,
     "render_template_as_native_obj": True,
     "tags": ["forecart"],

@@ -36,7 +36,8 @@ _RESULTS: Final = (
 _TAKEN: Final = (PARAMS, "champion.json")
 _READY: Final = ".ready"
 _FINISHED: Final = ".finished"
-_ABANDONED_SECONDS: Final = 7 * 86_400
+# A run may wait for a person for weeks.
+_ABANDONED_SECONDS: Final = 30 * 86_400
 _IDENTITY: Final = ("-c", "user.name=forecart", "-c", "user.email=forecart@localhost")
 
 
@@ -124,7 +125,7 @@ def finish(home: Path, run_id: str, *, keep: int) -> list[str]:
         keep: newest finished workspaces that stay.
 
     Returns:
-        Names of those removed. Unfinished ones go when nothing has touched them for a week.
+        Names of those removed. Unfinished ones go when they were made a month ago.
     """
     folder = locate(home, run_id)
     if folder.exists():

@@ -169,10 +169,10 @@ def test_the_newest_workspaces_stay_and_all_branches(home: Path) -> None:
     assert name_run("oldest") not in git(home, "worktree", "list")
 
 
-def test_a_workspace_that_nothing_has_touched_for_a_week_goes(home: Path) -> None:
+def test_an_unfinished_workspace_goes_after_a_month(home: Path) -> None:
     prepare(home, "now", {})
     lost = prepare(home, "lost", {}) / ".forecart/.ready"
-    moment = time.time() - 8 * 86_400
+    moment = time.time() - 31 * 86_400
     os.utime(lost, (moment, moment))
     assert workspace.finish(home, "now", keep=5) == [name_run("lost")]
 
