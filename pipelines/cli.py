@@ -195,12 +195,14 @@ def serve(
     port: Annotated[int, typer.Option(help="The port to bind.", min=1, max=65535)] = 3000,
 ) -> None:
     """Serve the champion's predictions over HTTP until interrupted."""
-    from pipelines.registry.champion import fetch_champion
+    from pipelines.registry.champion import CHAMPION_FILE, fetch_champion
     from serving.run import serve as act
 
     champion = fetch_champion(Path())
     if champion is None:
         raise UserError("there is no champion to serve; run: forecart promote")
+    # What is promoted next is taken without a restart.
+    os.environ.setdefault("FORECART_CHAMPION", str(CHAMPION_FILE))
     act(champion, host=host, port=port)
 
 

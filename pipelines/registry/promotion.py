@@ -24,6 +24,7 @@ from pipelines.registry.champion import (
     check_files,
     connect,
     describe,
+    fetch_champion,
     find_version,
     read_champion,
     read_digest,
@@ -85,7 +86,10 @@ def promote(root: Path) -> str:
     """
     registry = connect(root)
     with hold_lock(str(registry.tracking_uri), read_name(root), root):
-        return _promote(registry, root)
+        told = _promote(registry, root)
+    # A service that watches champion.json takes the files from there.
+    fetch_champion(root)
+    return told
 
 
 def _promote(registry: MlflowClient, root: Path) -> str:
@@ -128,7 +132,9 @@ def rollback(root: Path) -> str:
     """
     registry = connect(root)
     with hold_lock(str(registry.tracking_uri), read_name(root), root):
-        return _roll_back(registry, root)
+        told = _roll_back(registry, root)
+    fetch_champion(root)
+    return told
 
 
 def _roll_back(registry: MlflowClient, root: Path) -> str:
