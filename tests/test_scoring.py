@@ -46,7 +46,7 @@ def make_predictor() -> Predictor:
         backbone="gpt", width=16, layers=1, heads=2, dropout=0.0, types=len(EVENT_TYPES) + 2,
         categories=2, brands=2, genders=2, regions=2, item_buckets=16, query_buckets=16,
         next_codes=32, features=len(feature_names()), fusion_width=16, events=len(heads.events),
-        bins=len(heads.grid), amounts=len(heads.amounts),
+        bins=len(heads.grid), amounts=len(heads.amounts), items=0,
     )  # fmt: skip
     spec = ModelSpec(
         network=config, vocabulary=Vocabulary(), heads=heads, targets=TARGETS, context=16,
