@@ -12,7 +12,7 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, read_json, write_json
 from pipelines.registry import promotion
-from pipelines.registry.champion import DIGEST_TAG, connect, fetch_champion
+from pipelines.registry.champion import CACHE, DIGEST_TAG, connect, fetch_champion
 from pipelines.registry.tracking import track
 
 DATA = "sha256:" + "d" * 64
@@ -296,6 +296,11 @@ def test_status_tells_roles(root: Path) -> None:
     assert lines[4].split()[2] == "candidate"
 
 
+def forget_fetched(root: Path) -> None:
+    """Leave the registry's files alone, as on a machine that did not promote."""
+    shutil.rmtree(root / CACHE)
+
+
 def test_fetching_gives_the_champions_files(root: Path) -> None:
     assert fetch_champion(root) is None
     one = install(root, "one")
@@ -311,6 +316,7 @@ def test_fetching_gives_the_champions_files(root: Path) -> None:
 
 def test_files_that_were_changed_in_the_registry_are_refused(root: Path) -> None:
     install(root, "one")
+    forget_fetched(root)
     stored = next((root / "mlartifacts").rglob("model.safetensors"))
     stored.write_text("changed")
     with pytest.raises(UserError, match="has changed"):
@@ -320,6 +326,7 @@ def test_files_that_were_changed_in_the_registry_are_refused(root: Path) -> None
 
 def test_a_pickle_in_the_registry_is_refused(root: Path) -> None:
     install(root, "one")
+    forget_fetched(root)
     stored = next((root / "mlartifacts").rglob("model.safetensors"))
     (stored.parent / "model.pkl").write_bytes(b"\x80\x04N.")
     with pytest.raises(UserError, match=r"model\.pkl: a model holds"):
