@@ -119,6 +119,33 @@ def backtest(
     typer.echo(f"{act.format_result(result)}\n\n{len(days)} folds in {act.RESULT}")
 
 
+RunOption = Annotated[str, typer.Option("--run", help="Any name of the run.")]
+RemoteOption = Annotated[str, typer.Option(help="The git remote that the machines share.")]
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(help="A stage of dvc.yaml.")],
+    run: RunOption,
+    remote: RemoteOption = "origin",
+    force: Annotated[bool, typer.Option(help="Also when DVC knows the result.")] = False,
+) -> None:
+    """Run one stage of a run that several machines share, over a git and a DVC remote."""
+    from pipelines import relay
+
+    home = Path().resolve()
+    relay.start(home, run, {}, remote)
+    typer.echo(relay.run_stage(home, run, name, remote, force=force))
+
+
+@app.command()
+def conclude(run: RunOption, remote: RemoteOption = "origin") -> None:
+    """Publish the branch of a run that several machines share, once all its stages are done."""
+    from pipelines import relay
+
+    typer.echo(f"{relay.conclude(Path().resolve(), run, remote)} is on {remote}")
+
+
 @app.command()
 def register() -> None:
     """Put the trained model into the MLflow registry as candidate."""

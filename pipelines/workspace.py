@@ -38,6 +38,7 @@ _READY: Final = ".ready"
 _FINISHED: Final = ".finished"
 # A run may wait for a person for weeks.
 _ABANDONED_SECONDS: Final = 30 * 86_400
+_LOGIN: Final = frozenset({"GIT_ASKPASS", "GIT_SSH", "GIT_SSH_COMMAND", "GIT_SSL_CAINFO"})
 _IDENTITY: Final = ("-c", "user.name=forecart", "-c", "user.email=forecart@localhost")
 
 
@@ -47,9 +48,10 @@ def name_run(run_id: str) -> str:
     return f"{readable}-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}"
 
 
-def locate(home: Path, run_id: str) -> Path:
-    """Return where the workspace of a run is, or will be."""
-    return home.resolve() / RUNS / name_run(run_id)
+def locate(home: Path, run_id: str, stage: str | None = None) -> Path:
+    """Return where the workspace of a run is, or will be; or one of a stage alone."""
+    name = name_run(run_id)
+    return home.resolve() / RUNS / (name if stage is None else f"{name}.{stage}")
 
 
 def prepare(home: Path, run_id: str, changes: Mapping[str, Any]) -> Path:
@@ -70,18 +72,29 @@ def prepare(home: Path, run_id: str, changes: Mapping[str, Any]) -> Path:
     folder = locate(home, run_id)
     if (folder / RUNS.parent / _READY).exists():
         return folder
-    # A half-made one is made anew.
-    remove(home, folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    run_git(home, "worktree", "add", "--quiet", "--detach", str(folder), "HEAD")
+    _add(home, folder, "HEAD")
     for name in _TAKEN:
         if (home / name).exists():
             shutil.copyfile(home / name, folder / name)
-    _share_cache(home, folder)
     write_params(folder / PARAMS, home, changes)
-    (folder / RUNS.parent).mkdir(exist_ok=True)
     (folder / RUNS.parent / _READY).touch()
     return folder
+
+
+def check_out(home: Path, folder: Path, commit: str) -> None:
+    """Make a workspace of a commit, or bring one to it; what git does not track stays.
+
+    Args:
+        home: the project's folder.
+        folder: of the workspace.
+        commit: in the checkout's repository.
+    """
+    home = home.resolve()
+    if (folder / RUNS.parent / _READY).exists():
+        run_git(folder, "checkout", "--quiet", "--force", "--detach", commit)
+        return
+    _add(home, folder, commit)
+    (folder / RUNS.parent / _READY).touch()
 
 
 def environment(home: Path, folder: Path) -> dict[str, str]:
@@ -106,14 +119,19 @@ def commit(home: Path, run_id: str) -> str:
     found = [name for name in _RESULTS if (folder / name).exists()]
     run_git(folder, "add", "--force", "--", *found)
     if run_git(folder, "diff", "--cached", "--name-only"):
-        run_git(
-            folder,
-            *_IDENTITY,
-            *("-c", "commit.gpgsign=false", "commit", "--quiet", "--no-verify"),
-            *("--message", f"Run {run_id}"),
-        )
+        commit_index(folder, f"Run {run_id}")
     run_git(folder, "branch", "--force", branch, "HEAD")
     return branch
+
+
+def commit_index(folder: Path, message: str, *options: str) -> None:
+    """Commit what is staged in a workspace."""
+    run_git(
+        folder,
+        *_IDENTITY,
+        *("-c", "commit.gpgsign=false", "commit", "--quiet", "--no-verify"),
+        *("--message", message, *options),
+    )
 
 
 def finish(home: Path, run_id: str, *, keep: int) -> list[str]:
@@ -197,15 +215,30 @@ def run_git(folder: Path, *arguments: str) -> str:
     git = shutil.which("git")
     if git is None:
         raise UserError("git is not installed; workspaces of runs need it")
-    # A hook or a caller's variable must not lead git elsewhere.
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    # A hook or a caller's variable must not lead git elsewhere, and DVC's hooks would check out
+    # or push everything. How to log in to a remote is the caller's to say; nobody can be asked.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k in _LOGIN}
     done = subprocess.run(
-        [git, *arguments], cwd=folder, env=clean, capture_output=True, text=True, check=False
+        [git, "-c", f"core.hooksPath={os.devnull}", *arguments],
+        cwd=folder,
+        env={"GIT_TERMINAL_PROMPT": "0"} | clean,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         raise UserError(f"git {' '.join(arguments[:2])} in {folder}: {lines[-1]}")
     return done.stdout
+
+
+def _add(home: Path, folder: Path, commit: str) -> None:
+    """Make a workspace; a half-made one is made anew. The caller marks it as ready."""
+    remove(home, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    run_git(home, "worktree", "add", "--quiet", "--detach", str(folder), commit)
+    _share_cache(home, folder)
+    (folder / RUNS.parent).mkdir(exist_ok=True)
 
 
 def _share_cache(home: Path, folder: Path) -> None:
