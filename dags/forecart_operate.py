@@ -3,6 +3,7 @@
 Variables of the environment that matter:
     FORECART_HOME: the project's folder; by default the one that this file lies in.
     FORECART_DEPLOY: what to run when there is a new champion, as a JSON list of arguments.
+    FORECART_GIT_REMOTE: set where workers share no disk; see forecart_train.py.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ def deploy() -> None:
 
     It may be run again for the same champion, so it has to be one that may.
     """
+    if os.environ.get("FORECART_GIT_REMOTE"):
+        # Another worker may have promoted it.
+        code = Command(f"{HOME}:status").run(["forecart", "status"], HOME, {})
+        if code:
+            raise AirflowException(f"forecart status ended with code {code}")
     champion = json.loads((HOME / "champion.json").read_text())
     text = os.environ.get("FORECART_DEPLOY")
     if not text:

@@ -7,6 +7,8 @@ Variables of the environment that matter:
     FORECART_POOLS: names of the Airflow pools that exist, with commas between them. A stage
         whose hint names another pool runs in the default one, because Airflow never starts a
         task whose pool is missing, and says so in the scheduler's log alone.
+    FORECART_GIT_REMOTE: name of the git remote over which workers that share no disk pass a run
+        on to each other, beside DVC's default remote; empty where all share FORECART_HOME.
     FORECART_KEEP_RUNS: workspaces of finished runs that stay, 5 by default.
     FORECART_MLFLOW: address of MLflow's pages, for links to them.
     FORECART_SCHEDULE: cron expression of the retraining, "0 3 * * *" by default.
@@ -39,17 +41,20 @@ from airflow.sdk import (
 )
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-from pipelines import workspace
+from pipelines import relay, workspace
 from pipelines.errors import UserError
 from pipelines.graph import Hints, Stage, load_graph
 from pipelines.processes import Command
 
 HOME = Path(os.environ.get("FORECART_HOME") or Path(__file__).resolve().parents[1])
 POOLS = frozenset(filter(None, os.environ.get("FORECART_POOLS", "").split(",")))
+REMOTE = os.environ.get("FORECART_GIT_REMOTE", "")
 KEEP_RUNS = int(os.environ.get("FORECART_KEEP_RUNS", "5"))
 MLFLOW = os.environ.get("FORECART_MLFLOW", "").rstrip("/")
 SCHEDULE = os.environ.get("FORECART_SCHEDULE", "0 3 * * *")
 RETRY_DELAY = timedelta(seconds=10)
+# What `forecart promote` reads of a run.
+PROMOTED = ("models/gpt", "reports/verdict.json")
 
 # Whoever collects events says so here: POST /api/v2/assets/events.
 EVENTS = Asset("events", uri="forecart://events")
@@ -159,11 +164,14 @@ class StageOperator(BaseOperator):
         """
         home = Path(self.home)
         folder = workspace.locate(home, context["run_id"])
-        command = ["dvc", "repro", "--single-item", self.stage]
+        command, place = ["dvc", "repro", "--single-item", self.stage], folder
+        if REMOTE:
+            run = ["--run", context["run_id"], "--remote", REMOTE]
+            command, place = ["forecart", "stage", self.stage, *run], home
         if context["params"]["force"]:
             command.append("--force")
         self._command = Command(f"{folder}:{self.stage}")
-        code = self._command.run(command, folder, workspace.environment(home, folder))
+        code = self._command.run(command, place, workspace.environment(home, place))
         if code:
             raise AirflowException(f"stage {self.stage} ended with code {code}")
 
@@ -202,12 +210,25 @@ def prepare(run_id: str, params: dict[str, Any]) -> str:
     """Make the run's workspace, with the settings of the form in its `params.yaml`."""
     changes = {key: params[field] for field, key in SETTINGS.items()}
     try:
+        if REMOTE:
+            # Another worker may have promoted the champion.
+            follow_registry(HOME)
+            relay.start(HOME, run_id, changes, REMOTE)
+            return f"{relay.REFS}{workspace.name_run(run_id)} on {REMOTE}"
         folder = workspace.prepare(HOME, run_id, changes)
     except UserError as error:
         # Trying again would find the same mistake.
         raise AirflowFailException(str(error)) from None
     print(f"workspace {folder}")
     return str(folder)
+
+
+def follow_registry(folder: Path) -> None:
+    """Bring the checkout's champion.json up to date with the registry."""
+    command = Command(f"{folder}:status")
+    code = command.run(["forecart", "status"], HOME, workspace.environment(HOME, folder))
+    if code:
+        raise AirflowException(f"forecart status ended with code {code}")
 
 
 class ResultLink(BaseOperatorLink):
@@ -238,7 +259,7 @@ class CommitOperator(BaseOperator):
         """Commit; a second time nothing happens."""
         home, run_id = Path(self.home), context["run_id"]
         folder = workspace.locate(home, run_id)
-        branch = workspace.commit(home, run_id)
+        branch = relay.conclude(home, run_id, REMOTE) if REMOTE else workspace.commit(home, run_id)
         path = folder / "reports/verdict.json"
         verdict = json.loads(path.read_text()) if path.exists() else {"passed": False, "checks": []}
         for check in verdict["checks"]:
@@ -290,15 +311,14 @@ def verdict(result: dict[str, Any], params: dict[str, Any]) -> str:
 def promote(run_id: str) -> str:
     """Make the model champion; the registry decides when two runs want to at once."""
     folder = workspace.locate(HOME, run_id)
+    if REMOTE:
+        relay.fetch(HOME, run_id, REMOTE, PROMOTED)
     variables = workspace.environment(HOME, folder)
     command = Command(f"{folder}:promote")
     code = command.run(["forecart", "promote"], folder, variables)
     if code:
         raise AirflowException(f"forecart promote ended with code {code}")
-    # The checkout's champion.json follows the registry.
-    code = command.run(["forecart", "status"], HOME, variables)
-    if code:
-        raise AirflowException(f"forecart status ended with code {code}")
+    follow_registry(folder)
     return "promoted"
 
 
@@ -311,6 +331,8 @@ def outcome(run_id: str, ti: Any = None) -> str:
     promoted = ti.xcom_pull(task_ids="promotion.promote")
     for name in workspace.finish(HOME, run_id, keep=KEEP_RUNS):
         print(f"removed workspace {name}; its branch stays")
+    if REMOTE:
+        relay.end(HOME, run_id, REMOTE)
     if promoted:
         return "promotion.promoted"
     if not result["passed"]:
@@ -391,8 +413,9 @@ OPTIONS: dict[str, Any] = {
     "catchup": False,
     # Runs have workspaces of their own. One that waits for a person counts as active.
     "max_active_runs": 4,
-    # Stages of one run share its workspace, and DVC lets one at a time into it.
-    "max_active_tasks": 1,
+    # Stages of one run share its workspace, and DVC lets one at a time into it; on machines that
+    # share nothing each has its own.
+    "max_active_tasks": 4 if REMOTE else 1,
     "render_template_as_native_obj": True,
     "tags": ["forecart"],
 }

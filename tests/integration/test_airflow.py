@@ -143,6 +143,36 @@ def test_it_runs_offline_and_again_only_when_forced(airflow_home: Path, project:
     assert len(branches) == 3
 
 
+def test_workers_may_share_no_disk(airflow_home: Path, project: Path, tmp_path: Path) -> None:
+    """Remotes of git and DVC take the place of the folder; one machine stands for all."""
+    remote, store = tmp_path / ".forecart/remote.git", tmp_path / ".forecart/store"
+    dvc = [
+        sys.executable,
+        "-m",
+        "dvc",
+        "remote",
+        "add",
+        "--quiet",
+        "--default",
+        "store",
+        str(store),
+    ]
+    subprocess.run(dvc, cwd=project, check=True, env=environment(project, project))
+    save(project)
+    git(project, "init", "--quiet", "--bare", str(remote))
+    git(project, "remote", "add", "origin", str(remote))
+    home = {"FORECART_GIT_REMOTE": "origin", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db"}
+    code = RUN.format(confs=[{"epochs": 3}])
+    out = run_airflow(airflow_home, project, "-c", code, **home).stdout
+    assert "STATES success" in out
+    assert "the first speaks" in out
+    # One branch with the results; nothing else of the run is left on the remote or here.
+    (branch,) = git(remote, "for-each-ref", "--format=%(refname)").split()
+    assert "c.txt" in git(remote, "show", f"{branch}:dvc.lock")
+    assert "epochs: 3" in git(remote, "show", f"{branch}:params.yaml")
+    assert [path.name for path in (project / ".forecart/runs").iterdir()] == [branch.split("/")[-1]]
+
+
 def test_the_form_changes_the_params_of_its_run_alone(airflow_home: Path, project: Path) -> None:
     before = (project / "params.yaml").read_text()
     conf = {"users": 77, "epochs": 3, "until": "2025-03-01", "device": "cpu"}
