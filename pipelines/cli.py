@@ -44,8 +44,8 @@ STAGES = {
     "train": "Train, calibrate and refit the behaviour model.",
     "baselines": "Fit what the model must beat.",
     "evaluate": "Compare all models out of time; write the report.",
+    "package": "Build the Bento, check and measure it.",
     "gate": "Decide whether the candidate may become champion.",
-    "package": "Build the Bento and check it.",
 }
 
 app = typer.Typer(

@@ -346,6 +346,8 @@ class Gate(Section):
     ece_tolerance: Share = 0.01
     slice_margin: Share = 0.02
     max_drifted_share: Share = 0.5
+    max_latency_ms: Annotated[float, Field(gt=0)] = 200.0
+    max_size_mb: Annotated[float, Field(gt=0)] = 100.0
 
 
 class Package(Section):

@@ -48,6 +48,7 @@ class Check:
 def decide(
     evaluation: dict[str, Any],
     validation: dict[str, Any],
+    package: dict[str, Any],
     policy: Gate,
     *,
     candidate: str,
@@ -65,6 +66,7 @@ def decide(
     Args:
         evaluation: reports/evaluation.json.
         validation: reports/validation.json.
+        package: reports/package.json.
         policy: the ``gate`` section.
         candidate: digest of the candidate's files.
         champion: digest of the present champion's files, or None.
@@ -97,6 +99,7 @@ def decide(
             checks.append(_check_best_baseline(target, policy))
         else:
             checks.append(_check_champion(target, policy, same=candidate == champion))
+    checks += _check_package(package, policy, candidate=candidate)
     return {
         "passed": all(check.passed for check in checks),
         "checks": [asdict(check) for check in checks],
@@ -244,6 +247,32 @@ def _check_drift(evaluation: dict[str, Any], policy: Gate) -> Check:
         if share is None
         else f"{share:.0%} of {drift['features']} features shifted much since training "
         f"(most: {worst}); {policy.max_drifted_share:.0%} are allowed",
+    )
+
+
+def _check_package(package: dict[str, Any], policy: Gate, *, candidate: str) -> Iterator[Check]:
+    """Is what would be shipped quick and small enough?"""
+    measured = package if package.get("model") == candidate else {}
+    missing = "the packaged model was not measured, or another one was"
+    latency, size = measured.get("p99_at_most_ms"), measured.get("size_mb")
+    yield Check(
+        name="latency",
+        passed=latency is not None and latency <= policy.max_latency_ms,
+        value=latency,
+        limit=policy.max_latency_ms,
+        why=missing
+        if latency is None
+        else f"one shopper with 100 events takes at most {latency:g} ms (99th percentile); "
+        f"{policy.max_latency_ms:g} ms are allowed",
+    )
+    yield Check(
+        name="size",
+        passed=size is not None and size <= policy.max_size_mb,
+        value=size,
+        limit=policy.max_size_mb,
+        why=missing
+        if size is None
+        else f"the Bento has {size:g} MB; {policy.max_size_mb:g} MB are allowed",
     )
 
 

@@ -1,4 +1,4 @@
-"""Stage gate: evaluation, validation and champion -> reports/verdict.json."""
+"""Stage gate: evaluation, validation, package and champion -> reports/verdict.json."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def run(params: Params, root: Path = Path()) -> str:
     verdict = decide(
         read_json(root / REPORTS / "evaluation.json"),
         read_json(root / REPORTS / "validation.json"),
+        read_json(root / REPORTS / "package.json"),
         params.gate,
         candidate=digest_directory(root / MODEL),
         champion=read_champion(root).digest,

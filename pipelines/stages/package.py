@@ -1,4 +1,4 @@
-"""Stage package: the model, what serves it and what it needs -> build/bento.
+"""Stage package: the model, what serves it and what it needs -> build/bento, measured.
 
 The Bento is built and checked by processes of their own, as BentoML keeps global state and as
 only a fresh process shows that the Bento holds all it needs.
@@ -6,6 +6,7 @@ only a fresh process shows that the Bento holds all it needs.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 MODEL: Final = Path("models/gpt")
 FEATURES: Final = Path("data/features")
 BENTO: Final = Path("build/bento")
+REPORT: Final = Path("reports/package.json")
 
 # What a prediction runs; the check of the golden predictions fails if something is missing.
 SOURCES: Final = (
@@ -56,10 +58,10 @@ _EPOCH: Final = "1970-01-01T00:00:00+00:00"
 
 
 def run(params: Params, root: Path = Path()) -> str:
-    """Build the Bento, check its golden predictions and put it in place.
+    """Build the Bento, check its golden predictions, measure it and put it in place.
 
     Args:
-        params: the ``package`` section is read.
+        params: the ``package`` section and ``gate.max_latency_ms`` are read.
         root: the project's folder.
 
     Raises:
@@ -90,11 +92,32 @@ def run(params: Params, root: Path = Path()) -> str:
             shutil.copytree(built, partial, dirs_exist_ok=True)
             _normalise(partial)
             _run(["serving.golden"], folder=partial / "src", environment={})
-    size = sum(p.stat().st_size for p in (root / BENTO).rglob("*") if p.is_file())
+            times = json.loads(_run(["serving.measure"], folder=partial / "src", environment={}))
+    size = sum(p.stat().st_size for p in (root / BENTO).rglob("*") if p.is_file()) / 1e6
+    limit = params.gate.max_latency_ms
+    write_json(root / REPORT, describe(digest, size, times["p99_ms"], limit))
     return (
-        f"built {params.package.name}:{version} ({size / 1e6:.1f} MB), golden predictions of "
-        f"{users} shoppers reproduced; see {root / BENTO}"
+        f"built {params.package.name}:{version} ({size:.1f} MB), golden predictions of {users} "
+        f"shoppers reproduced, one shopper takes {times['p50_ms']:.1f} ms (99th percentile "
+        f"{times['p99_ms']:.1f} ms); see {root / BENTO}"
     )
+
+
+def describe(digest: str, size_mb: float, p99_ms: float, limit_ms: float) -> dict[str, Any]:
+    """Return reports/package.json.
+
+    Two measurements differ where equal inputs have to give equal bytes, so the time is told as a
+    bound: the next of 20, 50, 100, 200, 500 ... ms, or the limit if that is nearer.
+
+    Args:
+        digest: of the model.
+        size_mb: of the Bento without the packages that it installs.
+        p99_ms: 99th percentile of the time for one shopper.
+        limit_ms: what the gate allows.
+    """
+    steps = [20.0, *(m * 10.0**k for k in range(1, 8) for m in (5, 10, 20)), limit_ms]
+    bound = min(step for step in steps if step >= p99_ms)
+    return {"model": digest, "size_mb": round(size_mb, 2), "p99_at_most_ms": bound}
 
 
 def plan_bento(name: str, digest: str) -> dict[str, Any]:
@@ -281,8 +304,11 @@ def _normalise(bento: Path) -> None:
     write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
-def _run(module: list[str], *, folder: Path, environment: dict[str, str]) -> None:
+def _run(module: list[str], *, folder: Path, environment: dict[str, str]) -> str:
     """Run a Python module in a folder whose packages come first.
+
+    Returns:
+        What it printed.
 
     Raises:
         RuntimeError: it fails; with the end of what it wrote.
@@ -299,3 +325,4 @@ def _run(module: list[str], *, folder: Path, environment: dict[str, str]) -> Non
     if result.returncode != 0:
         output = (result.stderr or result.stdout).strip()[-2000:]
         raise RuntimeError(f"{' '.join(module[:2])} failed: {output}")
+    return result.stdout

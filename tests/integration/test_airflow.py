@@ -291,7 +291,7 @@ def test_its_edges_are_the_graphs(airflow_home: Path) -> None:
     graph = load_graph(ROOT / "dvc.yaml")
     assert [e for e in edges if set(graph.stages).issuperset(e)] == sorted(graph.edges)
     assert ("prepare", "fingerprint") in edges
-    assert ("package", "commit") in edges
+    assert ("gate", "commit") in edges
     assert "DOCS True" in out
 
 

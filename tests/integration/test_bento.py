@@ -253,6 +253,36 @@ def test_equal_inputs_give_equal_bytes(project: Path, tmp_path: Path) -> None:
     assert digest_directory(other / "build/bento") == digest_directory(project / "build/bento")
 
 
+SLOWER = """
+
+_predict = Predictor.predict
+
+
+def _predict_slowly(*arguments, **options):
+    import time
+
+    time.sleep(0.025)
+    return _predict(*arguments, **options)
+
+
+Predictor.predict = _predict_slowly
+"""
+
+
+def test_a_packaged_model_that_is_slow_is_measured_as_one(project: Path, tmp_path: Path) -> None:
+    report = read_json(project / "reports/package.json")
+    assert report["model"] == digest_directory(project / "models/gpt")
+    assert 0 < report["size_mb"] < 5
+    assert report["p99_at_most_ms"] <= 200
+    source = tmp_path / "src"
+    shutil.copytree(project / "build/bento/src", source)
+    with (source / "pipelines/model/predictor.py").open("a") as file:
+        file.write(SLOWER)
+    times = json.loads(package._run(["serving.measure"], folder=source, environment={}))
+    assert times["p50_ms"] > 25
+    assert package.describe("", 1.0, times["p99_ms"], 20.0)["p99_at_most_ms"] > 20
+
+
 def test_a_bento_that_predicts_something_else_is_refused(project: Path, tmp_path: Path) -> None:
     source = tmp_path / "src"
     shutil.copytree(project / "build/bento/src", source)

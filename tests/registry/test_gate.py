@@ -16,6 +16,7 @@ from pipelines.stages import gate as stage
 POLICY = Gate()
 CANDIDATE, CHAMPION, DATA = "sha256:" + "a" * 64, "sha256:" + "c" * 64, "sha256:" + "d" * 64
 VALID = {"passed": True}
+PACKAGE = {"model": CANDIDATE, "size_mb": 2.0, "p99_at_most_ms": 20.0}
 
 
 def interval(value: float, width: float = 0.01) -> dict[str, float]:
@@ -63,12 +64,19 @@ def judge(
     evaluation: dict[str, Any],
     *,
     validation: dict[str, Any] = VALID,
+    package: dict[str, Any] = PACKAGE,
     policy: Gate = POLICY,
     champion: str | None = None,
     candidate: str = CANDIDATE,
 ) -> dict[str, Any]:
     verdict = decide(
-        evaluation, validation, policy, candidate=candidate, champion=champion, data=DATA
+        evaluation,
+        validation,
+        package,
+        policy,
+        candidate=candidate,
+        champion=champion,
+        data=DATA,
     )
     json.dumps(verdict, allow_nan=False)
     assert all(
@@ -100,6 +108,8 @@ def test_a_first_model_as_good_as_the_best_baseline_passes() -> None:
         "beats_majority",
         "beats_recency",
         "not_worse_than_best_baseline",
+        "latency",
+        "size",
     ]
 
 
@@ -114,7 +124,7 @@ def test_the_margin_holds_against_the_best_baseline_by_interval(gain: float, pas
 def test_the_best_baseline_is_the_one_that_counts() -> None:
     verdict = judge(make_evaluation(lightgbm=0.05, logistic=-0.05))
     assert failed(verdict) == ["not_worse_than_best_baseline"]
-    assert "logistic" in verdict["checks"][-1]["why"]
+    assert "logistic" in verdict["checks"][-3]["why"]
 
 
 @pytest.mark.parametrize("rule", ["majority", "recency"])
@@ -127,7 +137,7 @@ def test_where_less_is_better_the_sign_is_turned() -> None:
     assert judge(make_evaluation(), policy=policy)["passed"]
     verdict = judge(make_evaluation(lightgbm=-0.05), policy=policy)
     assert failed(verdict) == ["not_worse_than_best_baseline"]
-    assert "lightgbm" in verdict["checks"][-1]["why"]
+    assert "lightgbm" in verdict["checks"][-3]["why"]
 
 
 @pytest.mark.parametrize("metric", ["roc_auc", "log_loss"])
@@ -197,7 +207,7 @@ def test_a_champion_that_was_not_scored_fails() -> None:
 def test_the_champion_itself_passes_again() -> None:
     verdict = judge(make_evaluation(), champion=CANDIDATE)
     assert verdict["passed"]
-    assert verdict["checks"][-1]["why"] == "the candidate is the champion"
+    assert verdict["checks"][-3]["why"] == "the candidate is the champion"
 
 
 @pytest.mark.parametrize("target", ["search_14d", "spend_14d"])
@@ -206,9 +216,9 @@ def test_a_target_that_cannot_be_judged_fails_with_the_way_out(target: str) -> N
     evaluation["omitted"] = [{"name": "search_14d", "why": "no search events"}]
     verdict = judge(evaluation, policy=Gate(primary_target=target))
     assert failed(verdict) == ["primary_target"]
-    assert "gate.primary_target" in verdict["checks"][-1]["why"]
+    assert "gate.primary_target" in verdict["checks"][-3]["why"]
     if target == "search_14d":
-        assert "no search events" in verdict["checks"][-1]["why"]
+        assert "no search events" in verdict["checks"][-3]["why"]
 
 
 @pytest.mark.parametrize("part", ["gpt", "lightgbm", "pairs"])
@@ -242,7 +252,9 @@ def test_the_stage_writes_the_verdict(tmp_path: Path) -> None:
         stage.run(params, tmp_path)
     write_json(tmp_path / "reports/evaluation.json", make_evaluation())
     write_json(tmp_path / "reports/validation.json", VALID)
-    assert "passed 10 checks" in stage.run(params, tmp_path)
+    digest = digest_directory(tmp_path / "models/gpt")
+    write_json(tmp_path / "reports/package.json", PACKAGE | {"model": digest})
+    assert "passed 12 checks" in stage.run(params, tmp_path)
     verdict = json.loads((tmp_path / "reports/verdict.json").read_text())
     assert verdict["candidate"] == digest_directory(tmp_path / "models/gpt")
     assert verdict["data"] == digest_directory(tmp_path / "data/features")
@@ -266,7 +278,7 @@ def make_group(high: float, rows: int = 1000) -> dict[str, Any]:
 def test_a_group_that_surely_loses_fails(groups: dict[str, Any], passed: bool) -> None:
     evaluation = make_evaluation()
     evaluation["targets"]["purchase_14d"]["slices"] = groups
-    verdict = decide(evaluation, VALID, POLICY, candidate=CANDIDATE, champion=None, data=DATA)
+    verdict = judge(evaluation)
     (check,) = [c for c in verdict["checks"] if c["name"] == "slices"]
     assert check["passed"] is passed
     assert verdict["passed"] is passed
@@ -277,6 +289,26 @@ def test_a_group_that_surely_loses_fails(groups: dict[str, Any], passed: bool) -
 def test_shifted_inputs_fail(share: float | None, passed: bool) -> None:
     evaluation = make_evaluation()
     evaluation["drift"]["share"] = share
-    verdict = decide(evaluation, VALID, POLICY, candidate=CANDIDATE, champion=None, data=DATA)
+    verdict = judge(evaluation)
     (check,) = [c for c in verdict["checks"] if c["name"] == "drift"]
     assert check["passed"] is verdict["passed"] is passed
+
+
+@pytest.mark.parametrize(
+    ("package", "names"),
+    [
+        ({"p99_at_most_ms": 200.0, "size_mb": 100.0}, []),
+        ({"p99_at_most_ms": 500.0}, ["latency"]),
+        ({"size_mb": 100.01}, ["size"]),
+        ({"model": CHAMPION}, ["latency", "size"]),
+    ],
+)
+def test_a_model_too_slow_or_too_big_to_ship_fails(
+    package: dict[str, Any], names: list[str]
+) -> None:
+    verdict = judge(make_evaluation(), package=PACKAGE | package)
+    assert failed(verdict) == names
+    told = {c["name"]: c["why"] for c in verdict["checks"]}
+    if names == ["latency"]:
+        assert "at most 500 ms" in told["latency"]
+    assert failed(judge(make_evaluation(), package={})) == ["latency", "size"]

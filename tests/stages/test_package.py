@@ -10,7 +10,7 @@ import pytest
 from pipelines.config import parse_params
 from pipelines.errors import UserError
 from pipelines.features.store import encode_events
-from pipelines.stages.package import encode_sequences, pin_requirements, run, shorten
+from pipelines.stages.package import describe, encode_sequences, pin_requirements, run, shorten
 from serving.golden import decode_sequences
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,3 +71,12 @@ def test_golden_histories_keep_the_last_events_and_survive_json() -> None:
         np.testing.assert_array_equal(getattr(back, name), getattr(expected, name), err_msg=name)
         assert getattr(back, name).dtype == getattr(expected, name).dtype
     assert back.signup_ts.tolist() == everyone.signup_ts[:2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("p99", "limit", "bound"),
+    [(4.2, 200.0, 20.0), (20.1, 200.0, 50.0), (120.0, 150.0, 150.0), (151.0, 150.0, 200.0)],
+)
+def test_a_measured_time_is_told_as_a_bound(p99: float, limit: float, bound: float) -> None:
+    told = describe("sha256:0", 1.234, p99, limit)
+    assert told == {"model": "sha256:0", "size_mb": 1.23, "p99_at_most_ms": bound}
