@@ -1,8 +1,8 @@
 """How long a packaged model takes for one shopper.
 
-`python -m serving.measure`, run in a Bento's source folder, encodes and predicts one shopper with
-100 made-up events again and again, with the model and the code that lie there, and prints the
-median and the 99th percentile in milliseconds as JSON.
+`python -m serving.measure`, run in a Bento's source folder, checks the golden predictions, then
+encodes and predicts one shopper with 100 made-up events again and again, with the model and the
+code that lie there, and prints the median and the 99th percentile in milliseconds as JSON.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 
 from pipelines.events import EVENT_TYPES
 from pipelines.features.store import encode_events
-from serving.golden import MODEL
+from serving import golden
 
 EVENTS: Final = 100
 _WARM_UP: Final = 20
-_ROUNDS: Final = 5
+_ROUNDS: Final = 10
 _CALLS: Final = 40
 _HOUR_US: Final = 3_600_000_000
 
@@ -73,10 +73,12 @@ def measure(predict: Callable[[], object]) -> dict[str, float]:
 
 
 def main() -> int:
-    """Measure the model in the current folder."""
+    """Check and measure the model in the current folder."""
+    if code := golden.main():
+        return code
     from pipelines.model.predictor import Predictor
 
-    predictor = Predictor.load(MODEL)
+    predictor = Predictor.load(golden.MODEL)
     history = make_history()
     now = np.array([EVENTS * _HOUR_US], dtype=np.int64)
     print(json.dumps(measure(lambda: predictor.predict(encode_events([history]), now))))

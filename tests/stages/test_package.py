@@ -75,7 +75,7 @@ def test_golden_histories_keep_the_last_events_and_survive_json() -> None:
 
 @pytest.mark.parametrize(
     ("p99", "limit", "bound"),
-    [(4.2, 200.0, 20.0), (20.1, 200.0, 50.0), (120.0, 150.0, 150.0), (151.0, 150.0, 200.0)],
+    [(4.2, 200.0, 100.0), (4.2, 20.0, 20.0), (120.0, 150.0, 150.0), (151.0, 150.0, 200.0)],
 )
 def test_a_measured_time_is_told_as_a_bound(p99: float, limit: float, bound: float) -> None:
     told = describe("sha256:0", 1.234, p99, limit)
