@@ -22,7 +22,7 @@ from serving import golden
 
 EVENTS: Final = 100
 _WARM_UP: Final = 20
-_ROUNDS: Final = 10
+_ROUNDS: Final = 5
 _CALLS: Final = 40
 _HOUR_US: Final = 3_600_000_000
 
