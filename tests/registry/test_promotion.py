@@ -203,6 +203,7 @@ WRITES = (
     "create_model_version",
     "set_registered_model_alias",
     "set_model_version_tag",
+    "log_artifact",
     "set_registered_model_tag",
     "write_champion",
 )
