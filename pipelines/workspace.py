@@ -143,11 +143,14 @@ def finish(home: Path, run_id: str, *, keep: int) -> list[str]:
         keep: newest finished workspaces that stay.
 
     Returns:
-        Names of those removed. Unfinished ones go when they were made a month ago.
+        Names of those removed. Unfinished ones go when they were made a month ago; a machine on
+        which no run has been has none.
     """
     folder = locate(home, run_id)
     if folder.exists():
         (folder / RUNS.parent / _FINISHED).touch()
+    if not folder.parent.exists():
+        return []
     removed = []
     ages = {path: _touched(path) for path in folder.parent.iterdir() if path.is_dir()}
     finished = [path for path in ages if (path / RUNS.parent / _FINISHED).exists()]

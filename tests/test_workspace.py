@@ -177,6 +177,10 @@ def test_an_unfinished_workspace_goes_after_a_month(home: Path) -> None:
     assert workspace.finish(home, "now", keep=5) == [name_run("lost")]
 
 
+def test_a_machine_without_workspaces_has_none_to_remove(home: Path) -> None:
+    assert workspace.finish(home, "elsewhere", keep=5) == []
+
+
 def test_without_git_history_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="git worktree"):
         prepare(tmp_path, "one", {})

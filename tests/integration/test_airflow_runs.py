@@ -66,7 +66,7 @@ class Airflow:
         found = self.call("GET", f"dags/{DAG}/dagRuns/{run_id}/taskInstances?limit=100")
         return {t["task_id"]: t["state"] for t in found["task_instances"]}
 
-    def await_end(self, run_id: str, seconds: float = 300) -> str:
+    def await_end(self, run_id: str, seconds: float = 450) -> str:
         deadline = time.monotonic() + seconds
         while True:
             state: str = self.call("GET", f"dags/{DAG}/dagRuns/{run_id}")["state"]
@@ -75,7 +75,7 @@ class Airflow:
             assert time.monotonic() < deadline, str(self.states(run_id))
             time.sleep(1)
 
-    def answer(self, run_id: str, option: str, seconds: float = 300) -> None:
+    def answer(self, run_id: str, option: str, seconds: float = 450) -> None:
         """Answer the approval of a run as a person does."""
         deadline = time.monotonic() + seconds
         path = f"dags/{DAG}/dagRuns/{run_id}/taskInstances/promotion.approve/-1/hitlDetails"

@@ -17,6 +17,7 @@ import yaml
 from pipelines import relay
 from pipelines.errors import UserError
 from pipelines.graph import load_graph
+from pipelines.io import digest_directory
 from pipelines.workspace import locate, name_run
 from tests.integration.conftest import ROOT, Project, clone_project
 from tests.integration.test_pipeline import ran
@@ -116,6 +117,11 @@ def test_two_machines_run_every_stage_once_and_the_trainer_sees_no_raw_events(
     }
     assert branch == f"runs/{name_run(RUN)}"
     assert (locate(one.path, RUN) / "reports/index.html").exists()
+
+    # What the promotion reads, on a machine that has not computed it.
+    promoted = relay.fetch(one.path, RUN, "origin", ("models/gpt", "reports/verdict.json"))
+    verdict = json.loads((promoted / "reports/verdict.json").read_text())
+    assert verdict["candidate"] == digest_directory(promoted / "models/gpt")
 
     store, cache = tmp_path / "store", two.path / ".dvc/cache"
     outs = {o["path"]: o["md5"] for entry in published.values() for o in entry["outs"]}
