@@ -166,7 +166,7 @@ class StageOperator(BaseOperator):
         folder = workspace.locate(home, context["run_id"])
         command, place = ["dvc", "repro", "--single-item", self.stage], folder
         if REMOTE:
-            run = ["--run", context["run_id"], "--remote", REMOTE]
+            run = [f"--run={context['run_id']}", f"--remote={REMOTE}"]
             command, place = ["forecart", "stage", self.stage, *run], home
         if context["params"]["force"]:
             command.append("--force")
