@@ -90,7 +90,7 @@ def run_stage(home: Path, run_id: str, stage: str, remote: str, *, force: bool =
     """
     tip = _read_tip(home, run_id, remote)
     folder = workspace.locate(home, run_id, stage)
-    workspace.check_out(home, folder, tip)
+    _take(home, folder, tip)
     graph = load_graph(folder / _GRAPH)
     if stage not in graph.stages:
         raise UserError(f"stage {stage}: not in dvc.yaml, which has {', '.join(graph.stages)}")
@@ -126,7 +126,7 @@ def publish(home: Path, run_id: str, stage: str, remote: str) -> None:
         tip, lease = _find_tip(home, run_id, remote)
         if tip is None:
             raise UserError(f"run {run_id}: not on {remote} any more")
-        workspace.check_out(home, folder, tip)
+        _take(home, folder, tip)
         entries = _read_lock(folder) | {stage: entry}
         if moved := _find_moved(entries, stage):
             workspace.remove(home, folder)
@@ -186,7 +186,7 @@ def fetch(home: Path, run_id: str, remote: str, outputs: Iterable[str]) -> Path:
         UserError: there is no such run, or a remote cannot be reached.
     """
     folder = workspace.locate(home, run_id)
-    workspace.check_out(home, folder, _read_tip(home, run_id, remote))
+    _take(home, folder, _read_tip(home, run_id, remote))
     published = _list_outs(_read_lock(folder))
     wanted = [path for path in outputs if path in published]
     if wanted:
@@ -230,6 +230,13 @@ def _read_tip(home: Path, run_id: str, remote: str) -> str:
     if tip is None:
         raise UserError(f"run {run_id}: not on the git remote {remote}")
     return tip
+
+
+def _take(home: Path, folder: Path, tip: str) -> None:
+    """Bring a workspace to a published commit, with no other entries than the published ones."""
+    # That of a killed attempt names results that nobody has pushed.
+    (folder / LOCK).unlink(missing_ok=True)
+    workspace.check_out(home, folder, tip)
 
 
 def _list_refs(home: Path, remote: str, *refs: str) -> dict[str, str]:

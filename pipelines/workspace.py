@@ -91,6 +91,7 @@ def check_out(home: Path, folder: Path, commit: str) -> None:
     """
     home = home.resolve()
     if (folder / RUNS.parent / _READY).exists():
+        _unlock(folder)
         run_git(folder, "checkout", "--quiet", "--force", "--detach", commit)
         return
     _add(home, folder, commit)
@@ -117,6 +118,7 @@ def commit(home: Path, run_id: str) -> str:
     folder = locate(home, run_id)
     branch = BRANCHES + name_run(run_id)
     found = [name for name in _RESULTS if (folder / name).exists()]
+    _unlock(folder)
     run_git(folder, "add", "--force", "--", *found)
     if run_git(folder, "diff", "--cached", "--name-only"):
         commit_index(folder, f"Run {run_id}")
@@ -239,9 +241,17 @@ def _add(home: Path, folder: Path, commit: str) -> None:
     """Make a workspace; a half-made one is made anew. The caller marks it as ready."""
     remove(home, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    run_git(home, "worktree", "add", "--quiet", "--detach", str(folder), commit)
+    # Forced twice, it takes the place of one that was killed while git was making it.
+    options = ("--quiet", "--detach", "--force", "--force")
+    run_git(home, "worktree", "add", *options, str(folder), commit)
     _share_cache(home, folder)
     (folder / RUNS.parent).mkdir(exist_ok=True)
+
+
+def _unlock(folder: Path) -> None:
+    """Remove the lock that a killed git has left; one task at a time acts in a workspace."""
+    lock = run_git(folder, "rev-parse", "--git-path", "index.lock").strip()
+    (folder / lock).unlink(missing_ok=True)
 
 
 def _share_cache(home: Path, folder: Path) -> None:

@@ -137,6 +137,19 @@ def test_a_half_made_workspace_is_made_anew(home: Path) -> None:
     assert (prepare(home, "one", {}) / "params.yaml").exists()
 
 
+def test_what_a_killed_git_leaves_is_not_in_the_way(home: Path) -> None:
+    folder = prepare(home, "one", {})
+    inside = home / ".git/worktrees" / folder.name
+    (inside / "index.lock").touch()
+    workspace.commit(home, "one")
+    (inside / "index.lock").touch()
+    workspace.check_out(home, folder, "HEAD")
+    # It was killed while it made the worktree.
+    (folder / ".forecart/.ready").unlink()
+    (inside / "locked").write_text("initializing")
+    assert (prepare(home, "one", {}) / "code.py").exists()
+
+
 def test_results_are_committed_once_and_the_checkout_is_left_alone(home: Path) -> None:
     head = git(home, "rev-parse", "HEAD")
     folder = prepare(home, "one", {"train.epochs": 2})

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -224,6 +228,29 @@ def test_a_stage_killed_before_it_is_published_is_not_computed_again(
     assert run_stage(one, "first", "2") == []
     # A run that is over can still be looked at.
     assert (relay.fetch(one.path, RUN, "origin", ["d.txt"]) / "d.txt").read_text() == "ddd"
+
+
+def test_a_stage_killed_at_any_moment_is_completed_by_the_next_attempt(
+    machines: list[Project],
+) -> None:
+    one, two = machines
+    moments = random.Random(7)
+    for machine in (one, two, one, two):
+        process = subprocess.Popen(
+            ["forecart", "stage", "first", "--run", RUN],
+            cwd=machine.path,
+            env=machine.environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(moments.uniform(0.3, 2.5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    run_stage(one, "first")
+    run_stage(two, "left")
+    folder = relay.fetch(one.path, RUN, "origin", ["a.txt", "b.txt"])
+    assert [(folder / name).read_text() for name in ("a.txt", "b.txt")] == ["aaa", "bbb"]
 
 
 def test_a_stage_whose_inputs_change_meanwhile_is_not_published(
