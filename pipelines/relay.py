@@ -141,8 +141,7 @@ def publish(home: Path, run_id: str, stage: str, remote: str) -> None:
         except UserError:
             if _find_tip(home, run_id, remote) == (tip, lease):
                 raise
-        # Those who meet here part.
-        time.sleep(random.uniform(0, _PAUSE_SECONDS))  # noqa: S311 - not a secret
+        _pause()
     raise UserError(f"run {run_id}: {remote} was changed by others {_ATTEMPTS} times; try again")
 
 
@@ -208,6 +207,7 @@ def _find_tip(home: Path, run_id: str, remote: str) -> tuple[str | None, str]:
     """
     name = workspace.name_run(run_id)
     ref, branch = REFS + name, f"refs/heads/{BRANCHES}{name}"
+    problem = ""
     for _ in range(_ATTEMPTS):
         known = _list_refs(home, remote, ref, branch)
         if not known:
@@ -216,13 +216,19 @@ def _find_tip(home: Path, run_id: str, remote: str) -> tuple[str | None, str]:
         try:
             run_git(home, "fetch", "--quiet", "--no-write-fetch-head", remote, place)
             run_git(home, "cat-file", "-e", f"{known[place]}^{{commit}}")
-        except UserError:
-            # It may have been moved between the two calls.
-            if _list_refs(home, remote, ref, branch) == known:
-                raise
+        except UserError as error:
+            # It may have been moved between the calls, or a killed task have left half a worktree.
+            problem = str(error)
+            workspace.mend(home)
+            _pause()
         else:
             return known[place], known.get(ref, "")
-    raise UserError(f"run {run_id}: {remote} changes faster than it can be read")
+    raise UserError(f"run {run_id}: {problem}")
+
+
+def _pause() -> None:
+    """Wait for a moment that differs, so that those who met part."""
+    time.sleep(random.uniform(0, _PAUSE_SECONDS))  # noqa: S311 - not a secret
 
 
 def _read_tip(home: Path, run_id: str, remote: str) -> str:

@@ -38,6 +38,7 @@ _READY: Final = ".ready"
 _FINISHED: Final = ".finished"
 # A run may wait for a person for weeks.
 _ABANDONED_SECONDS: Final = 30 * 86_400
+_UNBORN_SECONDS: Final = 5
 _LOGIN: Final = frozenset({"GIT_ASKPASS", "GIT_SSH", "GIT_SSH_COMMAND", "GIT_SSL_CAINFO"})
 _IDENTITY: Final = ("-c", "user.name=forecart", "-c", "user.email=forecart@localhost")
 
@@ -173,6 +174,16 @@ def remove(home: Path, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     run_git(home, "worktree", "prune")
+
+
+def mend(home: Path) -> None:
+    """Forget worktrees that a killed git has left half-made: beside them it fetches nothing."""
+    place = home / run_git(home, "rev-parse", "--git-path", "worktrees").strip()
+    for head in place.glob("*/HEAD"):
+        # One that is being made has no commit for a moment either.
+        unborn = not head.read_text(encoding="utf-8").strip("0\n")
+        if unborn and time.time() - head.stat().st_mtime > _UNBORN_SECONDS:
+            shutil.rmtree(head.parent, ignore_errors=True)
 
 
 def write_params(path: Path, home: Path, changes: Mapping[str, Any]) -> None:

@@ -147,6 +147,12 @@ def test_what_a_killed_git_leaves_is_not_in_the_way(home: Path) -> None:
     # It was killed while it made the worktree.
     (folder / ".forecart/.ready").unlink()
     (inside / "locked").write_text("initializing")
+    (inside / "HEAD").write_text("0" * 40 + "\n")
+    workspace.mend(home)
+    assert inside.exists()  # it may be in the making
+    os.utime(inside / "HEAD", (0, 0))
+    workspace.mend(home)
+    assert not inside.exists()
     assert (prepare(home, "one", {}) / "code.py").exists()
 
 
