@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -48,6 +49,7 @@ Identifier = Annotated[
     str, Field(min_length=1, max_length=MAX_ID_LENGTH), AfterValidator(_check_text)
 ]
 Text = Annotated[str, Field(max_length=MAX_ID_LENGTH), AfterValidator(_check_text)]
+Target = Annotated[Text, Field(description="A probability's name, such as purchase_14d.")]
 
 
 class Strict(BaseModel):
@@ -152,14 +154,75 @@ class EraseResponse(BaseModel):
 
     user_id: str
     events: int
+    profile: bool
+    exported: int = Field(description="Rows in the exports that the service knows of.")
 
 
 class ExplainRequest(Strict):
-    """A prediction to explain: of a shopper in the request."""
+    """A prediction to explain: of a shopper in the request, or of one who was collected."""
 
-    user: User
-    target: Text = Field(description="A probability's name, such as purchase_14d.")
+    user: User | None = None
+    user_id: Identifier | None = Field(
+        default=None, description="Instead of `user`: whose collected events are explained."
+    )
+    target: Target
     now: Time | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> ExplainRequest:
+        if (self.user is None) == (self.user_id is None):
+            raise ValueError("send either user or user_id")
+        return self
+
+
+class Question(BaseModel):
+    """Base of the parameters of an address: texts that are read as what they stand for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    now: Time | None = Field(default=None, description="Default: the service's clock.")
+
+
+class PredictionQuestion(Question):
+    """What to tell of a shopper."""
+
+    next_items: Annotated[int, Field(ge=0, le=MAX_ITEMS)] = 0
+
+
+class ItemsQuestion(Question):
+    """Which items to tell."""
+
+    count: Annotated[int, Field(ge=1, le=MAX_ITEMS)] = 10
+
+
+class ExplanationQuestion(Question):
+    """What to explain."""
+
+    target: Target
+
+
+class StoredPrediction(Prediction):
+    """A shopper's prediction, from what was collected."""
+
+    model: str = Field(description="Digest of the model's files.")
+    now: datetime
+
+
+class StoredItems(BaseModel):
+    """The items that may come next, and when a purchase is to be expected."""
+
+    model: str
+    now: datetime
+    user_id: str
+    next_purchase: datetime | None
+    next_items: list[NextItem]
+
+
+class StoredProfile(BaseModel):
+    """What is known of a shopper from now on."""
+
+    user_id: str
+    profile: Profile
 
 
 class EventEffect(BaseModel):
