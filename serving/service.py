@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import bentoml
 import numpy as np
@@ -17,7 +17,7 @@ from bentoml.exceptions import BadInput, BentoMLException, NotFound, ServiceUnav
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines.errors import UserError
-from pipelines.features.store import Sequences, encode_events
+from pipelines.features.store import encode_events
 from serving.access import ObserveRequests
 from serving.batching import Batcher, Overloaded
 from serving.collect import (
@@ -55,9 +55,6 @@ from serving.schema import (
 )
 from serving.store import Store, find_url, to_us
 from serving.swap import Loaded, Watcher, find_watched, load
-
-if TYPE_CHECKING:
-    from pipelines.model.predictor import Predictor
 
 MODEL_VARIABLE: Final = "FORECART_MODEL"
 
@@ -291,13 +288,13 @@ class Forecart:
         timeline = Timeline(sequences)
         nows = np.array([to_us(now) for *_, now, _ in shoppers], dtype=np.int64)
         cuts = timeline.cuts(np.arange(len(shoppers)), nows)
-        raw = predictor.raw(timeline, cuts)
-        predicted = predictor.finish(raw)
+        # Who wants fewer items than another gets the first of theirs.
+        ahead = predictor.look_ahead(timeline, cuts, max(count for *_, count in shoppers))
+        predicted = predictor.finish(ahead.raw)
         days = np.full(len(shoppers), np.nan)
         if "purchase" in predictor.spec.heads.events:
-            days = predictor.days_until(raw, "purchase")
-        wanted = [count for *_, count in shoppers]
-        items = self._tell_items(predictor, sequences, nows, wanted)
+            days = predictor.days_until(ahead.raw, "purchase")
+        names = predictor.spec.vocabulary.item_id
         kinds = {target.name: target.kind for target in predictor.targets}
         binary = {name: values for name, values in predicted.items() if kinds[name] == "binary"}
         self.metrics.count_batch(len(shoppers), binary)
@@ -313,38 +310,16 @@ class Forecart:
                 next_purchase=(
                     now + timedelta(days=float(days[i])) if np.isfinite(days[i]) else None
                 ),
-                next_items=items[i],
+                next_items=[
+                    NextItem(item_id=names[code], probability=float(chance))
+                    for code, chance in zip(
+                        ahead.items[i, :count], ahead.chances[i, :count], strict=True
+                    )
+                ],
             )
-            for i, (user_id, _, _, now, _) in enumerate(shoppers)
+            for i, (user_id, _, _, now, count) in enumerate(shoppers)
         ]
         return [(model.digest, prediction) for prediction in predictions]
-
-    def _tell_items(
-        self,
-        predictor: Predictor,
-        sequences: Sequences,
-        nows: np.ndarray[Any, Any],
-        wanted: list[int],
-    ) -> list[list[NextItem]]:
-        """Return the items that may come next, for those who want any."""
-        from pipelines.model.timeline import Timeline
-
-        told: list[list[NextItem]] = [[] for _ in wanted]
-        rows = np.flatnonzero(np.array(wanted) > 0)
-        if not len(rows):
-            return told
-        timeline = Timeline(sequences.take(rows))
-        cuts = timeline.cuts(np.arange(len(rows)), nows[rows])
-        codes, values = predictor.next_items(timeline, cuts, max(wanted))
-        names = predictor.spec.vocabulary.item_id
-        for place, row in enumerate(rows):
-            told[row] = [
-                NextItem(item_id=names[code], probability=float(value))
-                for code, value in zip(
-                    codes[place, : wanted[row]], values[place, : wanted[row]], strict=True
-                )
-            ]
-        return told
 
     def _explain(self, shopper: Shopper, name: str) -> ExplainResponse:
         from pipelines.model.explanation import explain
