@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ MICROSECONDS: Final = 1_000_000
 
 _WORD: Final = re.compile(r"\w+")
 _EPOCH: Final = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
+_MICROSECOND: Final = timedelta(microseconds=1)
 
 _DTYPES: Final[dict[str, Any]] = {
     "offsets": np.int64,
@@ -57,6 +59,8 @@ _EVENT_COLUMNS: Final = (
     "query",
     "session_start",
 )
+_HASHED: Final = (("item", "item_id"), ("category", "category"), ("brand", "brand"))
+_BY_TIME: Final = itemgetter(0, 1)
 _PROFILE_COLUMNS: Final = ("age", "gender", "region", "signup_ts")
 
 
@@ -236,15 +240,24 @@ def encode_events(
     """
     queries: dict[str, int] = {}
     grams: list[list[int]] = [[]]
-    rows: list[tuple[Any, ...]] = []
+    hashes: dict[str | None, int] = {}
+    columns: dict[str, list[Any]] = {name: [] for name in _EVENT_COLUMNS}
+    types, starts = columns["type"], columns["session_start"]
     lengths: list[int] = []
     for events in users:
-        ordered = sorted(events, key=lambda e: (_microseconds(e["ts"]), str(e.get("event_id", ""))))
-        lengths.append(len(ordered))
+        timed = [(_microseconds(e["ts"]), str(e.get("event_id", "")), e) for e in events]
+        timed.sort(key=_BY_TIME)
+        lengths.append(len(timed))
         before: tuple[int, str | None] | None = None
-        for event in ordered:
-            ts = _microseconds(event["ts"])
-            session = event.get("session_id")
+        for ts, _, event in timed:
+            # Looked up before it becomes plain: a member of EventType is its own text.
+            types.append(EVENT_CODES[event["event_type"]])
+            for name, source in _HASHED:
+                text = event.get(source)
+                code = hashes.get(text)
+                if code is None:
+                    code = hashes[text] = hash_text(text)
+                columns[name].append(code)
             text = event.get("query")
             query = 0
             if text:
@@ -252,23 +265,16 @@ def encode_events(
                     queries[text] = len(grams)
                     grams.append(hash_query(text))
                 query = queries[text]
-            rows.append(
-                (
-                    ts,
-                    EVENT_CODES[str(event["event_type"])],
-                    hash_text(event.get("item_id")),
-                    hash_text(event.get("category")),
-                    hash_text(event.get("brand")),
-                    _number(event.get("price")),
-                    _number(event.get("quantity")),
-                    query,
-                    _starts_session(before, ts, session),
-                )
-            )
+            columns["query"].append(query)
+            session = event.get("session_id")
+            starts.append(_starts_session(before, ts, session))
             before = (ts, session)
-    columns: dict[str, Any] = {
-        name: np.array([row[i] for row in rows], dtype=_DTYPES[name])
-        for i, name in enumerate(_EVENT_COLUMNS)
+        columns["ts"] += [ts for ts, _, _ in timed]
+        # NumPy reads None as NaN in a column of floats.
+        columns["price"] += [event.get("price") for _, _, event in timed]
+        columns["quantity"] += [event.get("quantity") for _, _, event in timed]
+    arrays: dict[str, Any] = {
+        name: np.array(values, dtype=_DTYPES[name]) for name, values in columns.items()
     }
     people = [p or {} for p in profiles] if profiles is not None else [{} for _ in users]
     if len(people) != len(users):
@@ -287,7 +293,7 @@ def encode_events(
             ],
             dtype=np.int64,
         ),
-        **columns,
+        **arrays,
     )
 
 
@@ -301,7 +307,7 @@ def _starts_session(before: tuple[int, str | None] | None, ts: int, session: str
 
 def _microseconds(value: datetime | int) -> int:
     if isinstance(value, datetime):
-        return (value - _EPOCH) // timedelta(microseconds=1)
+        return (value - _EPOCH) // _MICROSECOND
     return int(value)
 
 

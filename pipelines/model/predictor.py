@@ -233,10 +233,10 @@ class Predictor:
             recent = self.tokenizer.items(timeline.recent_items(cuts, RECENT))
         for collated in self._iterate(timeline, cuts, features=config.features > 0):
             batch = collated.batch.to(self._device)
-            hidden = [network.encode(batch) for network in self.networks]
+            nows = [network.encode_now(batch) for network in self.networks]
             said = [
-                network.read(batch, states)[0]
-                for network, states in zip(self.networks, hidden, strict=True)
+                network.read_now(batch, now)
+                for network, now in zip(self.networks, nows, strict=True)
             ]
             outputs = said[0] if len(said) == 1 else join(said)
             ahead.raw.survival[collated.rows] = survival(outputs)
@@ -245,8 +245,8 @@ class Predictor:
                 continue
             told = torch.from_numpy(recent[collated.rows]).to(self._device)
             chances = [
-                network.items.probabilities(network.at_now(batch, states), told)
-                for network, states in zip(self.networks, hidden, strict=True)
+                network.items.probabilities(now, told)
+                for network, now in zip(self.networks, nows, strict=True)
                 if network.items is not None
             ]
             best = torch.stack(chances).mean(dim=0).topk(count, dim=1)
@@ -264,7 +264,7 @@ class Predictor:
         result = np.zeros((len(cuts), width * len(self.networks)), dtype=np.float32)
         for collated in self._iterate(timeline, cuts, features=False):
             batch = collated.batch.to(self._device)
-            said = [network.at_now(batch, network.encode(batch)) for network in self.networks]
+            said = [network.encode_now(batch) for network in self.networks]
             result[collated.rows] = torch.cat(said, dim=1).cpu().numpy()
         return result
 
