@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipelines.errors import UserError
 from pipelines.features.store import encode_events
 from serving.access import ObserveRequests
+from serving.admission import Admit
 from serving.batching import Batcher, Overloaded
 from serving.collect import (
     MAX_COLLECTED,
@@ -80,15 +81,12 @@ def find_model() -> Path:
     return Path(os.environ.get(MODEL_VARIABLE, BUNDLED_MODEL))
 
 
-# Reading a request costs as much as predicting, and comes before the queues of the batches: what is
-# open at once has to be bounded as well, or all wait for seconds and none is refused.
-_MAX_OPEN_REQUESTS: Final = 64
-
-
 @bentoml.service(
     name="forecart",
     workers=1,
-    traffic={"timeout": 30, "max_concurrency": _MAX_OPEN_REQUESTS},
+    # Reading a request costs as much as predicting, and comes before the queues of the batches:
+    # what is open at once is bounded by Admit.
+    traffic={"timeout": 30},
     logging={"access": {"enabled": False}},
     metrics={"enabled": False},
 )
@@ -408,4 +406,5 @@ _service.mount_asgi_app(make_reads())
 _service.add_asgi_middleware(ObserveRequests)
 _service.add_asgi_middleware(ShapeErrors)
 _service.add_asgi_middleware(RequireKey)
+_service.add_asgi_middleware(Admit)
 _service.add_asgi_middleware(LimitBody, max_bytes=MAX_BODY_BYTES)
