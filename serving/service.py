@@ -29,15 +29,15 @@ from serving.collect import (
     parse_event,
     summarise,
 )
+from serving.decode import to_mapping
 from serving.exports import erase_exported, find_exports
 from serving.keys import RequireKey
+from serving.limits import MAX_EVENTS, MAX_USERS
 from serving.metrics import Metrics
 from serving.middleware import DropValidationErrors, LimitBody, ShapeErrors
 from serving.reads import make_reads
 from serving.schema import (
     MAX_BODY_BYTES,
-    MAX_EVENTS,
-    MAX_USERS,
     EraseRequest,
     EraseResponse,
     EventEffect,
@@ -385,9 +385,8 @@ def _list_shoppers(request: PredictRequest, now: datetime) -> list[Shopper]:
     return [
         (
             user.user_id,
-            # Flat, and read alone: no copy is needed.
-            [vars(event) for event in user.events],
-            vars(user.profile) if user.profile else None,
+            [to_mapping(event) for event in user.events],
+            to_mapping(user.profile) if user.profile else None,
             now,
             request.next_items,
         )

@@ -37,8 +37,9 @@ from pipelines.model.predictor import ModelSpec, Predictor
 from pipelines.model.timeline import feature_names
 from pipelines.model.tokens import Vocabulary
 from pipelines.stages import package
+from serving.limits import MAX_EVENTS, MAX_USERS
 from serving.metrics import Metrics
-from serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_USERS
+from serving.schema import MAX_BODY_BYTES
 from serving.store import Store, to_us
 from serving.swap import Loaded, Watcher, load
 
