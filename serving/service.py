@@ -56,6 +56,7 @@ from serving.schema import (
 )
 from serving.store import Store, find_url, to_us
 from serving.swap import Loaded, Watcher, find_watched, load
+from serving.tracing import plan_tracing
 
 MODEL_VARIABLE: Final = "FORECART_MODEL"
 
@@ -89,6 +90,7 @@ def find_model() -> Path:
     traffic={"timeout": 30},
     logging={"access": {"enabled": False}},
     metrics={"enabled": False},
+    tracing=plan_tracing(),
 )
 class Forecart:
     """Predicts what shoppers do next from their recent events."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import http.server
 import json
 import os
 import shutil
@@ -562,6 +563,43 @@ def test_refused_requests_leave_no_personal_data_in_the_log(service: Service) ->
     log = service.log.read_text()
     assert "secret-price-of-anna" not in log
     assert "2031" not in log
+
+
+def test_traces_reach_a_collector_without_ids(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collector of traces, as small as can be: it keeps what is sent."""
+    received: list[tuple[str, bytes]] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["content-length"]))
+            received.append((self.path, content))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{collector.server_port}"
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+        with start(project / "models/gpt", tmp_path) as service:
+            assert service.predict(make_request(1))[0] == 200
+            assert service.ask("GET", "/users/secret-anna/prediction")[0] == 404
+            deadline = time.monotonic() + 20
+            while not any(b"/predict" in content for _, content in received):
+                assert time.monotonic() < deadline, service.log.read_text()
+                time.sleep(0.1)
+        collector.shutdown()
+    sent = b"".join(content for _, content in received)
+    assert {path for path, _ in received} == {"/v1/traces"}
+    assert b"forecart" in sent
+    assert b"secret-anna" not in sent
+    assert b"red shoes" not in sent
 
 
 def test_a_port_in_use_is_told(service: Service, project: Path) -> None:
