@@ -92,5 +92,7 @@ def decode_request(body: bytes | bytearray) -> FastRequest | None:
 
 
 def to_mapping(record: Any) -> dict[str, Any]:
-    """Return the fields of an event or a profile, read by whichever library."""
+    """Return the fields of an event or a profile, wherever it was read."""
+    if isinstance(record, dict):
+        return record
     return asdict(record) if isinstance(record, Struct) else vars(record)

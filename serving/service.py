@@ -74,7 +74,7 @@ _MICROSECOND: Final = timedelta(microseconds=1)
 
 # A shopper of a batch: id, events, profile, time from which to look ahead, items to tell. Times
 # of events and profiles are datetimes, or microseconds as the store has them.
-Shopper = tuple[str, Sequence[dict[str, Any]], dict[str, Any] | None, datetime, int]
+Shopper = tuple[str, Sequence[Any], dict[str, Any] | None, datetime, int]
 
 
 def find_model() -> Path:
@@ -333,7 +333,7 @@ class Forecart:
             raise UserError(f"target {name!r} is not one of {known}")
         target = targets[name]
         _, unordered, profile, now, _ = shopper
-        events = sorted(unordered, key=lambda event: event["ts"])
+        events = sorted(map(to_mapping, unordered), key=lambda event: event["ts"])
         sequences = encode_events([events], [profile])
         timeline = Timeline(sequences)
         nows = np.array([to_us(now)], dtype=np.int64)
@@ -387,7 +387,7 @@ def _list_shoppers(request: PredictRequest, now: datetime) -> list[Shopper]:
     return [
         (
             user.user_id,
-            [to_mapping(event) for event in user.events],
+            user.events,
             to_mapping(user.profile) if user.profile else None,
             now,
             request.next_items,

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from itertools import pairwise
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,7 +59,10 @@ _EVENT_COLUMNS: Final = (
     "query",
     "session_start",
 )
-_HASHED: Final = (("item", "item_id"), ("category", "category"), ("brand", "brand"))
+_REST: Final = (
+    "event_type", "item_id", "category", "brand", "price", "quantity", "query", "session_id",
+)  # fmt: skip
+_GET_FIELDS: Final = attrgetter("ts", "event_id", *_REST)
 _BY_TIME: Final = itemgetter(0, 1)
 _PROFILE_COLUMNS: Final = ("age", "gender", "region", "signup_ts")
 
@@ -224,15 +227,15 @@ def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.
 
 
 def encode_events(
-    users: Sequence[Sequence[Mapping[str, Any]]],
+    users: Sequence[Sequence[Any]],
     profiles: Sequence[Mapping[str, Any] | None] | None = None,
 ) -> Sequences:
     """Encode the events of a request.
 
     Args:
-        users: for every user the events, each a mapping with the columns of ``EVENT_SCHEMA``
-            (missing or None where not known). ``ts`` is an aware datetime or microseconds
-            since the epoch.
+        users: for every user the events, each a dict with the columns of ``EVENT_SCHEMA``
+            (missing or None where not known), or an object with such attributes. ``ts`` is an
+            aware datetime or microseconds since the epoch.
         profiles: for every user a mapping with the columns of ``USER_SCHEMA``, or None.
 
     Returns:
@@ -243,22 +246,20 @@ def encode_events(
     hashes: dict[str | None, int] = {}
     columns: dict[str, list[Any]] = {name: [] for name in _EVENT_COLUMNS}
     types, starts = columns["type"], columns["session_start"]
+    items, categories, brands = columns["item"], columns["category"], columns["brand"]
     lengths: list[int] = []
     for events in users:
-        timed = [(_microseconds(e["ts"]), str(e.get("event_id", "")), e) for e in events]
+        timed = [_read_event(event) for event in events]
         timed.sort(key=_BY_TIME)
         lengths.append(len(timed))
         before: tuple[int, str | None] | None = None
-        for ts, _, event in timed:
-            # Looked up before it becomes plain: a member of EventType is its own text.
-            types.append(EVENT_CODES[event["event_type"]])
-            for name, source in _HASHED:
-                text = event.get(source)
-                code = hashes.get(text)
+        for ts, _, kind, item, category, brand, _, _, text, session in timed:
+            types.append(EVENT_CODES[kind])
+            for column, value in ((items, item), (categories, category), (brands, brand)):
+                code = hashes.get(value)
                 if code is None:
-                    code = hashes[text] = hash_text(text)
-                columns[name].append(code)
-            text = event.get("query")
+                    code = hashes[value] = hash_text(value)
+                column.append(code)
             query = 0
             if text:
                 if text not in queries:
@@ -266,13 +267,12 @@ def encode_events(
                     grams.append(hash_query(text))
                 query = queries[text]
             columns["query"].append(query)
-            session = event.get("session_id")
             starts.append(_starts_session(before, ts, session))
             before = (ts, session)
-        columns["ts"] += [ts for ts, _, _ in timed]
+        columns["ts"] += [event[0] for event in timed]
         # NumPy reads None as NaN in a column of floats.
-        columns["price"] += [event.get("price") for _, _, event in timed]
-        columns["quantity"] += [event.get("quantity") for _, _, event in timed]
+        columns["price"] += [event[6] for event in timed]
+        columns["quantity"] += [event[7] for event in timed]
     arrays: dict[str, Any] = {
         name: np.array(values, dtype=_DTYPES[name]) for name, values in columns.items()
     }
@@ -295,6 +295,17 @@ def encode_events(
         ),
         **arrays,
     )
+
+
+def _read_event(event: Any) -> tuple[Any, ...]:
+    """Return time in microseconds, id as a text, and the other fields."""
+    if isinstance(event, dict):
+        ts, event_id = event["ts"], event.get("event_id", "")
+        rest: tuple[Any, ...] = tuple(map(event.get, _REST))
+    else:
+        ts, event_id, *others = _GET_FIELDS(event)
+        rest = tuple(others)
+    return (_microseconds(ts), str(event_id), *rest)
 
 
 def _starts_session(before: tuple[int, str | None] | None, ts: int, session: str | None) -> int:
