@@ -1,6 +1,6 @@
 """Tens of thousands of hostile requests: how many get a 5xx answer, or none.
 
-    python benchmarks/serving_fuzz.py --model models/gpt [--requests 20000] [--minutes 20]
+    python -m benchmarks.serving_fuzz --model models/gpt [--requests 20000] [--minutes 20]
 
 First schemathesis, from the service's own description; then hypothesis, which changes good requests
 in one or two places, cuts and garbles them, and makes up addresses. Requests and statuses are

@@ -1,6 +1,6 @@
 """Whether the service's memory stays flat under load.
 
-    python benchmarks/serving_soak.py --model models/gpt [--minutes 15]
+    python -m benchmarks.serving_soak --model models/gpt [--minutes 15]
 
 Requests of one shopper with 1 to 200 events, at a share of what a few connections are answered
 when they send one after the other. The resident memory of the server's processes is sampled every
