@@ -24,10 +24,11 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipelines.config import Which
 from pipelines.errors import UserError
-from pipelines.events import TIMESTAMP
+from pipelines.events import TIMESTAMP, EventType
 from pipelines.features.cuts import DAY, to_us
 from pipelines.features.store import Sequences
 from pipelines.io import (
@@ -51,7 +52,9 @@ FEATURES: Final = Path("data/features")
 SCORES: Final = Path("data/scores")
 # Readers of Parquet folders pass over names that begin with an underscore.
 DESCRIPTION: Final = "_scores.json"
-FORMAT: Final = 1
+FORMAT: Final = 2
+
+NEXT_ITEMS: Final = 5
 
 # A chunk ends at whichever comes first: memory follows the events, the files' number the users.
 CHUNK_USERS: Final = 4096
@@ -154,7 +157,12 @@ def score_chunk(
     start = timeline.offsets[:-1]
     seen = np.flatnonzero(cuts.position > start)
     cuts = cuts.take(seen)
-    predicted = predictor.finish(predictor.raw(timeline, cuts))
+    ahead = predictor.look_ahead(timeline, cuts, NEXT_ITEMS)
+    predicted = predictor.finish(ahead.raw)
+    days = np.full(len(cuts), np.nan)
+    if EventType.PURCHASE.value in predictor.spec.heads.events:
+        days = predictor.days_until(ahead.raw, EventType.PURCHASE.value).astype(np.float64)
+    known = np.array(predictor.spec.vocabulary.item_id, dtype=object)
     last = timeline.ts[cuts.position - 1]
     month = np.full(len(cuts), at - 28 * (DAY // timedelta(microseconds=1)))
     recent = cuts.position - bisect(timeline.ts, start[seen], cuts.position, month)
@@ -164,6 +172,11 @@ def score_chunk(
         "user": rows["user"],
         "user_id": rows["user_id"],
         **{name: pa.array(values) for name, values in predicted.items()},
+        "next_purchase_ts": _add_days(at, days),
+        "next_items": pa.array(
+            [known[codes].tolist() for codes in ahead.items], pa.list_(pa.string())
+        ),
+        "next_item_chances": pa.array(list(ahead.chances), pa.list_(pa.float32())),
         "active": pa.array(active),
         "events": pa.array(cuts.position - start[seen]),
         "events_28d": pa.array(recent),
@@ -172,6 +185,13 @@ def score_chunk(
         **{name: rows[name] for name in ("age", "gender", "region", "signup_ts")},
     }
     return pa.table(columns)
+
+
+def _add_days(at: int, days: NDArray[np.float64]) -> pa.Array:
+    """Return the times so many days after a time; NaN gives null."""
+    missing = np.isnan(days)
+    ts = at + (np.where(missing, 0.0, days) * (DAY / timedelta(microseconds=1))).astype(np.int64)
+    return pa.array(ts, mask=missing).cast(TIMESTAMP)
 
 
 def write_csv(scores: Path, path: Path) -> None:
@@ -192,9 +212,13 @@ def write_csv(scores: Path, path: Path) -> None:
 
 
 def guard_table(table: pa.Table) -> pa.Table:
-    """Return the table with every text guarded against spreadsheets."""
+    """Return the table with every text guarded against spreadsheets, and lists as JSON."""
     for i, field in enumerate(table.schema):
-        if pa.types.is_string(field.type):
+        if pa.types.is_list(field.type):
+            # A JSON list begins with a bracket, which no spreadsheet runs.
+            texts = [None if v is None else json.dumps(v) for v in table.column(i).to_pylist()]
+            table = table.set_column(i, field.name, pa.array(texts, pa.string()))
+        elif pa.types.is_string(field.type):
             cells = pa.array(guard_cells(table.column(i).to_pylist()), pa.string())
             table = table.set_column(i, field.name, cells)
     return table

@@ -1,20 +1,38 @@
-"""What Prometheus is told beside BentoML's own counts and latencies: batches, predictions, model.
+"""What Prometheus is told: requests, batches, predictions, model.
 
-Predictions are counted by value alone; nothing tells whose they are.
+Nothing tells whose they are: predictions are counted by value alone, requests by route. BentoML's
+own counts are switched off, as they keep every path that anybody asks for, ids and all, for ever.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    multiprocess,
+)
 
 _BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_SECONDS: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _PROBABILITIES: Final = (0.01, 0.02, 0.05, *(n / 10 for n in range(1, 11)))
+
+
+_REQUEST: Final = Histogram(
+    "forecart_request_seconds",
+    "Time from a request to its answer",
+    ["route", "status"],
+    buckets=_SECONDS,
+)
 
 
 class Metrics:
@@ -25,10 +43,6 @@ class Metrics:
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        # BentoML names the folder that its processes share after it has imported the service,
-        # and the library looks for it on import.
-        from prometheus_client import REGISTRY, Counter, Gauge, Histogram
-
         chosen = registry or REGISTRY
         self._batch = Histogram(
             "forecart_batch_users",
@@ -81,3 +95,26 @@ class Metrics:
     def count_swap(self, *, taken: bool) -> None:
         """Count a new model that was taken, or refused."""
         self._swaps.labels("taken" if taken else "refused").inc()
+
+
+def count_request(route: str, status: int, seconds: float) -> None:
+    """Count an answer.
+
+    Args:
+        route: one of the service's, not the path that was asked for.
+        status: of HTTP.
+        seconds: from the request to the end of its answer.
+    """
+    _REQUEST.labels(route, status).observe(seconds)
+
+
+def describe() -> tuple[bytes, str]:
+    """Return what Prometheus reads, and its media type.
+
+    Where PROMETHEUS_MULTIPROC_DIR names a folder that several processes share, it tells of all.
+    """
+    registry = REGISTRY
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry), CONTENT_TYPE_LATEST

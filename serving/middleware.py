@@ -16,6 +16,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 JSON: Final = "application/json"
+_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 # Names that clients may rely on; the phrases of http.HTTPStatus change between Pythons.
 CODES: Final = {
@@ -49,7 +50,7 @@ class LimitBody:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] not in _WITH_BODY:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
@@ -126,7 +127,7 @@ def _describe(status: int, body: bytes) -> tuple[int, dict[str, Any]]:
         answer = answer[0]  # so BentoML wraps errors that a method raised
     if isinstance(answer, dict) and isinstance(answer.get("error"), dict):
         return status, answer["error"]
-    if isinstance(answer, dict) and answer.get("detail"):
+    if isinstance(answer, dict) and isinstance(answer.get("detail"), list) and answer["detail"]:
         first = answer["detail"][0]
         if first["type"] == "json_invalid":
             return HTTPStatus.BAD_REQUEST, _error("malformed_json", first["msg"])

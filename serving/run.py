@@ -17,6 +17,7 @@ SERVICE: Final = "serving.service:Forecart"
 # user's.
 HOME: Final = Path(".forecart") / "bentoml"
 STORE: Final = Path(".forecart") / "events.db"
+SCORES: Final = Path("data") / "scores"
 
 
 def serve(directory: Path, *, host: str = "127.0.0.1", port: int = 3000) -> NoReturn:
@@ -48,6 +49,7 @@ def plan_server(directory: Path, *, host: str, port: int) -> tuple[list[str], di
     environment.setdefault("BENTOML_HOME", str(HOME.resolve()))
     # The server changes its folder; events stay in the one that it was started from.
     environment.setdefault("FORECART_STORE", f"sqlite:///{STORE.resolve()}")
+    environment.setdefault("FORECART_EXPORTS", str(SCORES.resolve()))
     if environment.get("FORECART_CHAMPION"):
         environment["FORECART_CHAMPION"] = str(Path(environment["FORECART_CHAMPION"]).resolve())
     Path(environment["BENTOML_HOME"]).mkdir(parents=True, exist_ok=True)

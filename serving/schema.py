@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Final
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Final
 
 from pydantic import (
     AfterValidator,
@@ -12,27 +12,24 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipelines.events import MAX_ID_LENGTH, MAX_QUERY_LENGTH, EventType
+from serving.decode import decode_request
+from serving.limits import EARLIEST, LATEST, MAX_EVENTS, MAX_ITEMS, MAX_USERS
 
-# One call costs at most so much memory and time; more users go into more calls.
-MAX_USERS: Final = 256
-MAX_EVENTS: Final = 2000
-MAX_ITEMS: Final = 50
+# A body beyond this is refused unread.
 MAX_BODY_BYTES: Final = 8 << 20
 
 # Clocks of shop and service differ; an event this far ahead still counts as just happened.
 MAX_CLOCK_SKEW: Final = timedelta(minutes=5)
 
-_EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_LATEST: Final = datetime(2200, 1, 1, tzinfo=UTC)
-
 
 def _check_time(value: datetime) -> datetime:
-    if not _EARLIEST <= value < _LATEST:
-        raise ValueError(f"time must lie between {_EARLIEST.year} and {_LATEST.year}")
+    if not EARLIEST <= value < LATEST:
+        raise ValueError(f"time must lie between {EARLIEST.year} and {LATEST.year}")
     return value
 
 
@@ -48,6 +45,7 @@ Identifier = Annotated[
     str, Field(min_length=1, max_length=MAX_ID_LENGTH), AfterValidator(_check_text)
 ]
 Text = Annotated[str, Field(max_length=MAX_ID_LENGTH), AfterValidator(_check_text)]
+Target = Annotated[Text, Field(description="A probability's name, such as purchase_14d.")]
 
 
 class Strict(BaseModel):
@@ -103,6 +101,18 @@ class PredictRequest(Strict):
         default=0, description="How many of the items that may come next are told."
     )
 
+    @classmethod
+    def model_validate_json(
+        cls, json_data: str | bytes | bytearray, **options: Any
+    ) -> PredictRequest:
+        """Read a request: a good one fast, any other with an error that says what is wrong."""
+        fast = decode_request(json_data) if isinstance(json_data, bytes) and not options else None
+        if fast is None:
+            return super().model_validate_json(json_data, **options)
+        # The records of the fast reader have the fields of those of the slow one.
+        users: Any = fast.users
+        return cls.model_construct(users=users, now=fast.now, next_items=fast.next_items)
+
 
 class NextItem(BaseModel):
     """An item that may come next."""
@@ -152,14 +162,75 @@ class EraseResponse(BaseModel):
 
     user_id: str
     events: int
+    profile: bool
+    exported: int = Field(description="Rows in the exports that the service knows of.")
 
 
 class ExplainRequest(Strict):
-    """A prediction to explain: of a shopper in the request."""
+    """A prediction to explain: of a shopper in the request, or of one who was collected."""
 
-    user: User
-    target: Text = Field(description="A probability's name, such as purchase_14d.")
+    user: User | None = None
+    user_id: Identifier | None = Field(
+        default=None, description="Instead of `user`: whose collected events are explained."
+    )
+    target: Target
     now: Time | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> ExplainRequest:
+        if (self.user is None) == (self.user_id is None):
+            raise ValueError("send either user or user_id")
+        return self
+
+
+class Question(BaseModel):
+    """Base of the parameters of an address: texts that are read as what they stand for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    now: Time | None = Field(default=None, description="Default: the service's clock.")
+
+
+class PredictionQuestion(Question):
+    """What to tell of a shopper."""
+
+    next_items: Annotated[int, Field(ge=0, le=MAX_ITEMS)] = 0
+
+
+class ItemsQuestion(Question):
+    """Which items to tell."""
+
+    count: Annotated[int, Field(ge=1, le=MAX_ITEMS)] = 10
+
+
+class ExplanationQuestion(Question):
+    """What to explain."""
+
+    target: Target
+
+
+class StoredPrediction(Prediction):
+    """A shopper's prediction, from what was collected."""
+
+    model: str = Field(description="Digest of the model's files.")
+    now: datetime
+
+
+class StoredItems(BaseModel):
+    """The items that may come next, and when a purchase is to be expected."""
+
+    model: str
+    now: datetime
+    user_id: str
+    next_purchase: datetime | None
+    next_items: list[NextItem]
+
+
+class StoredProfile(BaseModel):
+    """What is known of a shopper from now on."""
+
+    user_id: str
+    profile: Profile
 
 
 class EventEffect(BaseModel):

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import bentoml
 import numpy as np
-from bentoml.exceptions import BadInput, BentoMLException, ServiceUnavailable
+from bentoml.exceptions import BadInput, BentoMLException, NotFound, ServiceUnavailable
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines.errors import UserError
-from pipelines.features.store import Sequences, encode_events
-from serving.access import LogAccess
+from pipelines.features.store import encode_events
+from serving.access import ObserveRequests
+from serving.admission import Admit
 from serving.batching import Batcher, Overloaded
 from serving.collect import (
     MAX_COLLECTED,
@@ -28,13 +29,15 @@ from serving.collect import (
     parse_event,
     summarise,
 )
+from serving.decode import to_mapping
+from serving.exports import erase_exported, find_exports
 from serving.keys import RequireKey
+from serving.limits import MAX_EVENTS, MAX_USERS
 from serving.metrics import Metrics
 from serving.middleware import DropValidationErrors, LimitBody, ShapeErrors
+from serving.reads import make_reads
 from serving.schema import (
     MAX_BODY_BYTES,
-    MAX_EVENTS,
-    MAX_USERS,
     EraseRequest,
     EraseResponse,
     EventEffect,
@@ -45,14 +48,15 @@ from serving.schema import (
     Prediction,
     PredictRequest,
     PredictResponse,
+    Profile,
+    StoredPrediction,
+    StoredProfile,
     StoredRequest,
     resolve_now,
 )
 from serving.store import Store, find_url, to_us
 from serving.swap import Loaded, Watcher, find_watched, load
-
-if TYPE_CHECKING:
-    from pipelines.model.predictor import Predictor
+from serving.tracing import plan_tracing
 
 MODEL_VARIABLE: Final = "FORECART_MODEL"
 
@@ -64,11 +68,13 @@ _MAX_WAITING_USERS: Final = 4 * MAX_USERS
 _MAX_WAITING_EVENTS: Final = 20 * MAX_COLLECTED
 
 _MAX_EFFECTS: Final = 20
+_UNKNOWN: Final = "no event of this shopper was collected before that time"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 
-# A shopper of a batch: id, events, profile, time from which to look ahead, items to tell.
-Shopper = tuple[str, Sequence[dict[str, Any]], dict[str, Any] | None, datetime, int]
+# A shopper of a batch: id, events, profile, time from which to look ahead, items to tell. Times
+# of events and profiles are datetimes, or microseconds as the store has them.
+Shopper = tuple[str, Sequence[Any], dict[str, Any] | None, datetime, int]
 
 
 def find_model() -> Path:
@@ -76,16 +82,15 @@ def find_model() -> Path:
     return Path(os.environ.get(MODEL_VARIABLE, BUNDLED_MODEL))
 
 
-# Reading a request costs as much as predicting, and comes before the queues of the batches: what is
-# open at once has to be bounded as well, or all wait for seconds and none is refused.
-_MAX_OPEN_REQUESTS: Final = 64
-
-
 @bentoml.service(
     name="forecart",
     workers=1,
-    traffic={"timeout": 30, "max_concurrency": _MAX_OPEN_REQUESTS},
+    # Reading a request costs as much as predicting, and comes before the queues of the batches:
+    # what is open at once is bounded by Admit.
+    traffic={"timeout": 30},
     logging={"access": {"enabled": False}},
+    metrics={"enabled": False},
+    tracing=plan_tracing(),
 )
 class Forecart:
     """Predicts what shoppers do next from their recent events."""
@@ -124,35 +129,16 @@ class Forecart:
     async def predict(self, request: PredictRequest, /) -> PredictResponse:
         """Predict one or many shoppers from the events in the request."""
         now = resolve_now(request, datetime.now(UTC))
-        shoppers: list[Shopper] = [
-            (
-                user.user_id,
-                [event.model_dump() for event in user.events],
-                user.profile.model_dump() if user.profile else None,
-                now,
-                request.next_items,
-            )
-            for user in request.users
-        ]
-        return await self._predict(shoppers, now)
+        return await self._predict(_list_shoppers(request, now), now)
 
     @bentoml.api(route="/users/predict")  # type: ignore[untyped-decorator]
     async def predict_stored(self, request: StoredRequest, /) -> PredictResponse:
-        """Predict shoppers from the events that were collected of them.
+        """Predict shoppers from the events and profiles that were collected of them.
 
         A shopper without collected events before `now` has no prediction and is left out.
         """
         now = request.now or datetime.now(UTC)
-        found = await _guard(
-            asyncio.to_thread(
-                self._open_store().history, request.user_ids, before=to_us(now), limit=MAX_EVENTS
-            )
-        )
-        shoppers: list[Shopper] = [
-            (user_id, [_decode_time(event) for event in events], None, now, request.next_items)
-            for user_id, events in found.items()
-            if events
-        ]
+        shoppers = await self._find_shoppers(request.user_ids, now, request.next_items)
         if not shoppers:
             return PredictResponse(model=self.model.digest, now=now, predictions=[])
         return await self._predict(shoppers, now)
@@ -176,17 +162,90 @@ class Forecart:
 
     @bentoml.api(route="/users/erase")  # type: ignore[untyped-decorator]
     async def erase(self, request: EraseRequest, /) -> EraseResponse:
-        """Delete all that was collected of a shopper. What is read from the store next has none."""
-        erase = asyncio.to_thread(self._open_store().erase, request.user_id)
-        return EraseResponse(user_id=request.user_id, events=await _guard(erase))
+        """Delete all that was collected of a shopper, and their rows in the exports."""
+        return await self.forget(request.user_id)
 
     @bentoml.api(route="/explain")  # type: ignore[untyped-decorator]
     async def explain(self, request: ExplainRequest, /) -> ExplainResponse:
         """Tell which events and counts moved a prediction, and how much."""
+        if request.user is None:
+            now = request.now or datetime.now(UTC)
+            return await self.explain_stored(str(request.user_id), request.target, now)
         whole = PredictRequest(users=[request.user], now=request.now)
         now = resolve_now(whole, datetime.now(UTC))
+        (shopper,) = _list_shoppers(whole, now)
+        return await self._explain_one(shopper, request.target)
+
+    async def tell_stored(self, user_id: str, now: datetime, next_items: int) -> StoredPrediction:
+        """Predict one shopper from what was collected.
+
+        Raises:
+            NotFound: nothing was, before that time.
+        """
+        shoppers = await self._find_shoppers([user_id], now, next_items)
+        if not shoppers:
+            raise NotFound(_UNKNOWN)
+        told = await self._predict(shoppers, now)
+        (prediction,) = told.predictions
+        return StoredPrediction(model=told.model, now=now, **dict(prediction))
+
+    async def explain_stored(self, user_id: str, target: str, now: datetime) -> ExplainResponse:
+        """Explain the prediction of one shopper from what was collected.
+
+        Raises:
+            BadInput: there is no such target.
+            NotFound: nothing was collected before that time.
+        """
+        shoppers = await self._find_shoppers([user_id], now, 0)
+        if not shoppers:
+            raise NotFound(_UNKNOWN)
+        return await self._explain_one(shoppers[0], target)
+
+    async def keep_profile(self, user_id: str, profile: Profile) -> StoredProfile:
+        """Store what the shop knows of a shopper; answered means durable."""
+        row = profile.model_dump()
+        if profile.signup_ts is not None:
+            row["signup_ts"] = to_us(profile.signup_ts)
+        await _guard(asyncio.to_thread(self._open_store().keep_profile, user_id, row))
+        return StoredProfile(user_id=user_id, profile=profile)
+
+    async def forget(self, user_id: str) -> EraseResponse:
+        """Delete a shopper from the store and the exports.
+
+        Raises:
+            ServiceUnavailable: the exports are being written; the store has forgotten already.
+        """
+        erased = await _guard(asyncio.to_thread(self._open_store().erase, user_id))
         try:
-            return await asyncio.to_thread(self._explain, request, now)
+            exported = await asyncio.to_thread(erase_exported, find_exports(), user_id)
+        except UserError as error:
+            logging.getLogger(__name__).error("%s", error)
+            raise ServiceUnavailable(str(error)) from None
+        return EraseResponse(
+            user_id=user_id, events=erased.events, profile=erased.profile, exported=exported
+        )
+
+    async def _find_shoppers(
+        self, user_ids: Sequence[str], now: datetime, next_items: int
+    ) -> list[Shopper]:
+        """Return those of some shoppers of whom an event was collected before a time."""
+
+        def read() -> list[Shopper]:
+            store = self._open_store()
+            found = store.history(user_ids, before=to_us(now), limit=MAX_EVENTS)
+            profiles = store.profiles(user_ids)
+            return [
+                (user_id, events, profiles.get(user_id), now, next_items)
+                for user_id, events in found.items()
+                if events
+            ]
+
+        shoppers: list[Shopper] = await _guard(asyncio.to_thread(read))
+        return shoppers
+
+    async def _explain_one(self, shopper: Shopper, target: str) -> ExplainResponse:
+        try:
+            return await asyncio.to_thread(self._explain, shopper, target)
         except UserError as error:
             raise BadInput(str(error)) from None
 
@@ -229,13 +288,13 @@ class Forecart:
         timeline = Timeline(sequences)
         nows = np.array([to_us(now) for *_, now, _ in shoppers], dtype=np.int64)
         cuts = timeline.cuts(np.arange(len(shoppers)), nows)
-        raw = predictor.raw(timeline, cuts)
-        predicted = predictor.finish(raw)
+        # Who wants fewer items than another gets the first of theirs.
+        ahead = predictor.look_ahead(timeline, cuts, max(count for *_, count in shoppers))
+        predicted = predictor.finish(ahead.raw)
         days = np.full(len(shoppers), np.nan)
         if "purchase" in predictor.spec.heads.events:
-            days = predictor.days_until(raw, "purchase")
-        wanted = [count for *_, count in shoppers]
-        items = self._tell_items(predictor, sequences, nows, wanted)
+            days = predictor.days_until(ahead.raw, "purchase")
+        names = predictor.spec.vocabulary.item_id
         kinds = {target.name: target.kind for target in predictor.targets}
         binary = {name: values for name, values in predicted.items() if kinds[name] == "binary"}
         self.metrics.count_batch(len(shoppers), binary)
@@ -251,53 +310,30 @@ class Forecart:
                 next_purchase=(
                     now + timedelta(days=float(days[i])) if np.isfinite(days[i]) else None
                 ),
-                next_items=items[i],
+                next_items=[
+                    NextItem(item_id=names[code], probability=float(chance))
+                    for code, chance in zip(
+                        ahead.items[i, :count], ahead.chances[i, :count], strict=True
+                    )
+                ],
             )
-            for i, (user_id, _, _, now, _) in enumerate(shoppers)
+            for i, (user_id, _, _, now, count) in enumerate(shoppers)
         ]
         return [(model.digest, prediction) for prediction in predictions]
 
-    def _tell_items(
-        self,
-        predictor: Predictor,
-        sequences: Sequences,
-        nows: np.ndarray[Any, Any],
-        wanted: list[int],
-    ) -> list[list[NextItem]]:
-        """Return the items that may come next, for those who want any."""
-        from pipelines.model.timeline import Timeline
-
-        told: list[list[NextItem]] = [[] for _ in wanted]
-        rows = np.flatnonzero(np.array(wanted) > 0)
-        if not len(rows):
-            return told
-        timeline = Timeline(sequences.take(rows))
-        cuts = timeline.cuts(np.arange(len(rows)), nows[rows])
-        codes, values = predictor.next_items(timeline, cuts, max(wanted))
-        names = predictor.spec.vocabulary.item_id
-        for place, row in enumerate(rows):
-            told[row] = [
-                NextItem(item_id=names[code], probability=float(value))
-                for code, value in zip(
-                    codes[place, : wanted[row]], values[place, : wanted[row]], strict=True
-                )
-            ]
-        return told
-
-    def _explain(self, request: ExplainRequest, now: datetime) -> ExplainResponse:
+    def _explain(self, shopper: Shopper, name: str) -> ExplainResponse:
         from pipelines.model.explanation import explain
         from pipelines.model.timeline import Timeline, feature_names
 
         model = self.model
         predictor = model.predictor
         targets = {target.name: target for target in predictor.targets}
-        if request.target not in targets:
+        if name not in targets:
             known = ", ".join(name for name, t in targets.items() if t.kind == "binary")
-            raise UserError(f"target {request.target!r} is not one of {known}")
-        target = targets[request.target]
-        user = request.user
-        events = sorted((e.model_dump() for e in user.events), key=lambda event: event["ts"])
-        profile = user.profile.model_dump() if user.profile else None
+            raise UserError(f"target {name!r} is not one of {known}")
+        target = targets[name]
+        _, unordered, profile, now, _ = shopper
+        events = sorted(map(to_mapping, unordered), key=lambda event: event["ts"])
         sequences = encode_events([events], [profile])
         timeline = Timeline(sequences)
         nows = np.array([to_us(now)], dtype=np.int64)
@@ -320,7 +356,7 @@ class Forecart:
             gap=float(np.abs(found.gap[0])),
             events=[
                 EventEffect(
-                    ts=events[found.event[i]]["ts"],
+                    ts=_to_time(events[found.event[i]]["ts"]),
                     event_type=str(events[found.event[i]]["event_type"]),
                     item_id=events[found.event[i]]["item_id"],
                     query=events[found.event[i]]["query"],
@@ -347,14 +383,29 @@ async def _guard(work: Any) -> Any:
         raise ServiceUnavailable("the store does not answer; send again later") from None
 
 
-def _decode_time(event: dict[str, Any]) -> dict[str, Any]:
-    return event | {"ts": _EPOCH + event["ts"] * _MICROSECOND}
+def _list_shoppers(request: PredictRequest, now: datetime) -> list[Shopper]:
+    return [
+        (
+            user.user_id,
+            user.events,
+            to_mapping(user.profile) if user.profile else None,
+            now,
+            request.next_items,
+        )
+        for user in request.users
+    ]
+
+
+def _to_time(ts: datetime | int) -> datetime:
+    return ts if isinstance(ts, datetime) else _EPOCH + ts * _MICROSECOND
 
 
 # The decorator has made a service of the class. The first one added is the outermost: errors of
 # the limits are shaped as well.
 _service: Any = Forecart
-_service.add_asgi_middleware(LogAccess)
+_service.mount_asgi_app(make_reads())
+_service.add_asgi_middleware(ObserveRequests)
 _service.add_asgi_middleware(ShapeErrors)
 _service.add_asgi_middleware(RequireKey)
+_service.add_asgi_middleware(Admit)
 _service.add_asgi_middleware(LimitBody, max_bytes=MAX_BODY_BYTES)

@@ -1,4 +1,4 @@
-"""Where collected events are kept: SQLite by default, PostgreSQL or MySQL/MariaDB by address.
+"""Where collected events and profiles are kept: SQLite by default, else PostgreSQL or MariaDB.
 
 What `append` has returned is committed. Events are known by their id: storing one again changes
 nothing, so that a client may send again what it had no answer for.
@@ -7,7 +7,10 @@ nothing, so that a client may send again what it had no answer for.
 from __future__ import annotations
 
 import os
+import random
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -31,10 +34,15 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    NoSuchModuleError,
+    OperationalError,
+)
 
 from pipelines.errors import UserError
-from pipelines.events import EVENT_SCHEMA, MAX_ID_LENGTH, MAX_QUERY_LENGTH
+from pipelines.events import EVENT_SCHEMA, MAX_ID_LENGTH, MAX_QUERY_LENGTH, USER_SCHEMA
 
 STORE_VARIABLE: Final = "FORECART_STORE"
 DEFAULT_URL: Final = "sqlite:///.forecart/events.db"
@@ -51,26 +59,30 @@ _ID: Final = String(MAX_ID_LENGTH).with_variant(
 _QUERY: Final = String(MAX_QUERY_LENGTH).with_variant(
     mysql.VARCHAR(MAX_QUERY_LENGTH, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
 )
-_TYPES: Final[dict[str, Any]] = {"ts": BigInteger, "price": Double, "quantity": Double}
+_TYPES: Final[dict[str, Any]] = {
+    "ts": BigInteger,
+    "price": Double,
+    "quantity": Double,
+    "query": _QUERY,
+    "age": Double,
+    "signup_ts": BigInteger,
+}
+
+
+def _number() -> Column[int]:
+    """Return the key that tells the order of arrival."""
+    kind = BigInteger().with_variant(Integer, "sqlite")
+    return Column("number", kind, primary_key=True, autoincrement=True)
+
 
 # Times are microseconds since the epoch, which all databases keep exactly. `number` tells the
 # order of arrival, so that a reader sees at once whether anything has come.
 EVENTS: Final = Table(
     "events",
     _METADATA,
-    Column(
-        "number",
-        BigInteger().with_variant(Integer, "sqlite"),
-        primary_key=True,
-        autoincrement=True,
-    ),
+    _number(),
     *(
-        Column(
-            f.name,
-            _TYPES.get(f.name, _QUERY if f.name == "query" else _ID),
-            nullable=f.nullable,
-            unique=f.name == "event_id",
-        )
+        Column(f.name, _TYPES.get(f.name, _ID), nullable=f.nullable, unique=f.name == "event_id")
         for f in EVENT_SCHEMA
     ),
     Index("events_by_user", "user_id", "ts"),
@@ -79,6 +91,34 @@ EVENTS: Final = Table(
     sqlite_autoincrement=True,
 )
 _COLUMNS: Final = tuple(f.name for f in EVENT_SCHEMA)
+
+# A profile that is told anew gets a new number, by which a reader sees the change.
+PROFILES: Final = Table(
+    "profiles",
+    _METADATA,
+    _number(),
+    *(
+        Column(f.name, _TYPES.get(f.name, _ID), nullable=f.nullable, unique=f.name == "user_id")
+        for f in USER_SCHEMA
+    ),
+    mysql_charset="utf8mb4",
+    sqlite_autoincrement=True,
+)
+_TRIES: Final = 20
+_DEADLOCK: Final = 1213  # ER_LOCK_DEADLOCK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Erased:
+    """What was deleted of a user.
+
+    Attributes:
+        events: how many.
+        profile: whether there was one.
+    """
+
+    events: int
+    profile: bool
 
 
 def find_url() -> str:
@@ -165,10 +205,45 @@ class Store:
                 found[user_id] = rows[::-1]
         return found
 
-    def erase(self, user_id: str) -> int:
-        """Delete everything about a user; return how many events that were."""
+    def keep_profile(self, user_id: str, profile: Mapping[str, Any]) -> None:
+        """Store what is known of a user, in place of what was; returned means durable.
+
+        Args:
+            user_id: whose.
+            profile: with the columns of the user schema, ``signup_ts`` in microseconds.
+        """
+        row = {f.name: profile.get(f.name) for f in USER_SCHEMA} | {"user_id": user_id}
+        for left in reversed(range(_TRIES)):
+            try:
+                with self.engine.begin() as connection:
+                    connection.execute(delete(PROFILES).where(PROFILES.c.user_id == user_id))
+                    connection.execute(insert(PROFILES), row)
+                return
+            except (IntegrityError, OperationalError) as error:
+                # Another writer told the same user's in the meantime.
+                crossed = isinstance(error, IntegrityError) or _is_deadlock(error)
+                if not crossed or not left:
+                    raise
+                time.sleep(random.uniform(0.001, 0.02))  # noqa: S311 - not a secret
+
+    def profiles(self, user_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return what is known of some users; of whom nothing is, is left out."""
+        columns = [PROFILES.c[f.name] for f in USER_SCHEMA]
+        found: dict[str, dict[str, Any]] = {}
+        ids = list(dict.fromkeys(user_ids))
+        with self.engine.connect() as connection:
+            for low in range(0, len(ids), _CHUNK):
+                query = select(*columns).where(PROFILES.c.user_id.in_(ids[low : low + _CHUNK]))
+                for row in connection.execute(query):
+                    found[row.user_id] = dict(row._mapping)
+        return found
+
+    def erase(self, user_id: str) -> Erased:
+        """Delete everything about a user."""
         with self.engine.begin() as connection:
-            return connection.execute(delete(EVENTS).where(EVENTS.c.user_id == user_id)).rowcount
+            events = connection.execute(delete(EVENTS).where(EVENTS.c.user_id == user_id))
+            profiles = connection.execute(delete(PROFILES).where(PROFILES.c.user_id == user_id))
+            return Erased(events=events.rowcount, profile=profiles.rowcount > 0)
 
     def close(self) -> None:
         """Close all connections."""
@@ -189,6 +264,12 @@ class Store:
         if name == "sqlite":
             return sqlite.insert(EVENTS).on_conflict_do_nothing()
         return insert(EVENTS).prefix_with("IGNORE")
+
+
+def _is_deadlock(error: OperationalError) -> bool:
+    """Return whether the server (MariaDB) ended one of two transactions that waited for another."""
+    arguments: tuple[Any, ...] = getattr(error.orig, "args", ())
+    return _DEADLOCK in arguments[:1]
 
 
 def to_us(ts: datetime) -> int:

@@ -20,17 +20,18 @@ from pipelines.config import Which
 from pipelines.errors import UserError
 from pipelines.events import EVENT_TYPES, USER_SCHEMA
 from pipelines.features.cuts import to_us
-from pipelines.features.store import Sequences, encode_events
+from pipelines.features.store import Sequences, encode_events, hash_text
 from pipelines.io import guard_cells, read_json, write_json, write_table
 from pipelines.model.calibration import Calibration
 from pipelines.model.heads import Heads, Target
 from pipelines.model.network import Network, NetworkConfig
 from pipelines.model.predictor import ModelSpec, Predictor
-from pipelines.model.timeline import feature_names
+from pipelines.model.timeline import Timeline, feature_names
 from pipelines.model.tokens import Vocabulary
 
 END = datetime(2025, 3, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
+ITEMS = tuple(f"i{n}" for n in range(8))
 TARGETS = (
     Target(name="purchase_14d", kind="binary", event="purchase", horizon_days=14),
     Target(name="spend_14d", kind="amount", event="purchase", horizon_days=14),
@@ -46,11 +47,12 @@ def make_predictor() -> Predictor:
         backbone="gpt", width=16, layers=1, heads=2, dropout=0.0, types=len(EVENT_TYPES) + 2,
         categories=2, brands=2, genders=2, regions=2, item_buckets=16, query_buckets=16,
         next_codes=32, features=len(feature_names()), fusion_width=16, events=len(heads.events),
-        bins=len(heads.grid), amounts=len(heads.amounts), items=0,
+        bins=len(heads.grid), amounts=len(heads.amounts), items=len(ITEMS),
     )  # fmt: skip
     spec = ModelSpec(
-        network=config, vocabulary=Vocabulary(), heads=heads, targets=TARGETS, context=16,
+        network=config, heads=heads, targets=TARGETS, context=16,
         calibration=Calibration(), thresholds={"purchase_14d": 0.5},
+        vocabulary=Vocabulary(item=tuple(hash_text(i) for i in ITEMS), item_id=ITEMS),
     )  # fmt: skip
     return Predictor(spec, Network(config))
 
@@ -114,6 +116,16 @@ def test_scores_are_the_models_predictions(root: Path, small_chunks: None) -> No
     )
     for name, values in expected.items():
         np.testing.assert_allclose(found[name].to_numpy(), values, rtol=1e-5, atol=1e-7)
+    predictor = Predictor.load(root / "models/gpt")
+    timeline = Timeline(everyone)
+    cuts = timeline.cuts(np.arange(7), np.full(7, to_us(END), dtype=np.int64))
+    codes, chances = predictor.next_items(timeline, cuts, 5)
+    assert found["next_items"].to_pylist() == [[ITEMS[c] for c in row] for row in codes]
+    np.testing.assert_allclose(found["next_item_chances"].to_pylist(), chances, rtol=1e-4)
+    days = predictor.days_until(predictor.raw(timeline, cuts), "purchase")
+    for ts, ahead in zip(found["next_purchase_ts"].to_pylist(), days, strict=True):
+        assert (ts is None) == bool(np.isnan(ahead))
+        assert ts is None or (ts - END) / DAY == pytest.approx(ahead, abs=1e-4)
     assert found["active"].to_pylist() == [False] + [True] * 6
     assert found["events"].to_pylist() == np.diff(everyone.offsets).tolist()
     assert found["last_event_ts"].to_pylist()[-1] == END - DAY

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from itertools import pairwise
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ MICROSECONDS: Final = 1_000_000
 
 _WORD: Final = re.compile(r"\w+")
 _EPOCH: Final = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
+_MICROSECOND: Final = timedelta(microseconds=1)
 
 _DTYPES: Final[dict[str, Any]] = {
     "offsets": np.int64,
@@ -57,6 +59,11 @@ _EVENT_COLUMNS: Final = (
     "query",
     "session_start",
 )
+_REST: Final = (
+    "event_type", "item_id", "category", "brand", "price", "quantity", "query", "session_id",
+)  # fmt: skip
+_GET_FIELDS: Final = attrgetter("ts", "event_id", *_REST)
+_BY_TIME: Final = itemgetter(0, 1)
 _PROFILE_COLUMNS: Final = ("age", "gender", "region", "signup_ts")
 
 
@@ -220,15 +227,15 @@ def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.
 
 
 def encode_events(
-    users: Sequence[Sequence[Mapping[str, Any]]],
+    users: Sequence[Sequence[Any]],
     profiles: Sequence[Mapping[str, Any] | None] | None = None,
 ) -> Sequences:
     """Encode the events of a request.
 
     Args:
-        users: for every user the events, each a mapping with the columns of ``EVENT_SCHEMA``
-            (missing or None where not known). ``ts`` is an aware datetime or microseconds
-            since the epoch.
+        users: for every user the events, each a dict with the columns of ``EVENT_SCHEMA``
+            (missing or None where not known), or an object with such attributes. ``ts`` is an
+            aware datetime or microseconds since the epoch.
         profiles: for every user a mapping with the columns of ``USER_SCHEMA``, or None.
 
     Returns:
@@ -236,39 +243,38 @@ def encode_events(
     """
     queries: dict[str, int] = {}
     grams: list[list[int]] = [[]]
-    rows: list[tuple[Any, ...]] = []
+    hashes: dict[str | None, int] = {}
+    columns: dict[str, list[Any]] = {name: [] for name in _EVENT_COLUMNS}
+    types, starts = columns["type"], columns["session_start"]
+    items, categories, brands = columns["item"], columns["category"], columns["brand"]
     lengths: list[int] = []
     for events in users:
-        ordered = sorted(events, key=lambda e: (_microseconds(e["ts"]), str(e.get("event_id", ""))))
-        lengths.append(len(ordered))
+        timed = [_read_event(event) for event in events]
+        timed.sort(key=_BY_TIME)
+        lengths.append(len(timed))
         before: tuple[int, str | None] | None = None
-        for event in ordered:
-            ts = _microseconds(event["ts"])
-            session = event.get("session_id")
-            text = event.get("query")
+        for ts, _, kind, item, category, brand, _, _, text, session in timed:
+            types.append(EVENT_CODES[kind])
+            for column, value in ((items, item), (categories, category), (brands, brand)):
+                code = hashes.get(value)
+                if code is None:
+                    code = hashes[value] = hash_text(value)
+                column.append(code)
             query = 0
             if text:
                 if text not in queries:
                     queries[text] = len(grams)
                     grams.append(hash_query(text))
                 query = queries[text]
-            rows.append(
-                (
-                    ts,
-                    EVENT_CODES[str(event["event_type"])],
-                    hash_text(event.get("item_id")),
-                    hash_text(event.get("category")),
-                    hash_text(event.get("brand")),
-                    _number(event.get("price")),
-                    _number(event.get("quantity")),
-                    query,
-                    _starts_session(before, ts, session),
-                )
-            )
+            columns["query"].append(query)
+            starts.append(_starts_session(before, ts, session))
             before = (ts, session)
-    columns: dict[str, Any] = {
-        name: np.array([row[i] for row in rows], dtype=_DTYPES[name])
-        for i, name in enumerate(_EVENT_COLUMNS)
+        columns["ts"] += [event[0] for event in timed]
+        # NumPy reads None as NaN in a column of floats.
+        columns["price"] += [event[6] for event in timed]
+        columns["quantity"] += [event[7] for event in timed]
+    arrays: dict[str, Any] = {
+        name: np.array(values, dtype=_DTYPES[name]) for name, values in columns.items()
     }
     people = [p or {} for p in profiles] if profiles is not None else [{} for _ in users]
     if len(people) != len(users):
@@ -287,8 +293,19 @@ def encode_events(
             ],
             dtype=np.int64,
         ),
-        **columns,
+        **arrays,
     )
+
+
+def _read_event(event: Any) -> tuple[Any, ...]:
+    """Return time in microseconds, id as a text, and the other fields."""
+    if isinstance(event, dict):
+        ts, event_id = event["ts"], event.get("event_id", "")
+        rest: tuple[Any, ...] = tuple(map(event.get, _REST))
+    else:
+        ts, event_id, *others = _GET_FIELDS(event)
+        rest = tuple(others)
+    return (_microseconds(ts), str(event_id), *rest)
 
 
 def _starts_session(before: tuple[int, str | None] | None, ts: int, session: str | None) -> int:
@@ -301,7 +318,7 @@ def _starts_session(before: tuple[int, str | None] | None, ts: int, session: str
 
 def _microseconds(value: datetime | int) -> int:
     if isinstance(value, datetime):
-        return (value - _EPOCH) // timedelta(microseconds=1)
+        return (value - _EPOCH) // _MICROSECOND
     return int(value)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.model.backbones import Layout, make_backbone
+from pipelines.model.backbones import Layout, Transformer, make_backbone
 from pipelines.model.fusion import Fusion
 from pipelines.model.items import ItemHead
 
@@ -230,14 +230,16 @@ class Network(nn.Module):
 
     def mix(self, batch: Batch, tokens: Tensor) -> Tensor:
         """Lay tokens out in rows and run the backbone, (B, L, width)."""
-        rows, places = batch.source.shape
-        width = self.config.width
-        x = tokens.index_select(0, batch.source.flatten()).view(rows, places, width)
-        layout = Layout(
-            segment=batch.segment, is_now=batch.is_now, position=batch.position, time=batch.time
-        )
-        mixed: Tensor = self.backbone(x, layout)
+        mixed: Tensor = self.backbone(*_lay_out(batch, tokens))
         return mixed
+
+    def encode_now(self, batch: Batch) -> Tensor:
+        """Return ``at_now`` of ``encode``, (M, width), without what nobody reads of it."""
+        if not isinstance(self.backbone, Transformer) or not len(batch.now_place):
+            return self.at_now(batch, self.encode(batch))
+        x, layout = _lay_out(batch, self.embed(batch))
+        now: Tensor = self.norm(self.backbone.at(x, layout, batch.now_place))
+        return now
 
     def forward(self, batch: Batch) -> tuple[Outputs, Tensor]:
         """Return the heads' outputs at NOW and the hidden state of every place."""
@@ -253,7 +255,10 @@ class Network(nn.Module):
             hidden: (B, L, width).
             codes: (M, F, CODES) of the snapshot features; None = those of the batch's features.
         """
-        now = self.at_now(batch, hidden)
+        return self.read_now(batch, self.at_now(batch, hidden), codes), hidden
+
+    def read_now(self, batch: Batch, now: Tensor, codes: Tensor | None = None) -> Outputs:
+        """Read the heads off the hidden states at NOW tokens, (M, width)."""
         if self.config.features:
             if codes is None:
                 codes = self.fusion.encode(batch.now_features)
@@ -261,7 +266,7 @@ class Network(nn.Module):
         joined = functional.relu(self.join(now))
         hazard = self.hazard(joined).view(-1, self.config.events, self.config.bins)
         mean, scale = self.amount(joined).chunk(2, dim=1)
-        return Outputs(hazard=hazard, amount_mean=mean, amount_scale=scale), hidden
+        return Outputs(hazard=hazard, amount_mean=mean, amount_scale=scale)
 
     def at_now(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Return the hidden states at NOW tokens, (M, width)."""
@@ -283,3 +288,13 @@ class Network(nn.Module):
         sizes = [self.config.types, NEXT_GAP_BINS, self.config.next_codes, 1]
         kind, gap, content, price = logits.split(sizes, dim=1)
         return kind, gap, content, price[:, 0]
+
+
+def _lay_out(batch: Batch, tokens: Tensor) -> tuple[Tensor, Layout]:
+    """Put tokens into rows, (B, L, width)."""
+    rows, places = batch.source.shape
+    x = tokens.index_select(0, batch.source.flatten()).view(rows, places, -1)
+    layout = Layout(
+        segment=batch.segment, is_now=batch.is_now, position=batch.position, time=batch.time
+    )
+    return x, layout

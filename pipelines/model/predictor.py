@@ -19,7 +19,7 @@ from pipelines.features.store import Sequences
 from pipelines.io import read_json, write_json
 from pipelines.model.batches import Collated, cut_pieces, iterate
 from pipelines.model.calibration import Calibration
-from pipelines.model.committee import Committee
+from pipelines.model.committee import Committee, join
 from pipelines.model.heads import Heads, Target, buyer_mean, survival
 from pipelines.model.items import RECENT
 from pipelines.model.network import Network, NetworkConfig
@@ -98,6 +98,22 @@ class Raw:
 
     survival: NDArray[np.float64]
     amount: NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """What comes after M cuts.
+
+    Attributes:
+        raw: uncalibrated predictions.
+        items: int64 (M, K), places in ``spec.vocabulary.item``, the most probable first; fewer
+            columns than asked for where fewer items are known.
+        chances: float32 (M, K), their probabilities.
+    """
+
+    raw: Raw
+    items: NDArray[np.int64]
+    chances: NDArray[np.float32]
 
 
 class Predictor:
@@ -183,54 +199,60 @@ class Predictor:
         """Predict M (user, time) pairs in any order; a user may occur many times."""
         return self.finish(self.raw(timeline, timeline.cuts(user, ts)))
 
-    @torch.inference_mode()
     def raw(self, timeline: Timeline, cuts: Cuts) -> Raw:
         """Return uncalibrated predictions of M cuts, in their order."""
-        config = self.spec.network
-        heads = self.spec.heads
-        result = Raw(
-            survival=np.ones((len(cuts), len(heads.events), len(heads.grid))),
-            amount=np.zeros((len(cuts), len(heads.amounts))),
-        )
-        for collated in self._iterate(timeline, cuts, features=config.features > 0):
-            outputs, _ = self.network(collated.batch.to(self._device))
-            result.survival[collated.rows] = survival(outputs)
-            result.amount[collated.rows] = buyer_mean(outputs)
-        return result
+        return self.look_ahead(timeline, cuts, 0).raw
 
-    @torch.inference_mode()
     def next_items(
         self, timeline: Timeline, cuts: Cuts, count: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return which items will most probably come next.
+        """Return which items will most probably come next, as ``look_ahead`` does."""
+        told = self.look_ahead(timeline, cuts, count)
+        return told.items, told.chances
+
+    @torch.inference_mode()
+    def look_ahead(self, timeline: Timeline, cuts: Cuts, count: int) -> Ahead:
+        """Predict M cuts and the items that come next, in one pass over the histories.
 
         Args:
             timeline: all events.
             cuts: M cuts.
-            count: K, of items a cut.
-
-        Returns:
-            Codes, places in ``spec.vocabulary.item``, and probabilities, the largest first; both
-            (M, K), with fewer columns where fewer items are known.
+            count: K, of items a cut; 0 = none.
         """
-        count = min(count, self.spec.network.items)
-        codes = np.zeros((len(cuts), count), dtype=np.int64)
-        values = np.zeros((len(cuts), count), dtype=np.float32)
-        if not count:
-            return codes, values
-        recent = self.tokenizer.items(timeline.recent_items(cuts, RECENT))
-        for collated in self._iterate(timeline, cuts, features=False):
+        config, heads = self.spec.network, self.spec.heads
+        count = min(count, config.items)
+        ahead = Ahead(
+            raw=Raw(
+                survival=np.ones((len(cuts), len(heads.events), len(heads.grid))),
+                amount=np.zeros((len(cuts), len(heads.amounts))),
+            ),
+            items=np.zeros((len(cuts), count), dtype=np.int64),
+            chances=np.zeros((len(cuts), count), dtype=np.float32),
+        )
+        if count:
+            recent = self.tokenizer.items(timeline.recent_items(cuts, RECENT))
+        for collated in self._iterate(timeline, cuts, features=config.features > 0):
             batch = collated.batch.to(self._device)
-            told = torch.from_numpy(recent[collated.rows]).to(self._device)
+            nows = [network.encode_now(batch) for network in self.networks]
             said = [
-                network.items.probabilities(network.at_now(batch, network.encode(batch)), told)
-                for network in self.networks
+                network.read_now(batch, now)
+                for network, now in zip(self.networks, nows, strict=True)
+            ]
+            outputs = said[0] if len(said) == 1 else join(said)
+            ahead.raw.survival[collated.rows] = survival(outputs)
+            ahead.raw.amount[collated.rows] = buyer_mean(outputs)
+            if not count:
+                continue
+            told = torch.from_numpy(recent[collated.rows]).to(self._device)
+            chances = [
+                network.items.probabilities(now, told)
+                for network, now in zip(self.networks, nows, strict=True)
                 if network.items is not None
             ]
-            best = torch.stack(said).mean(dim=0).topk(count, dim=1)
-            codes[collated.rows] = best.indices.cpu().numpy()
-            values[collated.rows] = best.values.cpu().numpy()
-        return codes, values
+            best = torch.stack(chances).mean(dim=0).topk(count, dim=1)
+            ahead.items[collated.rows] = best.indices.cpu().numpy()
+            ahead.chances[collated.rows] = best.values.cpu().numpy()
+        return ahead
 
     @torch.inference_mode()
     def embed(self, timeline: Timeline, cuts: Cuts) -> NDArray[np.float32]:
@@ -242,7 +264,7 @@ class Predictor:
         result = np.zeros((len(cuts), width * len(self.networks)), dtype=np.float32)
         for collated in self._iterate(timeline, cuts, features=False):
             batch = collated.batch.to(self._device)
-            said = [network.at_now(batch, network.encode(batch)) for network in self.networks]
+            said = [network.encode_now(batch) for network in self.networks]
             result[collated.rows] = torch.cat(said, dim=1).cpu().numpy()
         return result
 

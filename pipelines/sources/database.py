@@ -11,10 +11,14 @@ import pyarrow as pa
 
 from pipelines.config import ColumnMapping, Database
 from pipelines.errors import UserError
+from pipelines.events import USER_SCHEMA
 from pipelines.sources.base import ROW, Batch, Kind, Mapping
 
 URL_VARIABLE: Final = "FORECART_STORE"
 DEFAULT_URL: Final = "sqlite:///.forecart/events.db"
+
+# Where the collecting service keeps what the shop knows of its users.
+PROFILES: Final = "profiles"
 
 _ROWS_PER_CHUNK: Final = 1 << 16
 
@@ -44,7 +48,7 @@ class DatabaseSource:
         tables: dict[str, Any] = {}
         with self._connect() as (engine, connection):
             for kind in Kind:
-                name = self._name(kind)
+                name = self._find_name(kind, engine)
                 if name is None:
                     continue
                 table = self._reflect(engine, name)
@@ -56,14 +60,14 @@ class DatabaseSource:
 
     def read(self, kind: Kind) -> Iterator[Batch]:
         """See ``Source``."""
-        name = self._name(kind)
-        if name is None:
-            return
         from sqlalchemy import select
 
         from pipelines.sources.mapping import Mapper, connect
 
         with self._connect() as (engine, connection):
+            name = self._find_name(kind, engine)
+            if name is None:
+                return
             table = self._reflect(engine, name)
             schema = pa.schema([pa.field(c.name, _arrow_type(c.type)) for c in table.columns])
             mapping = self._complete(kind, schema)
@@ -92,6 +96,18 @@ class DatabaseSource:
             Kind.ITEMS: self._params.items,
         }
         return names[kind]
+
+    def _find_name(self, kind: Kind, engine: Any) -> str | None:
+        """Return the table of a kind; profiles that the service keeps are found unasked."""
+        name = self._name(kind)
+        if name is None and kind is Kind.USERS:
+            from sqlalchemy import inspect
+
+            found = inspect(engine)
+            if found.has_table(PROFILES):
+                columns = {column["name"] for column in found.get_columns(PROFILES)}
+                return PROFILES if columns >= set(USER_SCHEMA.names) else None
+        return name
 
     def _complete(self, kind: Kind, schema: pa.Schema) -> Mapping:
         """Read an unmapped time that is a whole number as microseconds, as the service stores."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import http.server
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import psutil
@@ -36,8 +38,9 @@ from pipelines.model.predictor import ModelSpec, Predictor
 from pipelines.model.timeline import feature_names
 from pipelines.model.tokens import Vocabulary
 from pipelines.stages import package
+from serving.limits import MAX_EVENTS, MAX_USERS
 from serving.metrics import Metrics
-from serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_USERS
+from serving.schema import MAX_BODY_BYTES
 from serving.store import Store, to_us
 from serving.swap import Loaded, Watcher, load
 
@@ -462,6 +465,90 @@ def test_collected_events_are_kept_once_and_predicted_from(service: Service) -> 
     assert [p["user_id"] for p in stored["predictions"]] == ["u1"]
 
 
+def test_one_shopper_is_read_told_of_and_erased_by_address(service: Service) -> None:
+    user = "a/b ü?#%2F"
+    address = f"/users/{quote(user, safe='')}"
+    asked = f"now={quote(NOW.isoformat())}"
+    events = make_request(1)["users"][0]["events"]
+    service.post("/events", {"events": [{"user_id": user, **event} for event in events]})
+    profile = {"age": 33.0, "gender": "f", "region": "r", "signup_ts": "2024-01-01T00:00:00Z"}
+    content = json.dumps(profile).encode()
+    status, _, body = service.ask("PUT", address, content)
+    assert (status, json.loads(body)) == (200, {"user_id": user, "profile": profile})
+
+    person = {"user_id": user, "profile": profile, "events": events}
+    body_asked = {"users": [person], "now": NOW.isoformat(), "next_items": 3}
+    _, direct = service.predict(body_asked)
+    status, _, body = service.ask("GET", f"{address}/prediction?next_items=3&{asked}")
+    assert status == 200, body
+    told = json.loads(body)
+    assert told["model"] == direct["model"]
+    for name, value in direct["predictions"][0]["probabilities"].items():
+        assert told["probabilities"][name] == pytest.approx(value, abs=1e-5)
+    status, _, body = service.ask("GET", f"{address}/next-items?count=3&{asked}")
+    items = json.loads(body)
+    assert (status, items["next_items"]) == (200, told["next_items"])
+    assert items["next_purchase"] == told["next_purchase"]
+
+    status, _, body = service.ask("GET", f"{address}/explanation?target=purchase_14d&{asked}")
+    explained = json.loads(body)
+    assert status == 200, body
+    stored = {"user_id": user, "target": "purchase_14d", "now": NOW.isoformat()}
+    assert service.post("/explain", stored) == (200, explained)
+    direct_asked = {"user": person, "target": "purchase_14d", "now": NOW.isoformat()}
+    assert service.post("/explain", direct_asked)[1]["end"] == pytest.approx(explained["end"])
+
+    status, _, body = service.ask("DELETE", address)
+    erased = {"user_id": user, "events": len(events), "profile": True, "exported": 0}
+    assert (status, json.loads(body)) == (200, erased)
+    for part in ("prediction", "next-items", "explanation?target=purchase_14d"):
+        status, _, body = service.ask("GET", f"{address}/{part}")
+        assert (status, json.loads(body)["error"]["code"]) == (404, "not_found")
+    assert user not in service.log.read_text()
+    assert user.encode() not in service.ask("GET", "/metrics")[2]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "field"),
+    [
+        ("GET", "/users/a/prediction?next_items=-1", 422, "query.next_items"),
+        ("GET", "/users/a/prediction?colour=red", 422, "query.colour"),
+        ("GET", "/users/a/prediction?now=yesterday", 422, "query.now"),
+        ("GET", "/users/a/explanation", 422, "query.target"),
+        ("GET", f"/users/{'a' * 257}/prediction", 422, "path.user_id"),
+        ("GET", "/users/a%00b/prediction", 422, "path.user_id"),
+        ("GET", "/users//prediction", 422, "path.user_id"),
+        ("GET", "/users/%FF/prediction", 400, None),
+        ("DELETE", "/users/%FF", 400, None),
+        ("GET", "/users/a", 405, None),
+        ("POST", "/users/a/prediction", 405, None),
+    ],
+)
+def test_a_wrong_address_is_told(
+    service: Service, method: str, path: str, status: int, field: str | None
+) -> None:
+    found, _, body = service.ask(method, path)
+    assert found == status, body
+    assert json.loads(body)["error"]["field"] == field
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "field"),
+    [
+        (b'{"age": "3"}', 422, "age"),
+        (b'{"signup_ts": 12}', 422, "signup_ts"),
+        (b'{"shoe": 41}', 422, "shoe"),
+        (b'{"age":', 400, None),
+        (b" " * (MAX_BODY_BYTES + 1), 413, None),
+    ],
+)
+def test_a_wrong_profile_is_refused(
+    service: Service, body: bytes, status: int, field: str | None
+) -> None:
+    found, _, answer = service.ask("PUT", "/users/zoe", body)
+    assert (found, json.loads(answer)["error"]["field"]) == (status, field)
+
+
 def test_an_explanation_adds_up(service: Service) -> None:
     user = make_request(1)["users"][0]
     for target in ("purchase_14d", "churn_14d"):
@@ -488,7 +575,7 @@ def test_health_metrics_and_description(service: Service) -> None:
     service.predict(make_request(1))
     status, _, metrics = service.ask("GET", "/metrics")
     assert status == 200
-    assert b'endpoint="/predict"' in metrics
+    assert b'forecart_request_seconds_count{route="/predict",status="200"}' in metrics
     assert b"forecart_batch_users_count" in metrics
     assert b'forecart_probability_count{target="purchase_14d"}' in metrics
     digest = service.predict(make_request(1))[1]["model"]
@@ -496,7 +583,7 @@ def test_health_metrics_and_description(service: Service) -> None:
     status, _, description = service.ask("GET", "/docs.json")
     assert status == 200
     document = json.loads(description)
-    assert "/predict" in document["paths"]
+    assert {"/predict", "/users/{user_id}", "/users/{user_id}/prediction"} <= set(document["paths"])
     assert "event_type" in document["components"]["schemas"]["Event"]["properties"]
 
 
@@ -506,6 +593,43 @@ def test_refused_requests_leave_no_personal_data_in_the_log(service: Service) ->
     log = service.log.read_text()
     assert "secret-price-of-anna" not in log
     assert "2031" not in log
+
+
+def test_traces_reach_a_collector_without_ids(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collector of traces, as small as can be: it keeps what is sent."""
+    received: list[tuple[str, bytes]] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["content-length"]))
+            received.append((self.path, content))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{collector.server_port}"
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+        with start(project / "models/gpt", tmp_path) as service:
+            assert service.predict(make_request(1))[0] == 200
+            assert service.ask("GET", "/users/secret-anna/prediction")[0] == 404
+            deadline = time.monotonic() + 20
+            while not any(b"/predict" in content for _, content in received):
+                assert time.monotonic() < deadline, service.log.read_text()
+                time.sleep(0.1)
+        collector.shutdown()
+    sent = b"".join(content for _, content in received)
+    assert {path for path, _ in received} == {"/v1/traces"}
+    assert b"forecart" in sent
+    assert b"secret-anna" not in sent
+    assert b"red shoes" not in sent
 
 
 def test_a_port_in_use_is_told(service: Service, project: Path) -> None:

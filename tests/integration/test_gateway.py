@@ -174,12 +174,15 @@ def test_too_many_requests_are_refused_in_the_services_form(gateway: Gateway) ->
     assert refused[1]["retry-after"] == "1"
 
 
-def test_the_log_tells_no_keys(gateway: Gateway) -> None:
+def test_the_log_tells_no_keys_and_no_shoppers(gateway: Gateway) -> None:
     time.sleep(2)  # until the client's allowance of the test before is back
     gateway.ask("GET", "/readyz?user=ada-lovelace@example.com")
+    status, _, content = gateway.ask("GET", "/users/ada%2Flovelace%20%C3%BC/prediction")
+    assert (status, code(content)) == (404, "not_found")
     time.sleep(0.5)
     log = (gateway.folder / "access.log").read_text()
     assert " shop POST /predict 200 " in log
+    assert " shop GET /users/ 404 " in log
     assert KEY not in log
     assert "lovelace" not in log
 

@@ -17,23 +17,27 @@ from pipelines.errors import UserError
 from pipelines.registry import lock
 from pipelines.sources.base import Kind
 from pipelines.sources.database import DatabaseSource
-from serving.store import EVENTS, Store
+from serving.store import EVENTS, PROFILES, Store, to_us
 from tests.integration.databases import Server, run_mariadb, run_postgres
 from tests.serving.test_store import (
     make,
+    test_a_profile_replaces_the_one_before,
     test_all_columns_come_back_as_they_were,
     test_an_erased_user_is_gone_and_no_one_else,
     test_an_event_is_stored_once,
     test_history_is_the_latest_before_in_order,
+    test_profiles_of_one_user_told_side_by_side_leave_one,
     test_writers_side_by_side_store_each_event_once,
 )
 
 # The suite of the store, run here on servers.
 __all__ = [
+    "test_a_profile_replaces_the_one_before",
     "test_all_columns_come_back_as_they_were",
     "test_an_erased_user_is_gone_and_no_one_else",
     "test_an_event_is_stored_once",
     "test_history_is_the_latest_before_in_order",
+    "test_profiles_of_one_user_told_side_by_side_leave_one",
     "test_writers_side_by_side_store_each_event_once",
 ]
 
@@ -51,6 +55,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 def store(server: Server) -> Iterator[Store]:
     opened = Store(server.url)
     EVENTS.drop(opened.engine, checkfirst=True)
+    PROFILES.drop(opened.engine, checkfirst=True)
     opened.create()
     yield opened
     opened.close()
@@ -64,6 +69,24 @@ def test_ingest_reads_what_was_stored(store: Store, server: Server) -> None:
     assert rows[4]["price"] == 0.1
     before = source.fingerprint()
     store.append([make("more", ts=NOON)])
+    assert source.fingerprint() != before
+
+
+def test_ingest_reads_the_profiles_that_were_told(store: Store, server: Server) -> None:
+    store.append([make("e1", ts=NOON)])
+    store.keep_profile("ann", {"age": 41.0, "region": "north", "signup_ts": NOON})
+    source = DatabaseSource(Database(url=server.url))
+    (batch,) = source.read(Kind.USERS)
+    (row,) = batch.table.to_pylist()
+    assert (row["user_id"], row["age"], row["gender"], row["region"]) == (
+        "ann",
+        41.0,
+        None,
+        "north",
+    )
+    assert to_us(row["signup_ts"]) == NOON
+    before = source.fingerprint()
+    store.keep_profile("ann", {"age": 42.0})
     assert source.fingerprint() != before
 
 

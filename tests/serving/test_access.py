@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serving.access import ROUTES, LogAccess
+from serving.access import CALLS, PARTS, USER, ObserveRequests, name_route
 from serving.service import Forecart
 
 
@@ -23,7 +23,7 @@ def ask(path: str, *, method: str = "POST", status: int | None = 200) -> list[di
         pass
 
     scope = {"type": "http", "method": method, "path": path, "query_string": b"user=anna"}
-    asyncio.run(LogAccess(app, lines.append)(scope, send, send))  # type: ignore[arg-type]
+    asyncio.run(ObserveRequests(app, lines.append)(scope, send, send))  # type: ignore[arg-type]
     return [json.loads(line) for line in lines]
 
 
@@ -58,10 +58,46 @@ def test_it_is_off_unless_asked_for(
     scope = {"type": "http", "method": "POST", "path": "/predict"}
     for value, lines in (("", 0), ("1", 1)):
         monkeypatch.setenv("FORECART_ACCESS_LOG", value)
-        asyncio.run(LogAccess(app)(scope, send, send))  # type: ignore[arg-type]
+        asyncio.run(ObserveRequests(app)(scope, send, send))  # type: ignore[arg-type]
         assert len(capsys.readouterr().out.splitlines()) == lines
 
 
 def test_all_routes_of_the_service_are_known() -> None:
     service: Any = Forecart
-    assert {method.route for method in service.apis.values()} == ROUTES
+    assert {method.route for method in service.apis.values()} == CALLS
+    ((app, _, _),) = service.mount_apps
+    users = {f"{USER}/{part}" for part in PARTS} | {USER}
+    assert {r.path_format for r in app.routes} == users | {"/metrics"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "route"),
+    [
+        ("GET", "/users/anna/prediction", "/users/{user_id}/prediction"),
+        ("GET", "/users/a/b/next-items", "/users/{user_id}/next-items"),
+        ("DELETE", "/users/anna/prediction", "/users/{user_id}"),
+        ("PUT", "/users/anna", "/users/{user_id}"),
+        ("POST", "/users/erase", "/users/erase"),
+        ("GET", "/anna", "other"),
+    ],
+)
+def test_an_id_in_a_path_is_not_told(method: str, path: str, route: str) -> None:
+    assert name_route(method, path) == route
+
+
+def test_every_request_is_counted() -> None:
+    seen: list[tuple[str, int]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 404, "headers": []})
+
+    async def send(message: Any) -> None:
+        pass
+
+    def count(route: str, status: int, seconds: float) -> None:
+        seen.append((route, status))
+
+    scope = {"type": "http", "method": "GET", "path": "/users/anna/prediction"}
+    observed = ObserveRequests(app, count=count)
+    asyncio.run(observed(scope, send, send))  # type: ignore[arg-type]
+    assert seen == [("/users/{user_id}/prediction", 404)]

@@ -8,6 +8,7 @@ import socket
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,9 @@ def make_scores(root: Path, *, users: int = 200) -> None:
             "churn_7d": pa.array(rng.random(users), pa.float32()),
             "spend_7d": pa.array(purchase * 10, pa.float32()),
             "purchase_14d": pa.array(purchase, pa.float32()),
+            "next_purchase_ts": [AT + timedelta(days=3)] + [None] * (users - 1),
+            "next_items": [[EVIL, "sku-7"]] + [[]] * (users - 1),
+            "next_item_chances": [[0.5, 0.125]] + [[]] * (users - 1),
             "active": np.arange(users) % 4 > 0,
             "events": np.arange(users) % 9 + 1,
             "events_28d": np.arange(users) % 9,
@@ -70,6 +74,16 @@ def root(tmp_path: Path) -> Path:
 def ask(root: Path, path: str) -> Any:
     app = create_app(root, hosts=("testserver",))
     return TestClient(app, raise_server_exceptions=False).get(path)
+
+
+def test_a_shopper_is_told_what_comes_next(root: Path) -> None:
+    page = ask(root, f"/shopper?id={quote(EVIL)}").text
+    assert 'by <time datetime="2025-03-04T00:00:00+00:00">2025-03-04 00:00</time>' in page
+    assert "sku-7 <small>12.5 %</small>" in page
+    assert EVIL not in page
+    page = ask(root, "/shopper?id=u1").text
+    assert "not to be expected within 14 days" in page
+    assert "the model tells no items" in page
 
 
 def test_reach_adds_up(root: Path) -> None:

@@ -32,6 +32,7 @@ def test_a_model_is_served_by_the_projects_code(tmp_path: Path) -> None:
     command, environment = plan_server(tmp_path, host="127.0.0.1", port=4000)
     assert "serving.service:Forecart" in command
     assert environment["FORECART_MODEL"] == str(tmp_path)
+    assert environment["FORECART_EXPORTS"] == str(tmp_path / "data/scores")
 
 
 def test_anything_else_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from pipelines.errors import UserError
-from serving.store import Store
+from serving.store import Erased, Store
+
+NOON = 1_750_000_000_000_000
 
 
 def make(event_id: str, user: str = "ann", ts: int = 1, **more: Any) -> dict[str, Any]:
@@ -61,8 +63,11 @@ def test_all_columns_come_back_as_they_were(store: Store) -> None:
 
 def test_an_erased_user_is_gone_and_no_one_else(store: Store) -> None:
     store.append([make("a"), make("b"), make("c", user="bob")])
-    assert store.erase("ann") == 2
-    assert store.erase("ann") == 0
+    store.keep_profile("ann", {"age": 40.0})
+    store.keep_profile("bob", {"age": 50.0})
+    assert store.erase("ann") == Erased(events=2, profile=True)
+    assert store.erase("ann") == Erased(events=0, profile=False)
+    assert list(store.profiles(["ann", "bob"])) == ["bob"]
     found = store.history(["ann", "bob"], before=100, limit=10)
     assert (len(found["ann"]), len(found["bob"])) == (0, 1)
 
@@ -72,6 +77,22 @@ def test_writers_side_by_side_store_each_event_once(store: Store) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(store.append, batches))
     assert len(store.history(["ann"], before=100, limit=1000)["ann"]) == 110
+
+
+def test_a_profile_replaces_the_one_before(store: Store) -> None:
+    told = {"age": 33.5, "gender": "f", "region": "Île-de-France 🛍", "signup_ts": NOON}
+    store.keep_profile("Zoë", told)
+    store.keep_profile("zoë", {"region": "south"})
+    assert store.profiles(["Zoë", "nobody"]) == {"Zoë": {"user_id": "Zoë", **told}}
+    store.keep_profile("Zoë", {"age": 34.0})
+    nothing = {"gender": None, "region": None, "signup_ts": None}
+    assert store.profiles(["Zoë"])["Zoë"] == {"user_id": "Zoë", "age": 34.0, **nothing}
+
+
+def test_profiles_of_one_user_told_side_by_side_leave_one(store: Store) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda age: store.keep_profile("ann", {"age": age}), range(1, 13)))
+    assert store.profiles(["ann"])["ann"]["age"] in range(1, 13)
 
 
 def test_a_wrong_address_is_told() -> None:

@@ -1,0 +1,88 @@
+"""Refuses at once what would wait too long, so that what is let in keeps its latency.
+
+By Little's law what is let in waits as long as what is open takes: open work x time per unit of
+work. The time is measured from the answers while the service is busy; the unit is a byte of the
+request, since a call with many shoppers costs as many times more. A limit on the number of open
+requests alone is right for one machine and one size of calls only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, MutableMapping
+from http import HTTPStatus
+from typing import Any, Final
+
+from serving.middleware import App, Receive, Send, refuse
+
+# What waits longer is refused, but for so many requests that are open at any time: a service that
+# is slow by itself still answers, and a few clients that wait for their answers are never refused.
+MAX_WAIT_SECONDS: Final = 0.1
+MIN_OPEN: Final = 16
+
+# Work of a request that tells no length, or next to none: its head is work as well.
+_UNKNOWN_BYTES: Final = 16_384
+_HEAD_BYTES: Final = 1_024
+# Answers over which the time is averaged.
+_ANSWERS: Final = 64
+
+_OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
+
+
+class Admit:
+    """Lets requests in as long as they will not wait for long.
+
+    Args:
+        app: the application inside.
+        clock: seconds.
+    """
+
+    def __init__(self, app: App, clock: Callable[[], float] = time.monotonic) -> None:
+        self.app = app
+        self._clock = clock
+        self._requests = 0
+        self._work = 0
+        # Averages over answers: seconds between them while busy, and the work of each.
+        self._seconds = 0.0
+        self._done = 1.0
+        self._since = 0.0
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
+            await self.app(scope, receive, send)
+            return
+        if self._requests >= MIN_OPEN and self.wait > MAX_WAIT_SECONDS:
+            text = f"{self._requests} requests wait already; send again in a moment"
+            retry = [(b"retry-after", b"1")]
+            await refuse(send, HTTPStatus.TOO_MANY_REQUESTS, text, retry)
+            return
+        work = _measure(scope)
+        if not self._requests:
+            self._since = self._clock()
+        self._requests += 1
+        self._work += work
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._requests -= 1
+            self._work -= work
+            now = self._clock()
+            self._seconds += (now - self._since - self._seconds) / _ANSWERS
+            self._done += (work - self._done) / _ANSWERS
+            self._since = now
+
+    @property
+    def wait(self) -> float:
+        """Seconds that a request would wait now, as far as is known."""
+        return self._work * self._seconds / self._done
+
+
+def _measure(scope: MutableMapping[str, Any]) -> int:
+    """Return the work of a request, in bytes."""
+    if scope["method"] in ("GET", "HEAD", "DELETE", "OPTIONS"):
+        return _HEAD_BYTES
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return _HEAD_BYTES + int(value)
+    return _UNKNOWN_BYTES

@@ -1,0 +1,107 @@
+"""Erases a shopper from what was written for other people: scores, and CSV files made of them.
+
+FORECART_EXPORTS names them: folders of scores (data/scores of a project) and CSV files.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.errors import UserError
+from pipelines.io import guard_cells, replace_file, write_table
+
+EXPORTS_VARIABLE: Final = "FORECART_EXPORTS"
+
+_USER: Final = "user_id"
+# Beside a folder of scores: its chunks while it is made, and the lock of who makes it.
+_PARTIAL: Final = ".scores"
+_DESCRIPTION: Final = "_scores.json"
+
+
+def find_exports() -> list[Path]:
+    """Return the folders and files that FORECART_EXPORTS names."""
+    names = os.environ.get(EXPORTS_VARIABLE, "").split(os.pathsep)
+    return [Path(name) for name in names if name]
+
+
+def erase_exported(exports: Sequence[Path], user_id: str) -> int:
+    """Remove a user from exports; what is not there holds nobody.
+
+    Args:
+        exports: folders of scores, CSV files.
+        user_id: whom.
+
+    Returns:
+        How many rows that were.
+
+    Raises:
+        UserError: scores are being written; nothing was removed from them.
+    """
+    count = 0
+    for path in exports:
+        if path.suffix == ".csv":
+            count += _erase_lines(path, user_id) if path.is_file() else 0
+        elif path.is_dir() or (path.parent / _PARTIAL).is_dir():
+            with _hold_lock(path.parent / _PARTIAL):
+                count += _erase_rows(path, user_id)
+    return count
+
+
+def _erase_rows(folder: Path, user_id: str) -> int:
+    """Rewrite the Parquet files that hold a user, those of an interrupted run too."""
+    count = 0
+    for file in [*folder.glob("*.parquet"), *(folder.parent / _PARTIAL).glob("*/*.parquet")]:
+        found = pq.read_table(file, columns=[_USER], filters=[(_USER, "==", user_id)]).num_rows
+        if found:
+            table = pq.read_table(file)
+            write_table(file, table.filter(pc.not_equal(table[_USER], user_id)))
+            count += found
+    description = folder / _DESCRIPTION
+    if count and description.exists():
+        # Whoever shows the scores reads them again when this has changed.
+        description.touch()
+    return count
+
+
+def _erase_lines(path: Path, user_id: str) -> int:
+    """Rewrite a CSV file without a user's lines."""
+    (guarded,) = guard_cells([user_id])
+    count = 0
+    with path.open(newline="", encoding="utf-8") as source, replace_file(path) as partial:
+        lines = csv.reader(source)
+        head = next(lines, [])
+        column = head.index(_USER) if _USER in head else -1
+        with partial.open("w", newline="", encoding="utf-8") as target:
+            writer = csv.writer(target)
+            writer.writerow(head)
+            for line in lines:
+                if 0 <= column < len(line) and line[column] == guarded:
+                    count += 1
+                else:
+                    writer.writerow(line)
+    return count
+
+
+@contextmanager
+def _hold_lock(folder: Path) -> Iterator[None]:
+    """Keep `forecart score` from writing meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = "the exports are being written; erase again when that has ended"
+            raise UserError(text) from None
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,50 @@
+"""What is read at NOW alone is what the whole pass says there, however rows are packed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.features.store import encode_events
+from pipelines.model.batches import cut_pieces, iterate
+from pipelines.model.heads import Heads
+from pipelines.model.network import Network, NetworkConfig
+from pipelines.model.timeline import DAY, Timeline, feature_names
+from pipelines.model.tokens import Tokenizer, Vocabulary
+from tests.model.conftest import START, TARGETS, make_user
+
+
+@pytest.mark.parametrize("backbone", ["gpt", "bert", "lstm"])
+@pytest.mark.parametrize("row", [18, 60])
+def test_now_alone_is_now_of_the_whole(backbone: str, row: int) -> None:
+    rng = np.random.default_rng(3)
+    timeline = Timeline(encode_events([make_user(rng, days=int(d)) for d in (60, 3, 20, 9, 60)]))
+    heads = Heads.for_targets(TARGETS)
+    config = NetworkConfig(
+        backbone=backbone, width=16, layers=2, heads=2, dropout=0.0, types=10, categories=4,
+        brands=2, genders=2, regions=2, item_buckets=16, query_buckets=16, next_codes=8,
+        features=len(feature_names()), fusion_width=16, events=len(heads.events),
+        bins=len(heads.grid), amounts=len(heads.amounts), items=0,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    network = Network(config).eval()
+    # Blocks begin as the identity, which would hide what they do.
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    cuts = timeline.cuts(np.arange(5), np.full(5, START + 61 * DAY))
+    pieces = cut_pieces(timeline, cuts, context=16, stride=1, shift=None)
+    tokenizer = Tokenizer(Vocabulary(), item_buckets=16, query_buckets=16)
+    batches = iterate(
+        timeline, tokenizer, pieces, row=row, tokens_per_batch=200, features=True, rng=None
+    )
+    with torch.inference_mode():
+        for collated in batches:
+            batch = collated.batch
+            whole, hidden = network(batch)
+            now = network.encode_now(batch)
+            torch.testing.assert_close(now, network.at_now(batch, hidden), rtol=1e-4, atol=1e-5)
+            told = network.read_now(batch, now)
+            torch.testing.assert_close(told.hazard, whole.hazard, rtol=1e-4, atol=1e-4)
+            assert float(whole.hazard.std()) > 0.1

@@ -1,0 +1,94 @@
+"""What would wait too long is refused; a few clients, and probes, never are."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from serving.admission import MAX_WAIT_SECONDS, MIN_OPEN, Admit
+
+
+class Server:
+    """An application that answers one request after the other, each in some seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.now = 0.0
+        self.waiting: list[asyncio.Future[None]] = []
+        self.admit = Admit(self.app, clock=lambda: self.now)
+
+    async def app(self, scope: Any, receive: Any, send: Any) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiting.append(future)
+        await future
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def answer(self, count: int) -> None:
+        for future in self.waiting[:count]:
+            self.now += self.seconds
+            future.set_result(None)
+            await asyncio.sleep(0)
+        del self.waiting[:count]
+
+    def ask(self, path: str = "/predict", size: int = 1000) -> asyncio.Task[int]:
+        async def run() -> int:
+            sent: list[Any] = []
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            headers = [(b"content-length", str(size).encode())]
+            scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+            await self.admit(scope, send, send)  # type: ignore[arg-type]
+            return int(sent[0]["status"])
+
+        return asyncio.create_task(run())
+
+
+async def flood(server: Server, *, size: int = 1000, path: str = "/predict") -> int:
+    """Let the server learn its speed, then send far too much; return how many it let in."""
+    for _ in range(100):
+        server.ask(size=size)
+        server.ask(size=size)
+        await asyncio.sleep(0)
+        await server.answer(2)
+    tasks = [server.ask(path, size=size) for _ in range(1000)]
+    await asyncio.sleep(0)
+    let_in = len(server.waiting)
+    await server.answer(let_in)
+    statuses = [await task for task in tasks]
+    assert statuses.count(200) == let_in
+    assert statuses.count(429) == 1000 - let_in
+    return let_in
+
+
+@pytest.mark.parametrize("milliseconds", [0.5, 2.0])
+def test_as_many_are_let_in_as_are_answered_in_time(milliseconds: float) -> None:
+    expected = MAX_WAIT_SECONDS * 1000 / milliseconds
+    assert asyncio.run(flood(Server(milliseconds / 1000))) == pytest.approx(expected, rel=0.2)
+
+
+def test_a_slow_service_still_answers_a_few() -> None:
+    assert asyncio.run(flood(Server(1.0))) == MIN_OPEN
+
+
+def test_larger_requests_are_let_in_in_smaller_numbers() -> None:
+    async def run() -> tuple[int, int]:
+        server = Server(0.001)
+        await flood(server, size=1000)
+        tasks = [server.ask(size=4 * 2024 - 1024) for _ in range(1000)]
+        await asyncio.sleep(0)
+        let_in = len(server.waiting)
+        await server.answer(let_in)
+        await asyncio.gather(*tasks)
+        return let_in, int(MAX_WAIT_SECONDS * 1000 / 4)
+
+    let_in, expected = asyncio.run(run())
+    assert let_in == pytest.approx(expected, rel=0.3)
+
+
+def test_probes_are_never_refused() -> None:
+    assert asyncio.run(flood(Server(1.0), path="/livez")) == 1000

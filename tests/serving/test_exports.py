@@ -1,0 +1,75 @@
+"""An erased shopper is gone from the exports, whole or in the making, and nobody else is."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.io import write_json, write_table
+from pipelines.scoring import write_csv
+from serving.exports import erase_exported, find_exports
+
+USERS = ["ann", "=cmd()", "ünal, b", "Ann"]
+
+
+def make_scores(folder: Path) -> Path:
+    scores = folder / "data/scores"
+    for number, pair in enumerate((USERS[:2], USERS[2:])):
+        table = pa.table({"user_id": pair, "purchase_14d": [0.25, 0.5]})
+        write_table(scores / f"part-{number}.parquet", table)
+    write_json(scores / "_scores.json", {})
+    return scores
+
+
+def read_users(folder: Path) -> list[str]:
+    found = [
+        pq.read_table(file)["user_id"].to_pylist() for file in sorted(folder.glob("*.parquet"))
+    ]
+    return [user for part in found for user in part]
+
+
+def test_rows_are_removed_from_scores_and_from_an_interrupted_run(tmp_path: Path) -> None:
+    scores = make_scores(tmp_path)
+    partial = tmp_path / "data/.scores/0123"
+    write_table(partial / "part-0.parquet", pa.table({"user_id": ["ann", "bob"]}))
+    os.utime(scores / "_scores.json", (1, 1))
+    assert erase_exported([scores], "ann") == 2
+    assert read_users(scores) == USERS[1:]
+    assert read_users(partial) == ["bob"]
+    assert (scores / "_scores.json").stat().st_mtime > 1, "the pages show what was erased"
+    assert erase_exported([scores], "ann") == 0
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_lines_are_removed_from_csv_files(tmp_path: Path, user: str) -> None:
+    file = tmp_path / "people.csv"
+    write_csv(make_scores(tmp_path), file)
+    assert erase_exported([file, tmp_path / "absent.csv", tmp_path / "absent"], user) == 1
+    with file.open(newline="", encoding="utf-8") as lines:
+        left = [row["user_id"].removeprefix("'") for row in csv.DictReader(lines)]
+    assert left == [other for other in USERS if other != user]
+
+
+def test_nothing_is_changed_under_a_run_that_scores(tmp_path: Path) -> None:
+    scores = make_scores(tmp_path)
+    lock = tmp_path / "data/.scores/lock"
+    lock.parent.mkdir()
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="being written"):
+            erase_exported([scores], "ann")
+    assert read_users(scores) == USERS
+
+
+def test_exports_are_what_the_variable_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FORECART_EXPORTS", raising=False)
+    assert find_exports() == []
+    monkeypatch.setenv("FORECART_EXPORTS", os.pathsep.join(["/a/data/scores", "/b.csv"]))
+    assert find_exports() == [Path("/a/data/scores"), Path("/b.csv")]
