@@ -50,7 +50,7 @@ run: $(VENV)/.installed ## events -> validated data, trained and compared models
 
 test: $(VENV)/.installed system ## every test, integration tests with the real components included
 	@pytest -m "not integration" -n 2 -q
-	@pytest -m integration -q
+	@pytest -m integration -n 2 --dist loadfile -q
 
 check: $(VENV)/.installed ## lint, types, layers and unit tests: under two minutes
 	@ruff check . && ruff format --check . && mypy && lint-imports

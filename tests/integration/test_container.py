@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,11 +87,8 @@ class Image:
 
 
 @pytest.fixture(scope="module")
-def image(
-    project: Path,  # noqa: F811
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Image]:
-    folder = tmp_path_factory.mktemp("container")
+def image(project: Path) -> Iterator[Image]:  # noqa: F811
+    folder = Path(tempfile.mkdtemp(prefix="image"))  # podman takes no runroot of 50 characters
     driver = "overlay" if can_overlay(folder) else "vfs"
     config = folder / "storage.conf"
     config.write_text(
@@ -113,6 +111,7 @@ def image(
             yield Image(project=project, folder=folder, driver=driver)
         finally:
             call("buildah", "rmi", "--all", "--force")
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def call(*command: str) -> str:
