@@ -8,7 +8,8 @@ interval of a bootstrap over users that is shared by all variants and seeds.
 
     python benchmarks/ablations.py [--root .] [--seeds 3] [--only lstm cnn]
 
-    full              as shipped
+    full              the network as shipped, without the trees beside it
+    with trees        the whole model as shipped
     no pretraining    random weights at the start of the fit
     no next event     nor is the next event told beside the labels
     no NOW token      what lies between the last event and the cut is hidden from the model: its
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.config import Params, load_params
+from pipelines.config import EnsembleTrees, Params, load_params
 from pipelines.evaluation.metrics import amount_metrics, draw_weights, rank_rows, roc_auc
 from pipelines.features.cuts import Split
 from pipelines.features.snapshot_table import SnapshotTable
@@ -51,6 +52,7 @@ SAMPLES: Final = 500
 
 VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "full": {},
+    "with trees": {"trees": EnsembleTrees()},
     "no pretraining": {"pretrain": 0},
     "no next event": {"pretrain": 0, "next_event_weight": 0.0},
     "no NOW token": {},
@@ -121,7 +123,8 @@ def predict_test(
     pretrain = params.pretrain.model_copy(
         update={"epochs": changes.pop("pretrain", params.pretrain.epochs)}
     )
-    config = params.train.model_copy(update={"seed": seed, **changes})
+    none = params.train.trees.model_copy(update={"rounds": 0})
+    config = params.train.model_copy(update={"seed": seed, "trees": none, **changes})
     sequences, periods, targets, vocabulary = load_inputs(root)
     with hidden(HIDDEN.get(variant)):
         weights = pretrain_model(sequences, periods, targets, config, pretrain, vocabulary)

@@ -8,7 +8,7 @@ each with a training seed of its own. On the test cut, for ROC-AUC (spend: Gini)
     ahead                the lower end of the paired 95 % interval of model - lightgbm, by shop
     ece, total_ratio     beside the oracle's own, which is what chance leaves on one cut
 
-    python benchmarks/oracle_gap.py [--seeds 3] [--model gpt]
+    python benchmarks/oracle_gap.py [--seeds 3] [--model ensemble]
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     """Run the shops and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--model", default="gpt")
+    parser.add_argument("--model", default="ensemble")
     given = parser.parse_args()
     settings = yaml.safe_load(Path("params.yaml").read_text())
     shop = settings["ingest"]["simulator"]["seed"]

@@ -19,7 +19,7 @@ from pipelines.io import read_json, write_json
 from pipelines.processes import Command
 
 RESULT: Final = Path("reports/backtest.json")
-CANDIDATE: Final = "gpt"
+CANDIDATE: Final = "ensemble"
 RIVAL: Final = "lightgbm"
 _FOLD: Final = "backtest-"
 _CUTS: Final = Path("data/features/cuts.json")

@@ -250,6 +250,24 @@ class Features(Section):
     engine: Engine = Engine.DUCKDB
 
 
+class TreeSettings(Section):
+    """Size and pace of LightGBM's trees."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
+    num_leaves: Annotated[int, Field(ge=2)] = 31
+    min_child_samples: Positive = 40
+
+
+class EnsembleTrees(TreeSettings):
+    """Trees that answer beside the network."""
+
+    rounds: Annotated[int, Field(ge=0, le=10_000)] = 300
+    early_stopping: Positive = 20
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    num_leaves: Annotated[int, Field(ge=2)] = 15
+    max_rows: Annotated[int, Field(ge=100)] = 60_000
+
+
 class Train(Section):
     """The train stage."""
 
@@ -272,6 +290,7 @@ class Train(Section):
     amount_weight: Annotated[float, Field(ge=0)] = 0.1
     fusion: bool = True
     members: Annotated[int, Field(ge=1, le=32)] = 1
+    trees: EnsembleTrees = EnsembleTrees()
     item_buckets: Positive = 4096
     half_life_days: Annotated[float, Field(gt=0)] | None = 90.0
     next_items: Annotated[int, Field(ge=0)] = 5000
@@ -293,14 +312,6 @@ class Pretrain(Section):
 
     epochs: Annotated[int, Field(ge=0, le=1000)] = 1
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
-
-
-class TreeSettings(Section):
-    """Size and pace of LightGBM's trees."""
-
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
-    num_leaves: Annotated[int, Field(ge=2)] = 31
-    min_child_samples: Positive = 40
 
 
 class LightGBMConfig(TreeSettings):

@@ -20,7 +20,7 @@ def write_end(folder: Path, end: str, *, modified: float) -> None:
 
 
 def make_evaluation(gpt: float, lightgbm: float | None) -> dict[str, Any]:
-    models = {"gpt": {"roc_auc": {"value": gpt}, "ece": {"value": 0.01}}}
+    models = {"ensemble": {"roc_auc": {"value": gpt}, "ece": {"value": 0.01}}}
     if lightgbm is not None:
         models["lightgbm"] = {"roc_auc": {"value": lightgbm}, "ece": {"value": 0.02}}
     return {
@@ -56,7 +56,7 @@ def test_the_folds_are_averaged_where_both_models_are(tmp_path: Path) -> None:
     found = result["targets"]["purchase_14d"]
     assert (found["folds"], found["ahead"]) == (2, 1)
     assert found["difference"] == pytest.approx(0.04)
-    assert found["gpt"] == pytest.approx(0.75)
+    assert found["ensemble"] == pytest.approx(0.75)
     assert found["spread"] == pytest.approx(0.06 * 2**0.5)
     assert read_json(tmp_path / "reports/backtest.json") == result
     assert "+0.0400" in backtest.format_result(result)

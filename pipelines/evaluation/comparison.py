@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import expit, logit
 
 from pipelines.config import Evaluation
 from pipelines.evaluation.conformal import PredictionSets, make_sets
@@ -28,11 +26,10 @@ from pipelines.features.labels import Kind, Target
 from pipelines.features.snapshot_table import SnapshotTable
 from pipelines.io import progress
 
-CANDIDATE: Final = "gpt"
-ENSEMBLE: Final = "ensemble"
+CANDIDATE: Final = "ensemble"  # what ships: the network with the trees beside it
+NETWORK: Final = "gpt"  # the network alone
 # Who is compared with everybody; the others are compared with these.
-_PIVOTS: Final = (CANDIDATE, ENSEMBLE, "lightgbm")
-_CLIP: Final = 1e-6
+_PIVOTS: Final = (CANDIDATE, NETWORK, "lightgbm")
 
 # Model name -> target name -> predictions on the calibration and test rows.
 Predictions = dict[str, dict[str, Floats]]
@@ -55,43 +52,6 @@ class TestRows:
     predictions: dict[str, Floats]
     thresholds: dict[str, float]
     sets: PredictionSets | None = None
-
-
-def add_ensemble(table: SnapshotTable, predictions: Predictions) -> None:
-    """Add the weighted mean of gpt and LightGBM, weighted on the calibration cut.
-
-    Binary targets are averaged as log odds, amounts as they are.
-    """
-    rows = table.rows_of(Split.CALIBRATION, Split.TEST)
-    calibration = table.rows_of(Split.CALIBRATION)[rows]
-    for target in table.targets:
-        if not all(target.name in predictions.get(m, {}) for m in (CANDIDATE, "lightgbm")):
-            continue
-        a, b = (predictions[m][target.name] for m in (CANDIDATE, "lightgbm"))
-        y = table.labels[target.name][rows]
-        weight = _choose_weight(target.kind, y[calibration], a[calibration], b[calibration])
-        predictions.setdefault(ENSEMBLE, {})[target.name] = _mix(target.kind, a, b, weight)
-
-
-def _mix(kind: Kind, a: Floats, b: Floats, weight: float) -> Floats:
-    if kind is Kind.AMOUNT:
-        return weight * a + (1 - weight) * b
-    odds = weight * logit(np.clip(a, _CLIP, 1 - _CLIP)) + (1 - weight) * logit(
-        np.clip(b, _CLIP, 1 - _CLIP)
-    )
-    mixed: Floats = expit(odds)
-    return mixed
-
-
-def _choose_weight(kind: Kind, y: Floats, a: Floats, b: Floats) -> float:
-    def loss(weight: float) -> float:
-        p = _mix(kind, a, b, weight)
-        if kind is Kind.AMOUNT:
-            return float(((p - y) ** 2).mean())
-        p = np.clip(p, _CLIP, 1 - _CLIP)
-        return float(-(y * np.log(p) + (1 - y) * np.log1p(-p)).mean())
-
-    return float(minimize_scalar(loss, bounds=(0, 1), method="bounded").x)
 
 
 def collect_test_rows(

@@ -69,6 +69,7 @@ def render_report(
         drift=evaluation.get("drift"),
         sections=sections,
         settings=settings,
+        candidate=CANDIDATE,
         metric_names=METRIC_NAMES,
         higher=HIGHER_IS_BETTER,
     )

@@ -41,9 +41,9 @@ class Calibration:
         """Correct P(event until the end of each interval), (M, bins)."""
         if name not in self.slope:
             return happened
-        log_odds = self.slope[name] * _log_odds(happened) + np.asarray(self.shift[name])
+        odds = self.slope[name] * log_odds(happened) + np.asarray(self.shift[name])
         # Two shifts may disagree by more than the predictions of near-certain users differ.
-        return np.asarray(np.maximum.accumulate(_sigmoid(log_odds), axis=1))
+        return np.asarray(np.maximum.accumulate(sigmoid(odds), axis=1))
 
     def amount(self, days: int, expected: Doubles) -> Doubles:
         """Correct an expected amount."""
@@ -72,11 +72,11 @@ def fit_probability(
         The slope (above zero) and one shift per interval.
     """
     bins = happened.shape[1]
-    x = _log_odds(happened)
+    x = log_odds(happened)
     y = label.astype(np.float64)
     slope, shift = 1.0, np.zeros(bins)
     for _ in range(steps):
-        p = _sigmoid(slope * x + shift)
+        p = sigmoid(slope * x + shift)
         error, weight = (p - y) * known, p * (1 - p) * known
         gradient = np.concatenate([[(error * x).sum() + ridge * (slope - 1)], error.sum(axis=0)])
         gradient[1:] += ridge * shift
@@ -120,10 +120,12 @@ def choose_threshold(
     return float((sorted_p[best] + sorted_p[best + 1]) / 2)
 
 
-def _log_odds(p: Doubles) -> Doubles:
+def log_odds(p: Doubles) -> Doubles:
+    """Return log(p / (1 - p)), p kept a little away from both ends."""
     p = np.clip(p, _CLIP, 1 - _CLIP)
     return np.asarray(np.log(p) - np.log1p(-p))
 
 
-def _sigmoid(x: Doubles) -> Doubles:
+def sigmoid(x: Doubles) -> Doubles:
+    """Return the probability of log odds."""
     return np.asarray(1.0 / (1.0 + np.exp(-np.clip(x, -40, 40))))

@@ -7,6 +7,9 @@ embeddings would be no such start: there the norm before each layer has no direc
 integral does not converge. What is attributed is the log odds that the event happens within the
 horizon; attributions add up to the difference between both ends, up to the error of the numeric
 integral, which is told.
+
+Where trees answer beside the network, log odds of both are averaged, and so are the attributions;
+those of the trees go to the windowed features along the paths that they took, without an error.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from pipelines.model.fusion import CODES
 from pipelines.model.heads import Target
 from pipelines.model.network import Batch, Network
 from pipelines.model.predictor import Predictor
-from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline
+from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline, feature_names
 
 _TOKENS_PER_BATCH = 16_384
 
@@ -39,9 +42,9 @@ class Explanation:
         row: int64 (E,), to which prediction it belongs.
         effect: float64 (E,), what the event adds to the log odds.
         feature_effect: float64 (M, F), the same for the windowed features, in the order of
-            ``pipelines.model.timeline.feature_names``; F = 0 without fusion.
+            ``pipelines.model.timeline.feature_names``; F = 0 with neither fusion nor trees.
         base, value: float64 (M,), log odds at both ends of the path, not calibrated; the mean
-            over the members of a committee.
+            over the members of a committee, and of network and trees.
     """
 
     event: NDArray[np.int64]
@@ -77,13 +80,19 @@ def explain(
     if target.kind != "binary":
         raise UserError(f"{target.name}: amounts are not explained; choose a binary target")
     config, heads = predictor.spec.network, predictor.spec.heads
-    name = heads.events.index(target.event or ANY_EVENT)
+    event_name = target.event or ANY_EVENT
+    name = heads.events.index(event_name)
     bins = heads.grid.index(target.horizon_days) + 1
+    output = name * len(heads.grid) + bins - 1
+    believed = 1.0
+    if predictor.trees.known[output]:
+        believed = predictor.spec.mix.events.get(event_name, 1.0)
+    features = config.features > 0 or believed < 1.0
     result = Explanation(
         event=np.zeros(0, dtype=np.int64),
         row=np.zeros(0, dtype=np.int64),
         effect=np.zeros(0),
-        feature_effect=np.zeros((len(cuts), config.features)),
+        feature_effect=np.zeros((len(cuts), len(feature_names()) if features else 0)),
         base=np.zeros(len(cuts)),
         value=np.zeros(len(cuts)),
     )
@@ -95,17 +104,24 @@ def explain(
         pieces,
         row=int(pieces.lengths.max(initial=2)),
         tokens_per_batch=_TOKENS_PER_BATCH,
-        features=config.features > 0,
+        features=features,
         rng=None,
     ):
+        if believed < 1.0:
+            raw = collated.batch.now_features.numpy()
+            effect, base = predictor.trees.attribute(raw, output)
+            result.feature_effect[collated.rows] += (1.0 - believed) * effect
+            result.base[collated.rows] += (1.0 - believed) * base
+            result.value[collated.rows] += (1.0 - believed) * (base + effect.sum(axis=1))
         by_event = np.zeros(len(collated.events))
         for network in predictor.networks:
             path = _Path(network, collated, name, bins)
-            share = 1.0 / len(predictor.networks)
+            share = believed / len(predictor.networks)
             of_events, of_features = path.integrate(steps)
             base, value = path.ends()
             by_event += share * of_events
-            result.feature_effect[collated.rows] += share * of_features
+            if config.features:
+                result.feature_effect[collated.rows] += share * of_features
             result.base[collated.rows] += share * base
             result.value[collated.rows] += share * value
         events.append(collated.events)

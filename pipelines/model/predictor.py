@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -18,17 +18,18 @@ from pipelines.events import EventType
 from pipelines.features.store import Sequences
 from pipelines.io import read_json, write_json
 from pipelines.model.batches import Collated, cut_pieces, iterate
-from pipelines.model.calibration import Calibration
+from pipelines.model.calibration import Calibration, log_odds, sigmoid
 from pipelines.model.committee import Committee, join
 from pipelines.model.heads import Heads, Target, buyer_mean, survival
 from pipelines.model.items import RECENT
 from pipelines.model.network import Network, NetworkConfig
-from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline
+from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline, feature_names
 from pipelines.model.tokens import Tokenizer, Vocabulary
+from pipelines.model.trees import PREFIX, Mix, Trees
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
-FORMAT: Final = 3
+FORMAT: Final = 4
 
 _TOKENS_PER_BATCH: Final = 32_768
 _FLOOR: Final = 1e-12
@@ -45,6 +46,7 @@ class ModelSpec:
         targets: columns predicted, in order.
         context: most events that a prediction reads.
         members: networks that answer together.
+        mix: how much they are believed beside the trees.
         calibration: corrections.
         thresholds: for every binary target, from which probability on a positive is called.
     """
@@ -57,6 +59,7 @@ class ModelSpec:
     calibration: Calibration
     thresholds: dict[str, float]
     members: int = 1
+    mix: Mix = field(default_factory=Mix)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object."""
@@ -68,6 +71,7 @@ class ModelSpec:
             "targets": [asdict(target) for target in self.targets],
             "context": self.context,
             "members": self.members,
+            "mix": self.mix.to_json(),
             "calibration": self.calibration.to_json(),
             "thresholds": self.thresholds,
         }
@@ -82,6 +86,7 @@ class ModelSpec:
             targets=tuple(Target(**target) for target in value["targets"]),
             context=value["context"],
             members=value["members"],
+            mix=Mix(**value["mix"]),
             calibration=Calibration(**value["calibration"]),
             thresholds=value["thresholds"],
         )
@@ -93,11 +98,13 @@ class Raw:
 
     Attributes:
         survival: float64 (M, events, bins), P(no event until the interval's end).
-        amount: float64 (M, amounts), a buyer's expected amount.
+        amount: float64 (M, amounts), a buyer's expected amount, by the network.
+        spend: float64 (M, amounts), anybody's expected amount, by the trees; 0 without trees.
     """
 
     survival: NDArray[np.float64]
     amount: NDArray[np.float64]
+    spend: NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +126,12 @@ class Ahead:
 class Predictor:
     """Predicts every target of a fitted model."""
 
-    def __init__(self, spec: ModelSpec, network: Network | Committee) -> None:
+    def __init__(
+        self, spec: ModelSpec, network: Network | Committee, trees: Trees | None = None
+    ) -> None:
         self.spec = spec
         self.network = network.eval()
+        self.trees = Trees.none(count_outputs(spec.heads)) if trees is None else trees
         self.tokenizer = Tokenizer(
             spec.vocabulary,
             item_buckets=spec.network.item_buckets,
@@ -157,26 +167,35 @@ class Predictor:
         if spec.members > 1:
             network = Committee([Network(spec.network) for _ in range(spec.members)])
         try:
-            network.load_state_dict(load_file(directory / WEIGHTS))
+            tensors = load_file(directory / WEIGHTS)
+            grown = {name: tensors.pop(name) for name in list(tensors) if name.startswith(PREFIX)}
+            network.load_state_dict(tensors)
         except (OSError, SafetensorError, RuntimeError) as error:
             line = str(error).splitlines()[0]
             raise UserError(f"{directory / WEIGHTS}: not the model's weights ({line})") from None
-        return cls(spec, network.to(choose_device(device)))
+        trees = Trees.from_tensors(
+            grown, outputs=count_outputs(spec.heads), features=len(feature_names())
+        )
+        return cls(spec, network.to(choose_device(device)), trees)
 
     def save(self, directory: Path) -> None:
         """Write weights (safetensors) and configuration (JSON) into an existing directory."""
         weights = {
             name: tensor.detach().cpu().contiguous()
             for name, tensor in self.network.state_dict().items()
-        }
+        } | self.trees.to_tensors()
         # Not save_file, whose files nobody but their owner may read.
         (directory / WEIGHTS).write_bytes(save(weights))
         write_json(directory / CONFIG, self.spec.to_json())
 
     def calibrated(self, calibration: Calibration, thresholds: dict[str, float]) -> Predictor:
-        """Return the same network with other corrections."""
+        """Return the same model with other corrections."""
         spec = replace(self.spec, calibration=calibration, thresholds=thresholds)
-        return Predictor(spec, self.network)
+        return Predictor(spec, self.network, self.trees)
+
+    def beside(self, trees: Trees, mix: Mix) -> Predictor:
+        """Return the same network with trees beside it."""
+        return Predictor(replace(self.spec, mix=mix), self.network, trees)
 
     def predict(
         self, sequences: Sequences, now_us: NDArray[np.int64]
@@ -203,6 +222,11 @@ class Predictor:
         """Return uncalibrated predictions of M cuts, in their order."""
         return self.look_ahead(timeline, cuts, 0).raw
 
+    def parts(self, timeline: Timeline, cuts: Cuts) -> tuple[Raw, NDArray[np.float64]]:
+        """Return what the network says of M cuts, and what the trees say, (M, outputs)."""
+        ahead, scores = self._look(timeline, cuts, 0)
+        return ahead.raw, scores
+
     def next_items(
         self, timeline: Timeline, cuts: Cuts, count: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -210,7 +234,6 @@ class Predictor:
         told = self.look_ahead(timeline, cuts, count)
         return told.items, told.chances
 
-    @torch.inference_mode()
     def look_ahead(self, timeline: Timeline, cuts: Cuts, count: int) -> Ahead:
         """Predict M cuts and the items that come next, in one pass over the histories.
 
@@ -219,19 +242,56 @@ class Predictor:
             cuts: M cuts.
             count: K, of items a cut; 0 = none.
         """
+        ahead, scores = self._look(timeline, cuts, count)
+        return replace(ahead, raw=self.join(ahead.raw, scores))
+
+    def join(self, raw: Raw, scores: NDArray[np.float64]) -> Raw:
+        """Let network and trees answer as one.
+
+        Args:
+            raw: by the network, of M cuts.
+            scores: by the trees, (M, outputs): log odds of events by interval, logs of amounts.
+        """
+        if not len(self.trees):
+            return raw
+        heads, mix = self.spec.heads, self.spec.mix
+        bins, events = len(heads.grid), len(heads.events)
+        known, stays = self.trees.known, raw.survival.copy()
+        for place, name in enumerate(heads.events):
+            weight = mix.events.get(name, 1.0)
+            own = slice(place * bins, (place + 1) * bins)
+            if weight == 1.0 or not known[own].any():
+                continue
+            said = log_odds(1.0 - raw.survival[:, place])
+            odds = np.where(known[own], weight * said + (1.0 - weight) * scores[:, own], said)
+            # The trees of two intervals may disagree.
+            stays[:, place] = 1.0 - np.maximum.accumulate(sigmoid(odds), axis=1)
+        spend = np.where(known[events * bins :], np.exp(scores[:, events * bins :]), 0.0)
+        return replace(raw, survival=stays, spend=spend)
+
+    @torch.inference_mode()
+    def _look(
+        self, timeline: Timeline, cuts: Cuts, count: int
+    ) -> tuple[Ahead, NDArray[np.float64]]:
+        """Look ahead by the networks alone; beside it what the trees say."""
         config, heads = self.spec.network, self.spec.heads
         count = min(count, config.items)
         ahead = Ahead(
             raw=Raw(
                 survival=np.ones((len(cuts), len(heads.events), len(heads.grid))),
                 amount=np.zeros((len(cuts), len(heads.amounts))),
+                spend=np.zeros((len(cuts), len(heads.amounts))),
             ),
             items=np.zeros((len(cuts), count), dtype=np.int64),
             chances=np.zeros((len(cuts), count), dtype=np.float32),
         )
         if count:
             recent = self.tokenizer.items(timeline.recent_items(cuts, RECENT))
-        for collated in self._iterate(timeline, cuts, features=config.features > 0):
+        scores = np.zeros((len(cuts), self.trees.outputs))
+        features = config.features > 0 or len(self.trees) > 0
+        for collated in self._iterate(timeline, cuts, features=features):
+            if len(self.trees):
+                scores[collated.rows] = self.trees.score(collated.batch.now_features.numpy())
             batch = collated.batch.to(self._device)
             nows = [network.encode_now(batch) for network in self.networks]
             said = [
@@ -252,7 +312,7 @@ class Predictor:
             best = torch.stack(chances).mean(dim=0).topk(count, dim=1)
             ahead.items[collated.rows] = best.indices.cpu().numpy()
             ahead.chances[collated.rows] = best.values.cpu().numpy()
-        return ahead
+        return ahead, scores
 
     @torch.inference_mode()
     def embed(self, timeline: Timeline, cuts: Cuts) -> NDArray[np.float32]:
@@ -328,14 +388,22 @@ class Predictor:
             column = heads.grid.index(target.horizon_days)
             if target.kind == "amount":
                 buyers = happened[EventType.PURCHASE.value][:, column]
-                each = raw.amount[:, heads.amounts.index(target.horizon_days)]
-                value = calibration.amount(target.horizon_days, buyers * each)
+                place = heads.amounts.index(target.horizon_days)
+                weight = self.spec.mix.amounts.get(str(target.horizon_days), 1.0)
+                expected = weight * buyers * raw.amount[:, place]
+                expected += (1.0 - weight) * raw.spend[:, place]
+                value = calibration.amount(target.horizon_days, expected)
             elif target.event is None:
                 value = 1.0 - happened[ANY_EVENT][:, column]
             else:
                 value = happened[target.event][:, column]
             result[target.name] = value.astype(np.float32)
         return result
+
+
+def count_outputs(heads: Heads) -> int:
+    """Return how many outputs trees have: events by interval, then amounts."""
+    return len(heads.events) * len(heads.grid) + len(heads.amounts)
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"] | torch.device) -> torch.device:

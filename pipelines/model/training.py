@@ -23,6 +23,7 @@ from pipelines.events import EVENT_TYPES
 from pipelines.features.store import Sequences
 from pipelines.io import progress
 from pipelines.model.batches import Collated, cut_pieces, iterate, sample_cuts
+from pipelines.model.boosting import TWEEDIE_POWER, Rows, collect_rows, grow_trees
 from pipelines.model.calibration import Calibration, choose_threshold, fit_probability
 from pipelines.model.checkpoint import (
     Checkpoint,
@@ -35,9 +36,10 @@ from pipelines.model.committee import Committee
 from pipelines.model.heads import Heads, Target, amount_loss, encode_labels, hazard_loss
 from pipelines.model.items import RECENT, start_bias
 from pipelines.model.network import Network, NetworkConfig
-from pipelines.model.predictor import ModelSpec, Predictor, choose_device
+from pipelines.model.predictor import ModelSpec, Predictor, Raw, choose_device
 from pipelines.model.timeline import ANY_EVENT, DAY, Cuts, Labels, Timeline, feature_names
 from pipelines.model.tokens import Tokenizer, Vocabulary
+from pipelines.model.trees import Mix, Trees
 
 _NEXT_CODES: Final = 64  # classes of the next event's content
 _NEXT_SHARE: Final = 4  # one event in so many carries the next-event loss
@@ -51,6 +53,8 @@ _ITEM_SAMPLE: Final = 512  # items that stand for all of them in it
 _STATISTICS_CUTS: Final = 20_000
 _WARM_UP: Final = 0.05  # of all steps
 _MAX_NORM: Final = 1.0
+_FLOOR: Final = 1e-6  # of a probability in a loss
+_SHARES: Final = np.linspace(0.0, 1.0, 21)  # of belief, tried
 
 
 class Phase(StrEnum):
@@ -85,12 +89,15 @@ class TrainedModel:
     Attributes:
         first: fitted before the calibration cut, calibrated on it.
         shipped: the same after the refit.
+        network_first, network: both without the trees, calibrated for themselves.
         events: event tokens that training went through.
         seconds: spent in training steps, batches included.
     """
 
     first: Predictor
     shipped: Predictor
+    network_first: Predictor
+    network: Predictor
     events: int
     seconds: float
 
@@ -192,11 +199,20 @@ def train_model(
             rate = config.learning_rate * config.refit_rate
             fit.run(Phase.REFIT, config.refit_epochs, periods.test, rate, tell)
         fits.append(fit)
-    first = calibrate(_join([fit.take_first() for fit in fits]), timeline, periods)
-    shipped = _join([fit.predictor() for fit in fits])
+    alone_first = calibrate(_join([fit.take_first() for fit in fits]), timeline, periods)
+    alone = _join([fit.predictor() for fit in fits])
+    alone = alone.calibrated(alone_first.spec.calibration, alone_first.spec.thresholds)
+    first, shipped = alone_first, alone
+    if config.trees.rounds:
+        first_trees, trees = _grow(timeline, periods, heads, targets, config)
+        first = calibrate(alone_first.beside(first_trees, Mix()), timeline, periods)
+        shipped = alone.beside(trees, first.spec.mix)
+        shipped = shipped.calibrated(first.spec.calibration, first.spec.thresholds)
     return TrainedModel(
         first=first,
-        shipped=shipped.calibrated(first.spec.calibration, first.spec.thresholds),
+        shipped=shipped,
+        network_first=alone_first,
+        network=alone,
         events=sum(fit.events for fit in fits),
         seconds=sum(fit.seconds for fit in fits),
     )
@@ -244,11 +260,52 @@ def population(timeline: Timeline, ts: int, active_days: float | None) -> Cuts:
     return cuts.take(np.flatnonzero(inside))
 
 
+def _calibration_cuts(timeline: Timeline, periods: Periods, targets: Sequence[Target]) -> Cuts:
+    """Return everyone in the population between the calibration and the test cut.
+
+    One time a shortest horizon: all windows that close by the first test cut count, so that short
+    horizons, of which several fit in, are corrected from more than one week's luck.
+    """
+    shortest = min(target.horizon_days for target in targets)
+    last = max(periods.calibration, periods.test - shortest * DAY)
+    times = range(periods.calibration, last + 1, shortest * DAY)
+    return Cuts.join([population(timeline, ts, periods.active_days) for ts in times])
+
+
+def _grow(
+    timeline: Timeline,
+    periods: Periods,
+    heads: Heads,
+    targets: Sequence[Target],
+    config: Train,
+) -> tuple[Trees, Trees]:
+    """Grow trees on what lies before the calibration cut, and before the first test cut."""
+    shortest = min(target.horizon_days for target in targets)
+
+    def look_back(close: int) -> Rows:
+        last = max(periods.first, close - shortest * DAY)
+        times = range(last, periods.first - 1, -shortest * DAY)
+        cuts = Cuts.join([population(timeline, ts, periods.active_days) for ts in times])
+        chosen = np.linspace(0, len(cuts) - 1, min(len(cuts), config.trees.max_rows))
+        cuts = cuts.take(np.unique(chosen.astype(np.int64)))
+        return collect_rows(timeline, cuts, heads, close, config.half_life_days)
+
+    held = _calibration_cuts(timeline, periods, targets)
+    return grow_trees(
+        look_back(periods.calibration),
+        collect_rows(timeline, held, heads, periods.test),
+        look_back(periods.test),
+        amounts=len(heads.amounts),
+        config=config.trees,
+        seed=config.seed,
+    )
+
+
 def calibrate(predictor: Predictor, timeline: Timeline, periods: Periods) -> Predictor:
     """Fit corrections and thresholds on the windows between the calibration and the test cut.
 
-    One cut a shortest horizon: all windows that close by the first test cut count, so that short
-    horizons, of which several fit in, are corrected from more than one week's luck.
+    Where there are trees, how much they are believed is chosen there before, by log loss over the
+    closed horizons, for amounts by Tweedie deviance.
 
     Args:
         predictor: not calibrated.
@@ -256,24 +313,25 @@ def calibrate(predictor: Predictor, timeline: Timeline, periods: Periods) -> Pre
         periods: the bounds.
     """
     heads = predictor.spec.heads
-    shortest = min(target.horizon_days for target in predictor.targets)
-    last = max(periods.calibration, periods.test - shortest * DAY)
-    cuts = Cuts.join(
-        [
-            population(timeline, ts, periods.active_days)
-            for ts in range(periods.calibration, last + 1, shortest * DAY)
-        ]
-    )
-    raw = predictor.raw(timeline, cuts)
+    cuts = _calibration_cuts(timeline, periods, predictor.targets)
+    said, scores = predictor.parts(timeline, cuts)
     labels = timeline.labels(cuts, events=heads.events, horizons=heads.amounts, close=periods.test)
     grid = np.array(heads.grid)
     closed = grid <= labels.observed_days[:, None]
+    if len(predictor.trees):
+        mix = _believe_events(predictor, said, scores, labels.delay, closed, cuts.user)
+        predictor = predictor.beside(predictor.trees, mix)
+    raw = predictor.join(said, scores)
     slope: dict[str, float] = {}
     shift: dict[str, list[float]] = {}
     for i, name in enumerate(heads.events):
         happened = labels.delay[:, i, None] < grid
         slope[name], shift[name] = fit_probability(1.0 - raw.survival[:, i], happened, closed)
     calibration = Calibration(slope=slope, shift=shift)
+    if len(predictor.trees):
+        predictor = predictor.calibrated(calibration, {})
+        mix = _believe_amounts(predictor, raw, labels, closed, cuts.user)
+        predictor = predictor.beside(predictor.trees, mix)
     expected = predictor.calibrated(calibration, {}).finish(raw)
     factor: dict[str, float] = {}
     thresholds: dict[str, float] = {}
@@ -288,6 +346,91 @@ def calibrate(predictor: Predictor, timeline: Timeline, periods: Periods) -> Pre
         if actual > 0 and total > 0:
             factor[str(target.horizon_days)] = actual / total
     return predictor.calibrated(Calibration(slope=slope, shift=shift, factor=factor), thresholds)
+
+
+def _believe_events(
+    predictor: Predictor,
+    said: Raw,
+    scores: NDArray[np.float64],
+    delay: NDArray[np.float64],
+    closed: NDArray[np.bool_],
+    user: NDArray[np.int64],
+) -> Mix:
+    """Choose how much the network is believed of every event."""
+    heads = predictor.spec.heads
+    horizons = {target.horizon_days for target in predictor.targets}
+    asked = [place for place, days in enumerate(heads.grid) if days in horizons]
+    happened = delay[:, :, None] < np.array(heads.grid)[asked]
+    losses = []
+    for share in _SHARES:
+        mix = Mix(events=dict.fromkeys(heads.events, float(share)))
+        stays = predictor.beside(predictor.trees, mix).join(said, scores).survival
+        stay = stays[:, :, asked].clip(_FLOOR, 1.0 - _FLOOR)
+        loss = -np.log(np.where(happened, 1.0 - stay, stay))
+        losses.append(np.where(closed[:, None, asked], loss, 0.0).sum(axis=2))
+    by_share = np.stack(losses)
+    return Mix(
+        events={name: _settle(by_share[:, :, i], user) for i, name in enumerate(heads.events)}
+    )
+
+
+def _settle(losses: NDArray[np.float64], user: NDArray[np.int64]) -> float:
+    """Choose the share nearest to one half that may be as good as the best.
+
+    Weights fitted on little data often do worse than equal ones (Smith and Wallis, "A simple
+    explanation of the forecast combination puzzle", 2009), so equal ones are left only for what
+    lies beyond a standard error (the rule of Breiman et al. 1984 for the size of a tree).
+
+    Args:
+        losses: (shares, M).
+        user: (M,), whose they are; a user's losses depend on each other.
+    """
+    best = int(losses.sum(axis=1).argmin())
+    _, owner = np.unique(user, return_inverse=True)
+    allowed = []
+    for share, loss in zip(_SHARES, losses, strict=True):
+        by_user = np.bincount(owner, loss - losses[best])
+        if by_user.sum() <= by_user.std() * math.sqrt(len(by_user)):
+            allowed.append(float(share))
+    return min(allowed, key=lambda share: abs(share - 0.5))
+
+
+def _believe_amounts(
+    predictor: Predictor,
+    raw: Raw,
+    labels: Labels,
+    closed: NDArray[np.bool_],
+    user: NDArray[np.int64],
+) -> Mix:
+    """Choose how much the network is believed of every amount; the events' shares stay."""
+    heads, mix = predictor.spec.heads, predictor.spec.mix
+    known = predictor.trees.known[len(heads.events) * len(heads.grid) :]
+    amounts: dict[str, float] = {}
+    for target in predictor.targets:
+        if target.kind != "amount":
+            continue
+        place = heads.amounts.index(target.horizon_days)
+        rows = closed[:, heads.grid.index(target.horizon_days)]
+        actual = labels.amount[rows, place].astype(np.float64)
+        if not known[place] or actual.sum() <= 0:
+            continue
+        losses = []
+        for share in _SHARES:
+            tried = replace(mix, amounts={str(target.horizon_days): float(share)})
+            told = predictor.beside(predictor.trees, tried).finish(raw)[target.name][rows]
+            expected = np.maximum(told.astype(np.float64), _FLOOR)
+            # Totals are put right afterwards.
+            losses.append(_deviance(actual, expected * actual.sum() / expected.sum()))
+        amounts[str(target.horizon_days)] = _settle(np.stack(losses), user[rows])
+    return replace(mix, amounts=amounts)
+
+
+def _deviance(actual: NDArray[np.float64], expected: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Half the Tweedie deviance of each row, up to what does not depend on the prediction."""
+    power = TWEEDIE_POWER
+    return np.asarray(
+        expected ** (2 - power) / (2 - power) - actual * expected ** (1 - power) / (1 - power)
+    )
 
 
 def _label(target: Target, heads: Heads, labels: Labels) -> NDArray[np.bool_]:

@@ -95,7 +95,9 @@ def search(
 
     def judge(trial: optuna.Trial) -> float:
         changes = suggest(trial, config)
-        settings = config.model_copy(update={**changes, "refit_epochs": 0})
+        # Trees would hide what the network's settings are worth.
+        trees = config.trees.model_copy(update={"rounds": 0})
+        settings = config.model_copy(update={**changes, "refit_epochs": 0, "trees": trees})
 
         def note(epoch: dict[str, float]) -> None:
             trial.report(epoch["hazard_loss"], int(epoch["epoch"]))

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from pipelines.config import Gate
 
-CANDIDATE: Final = "gpt"
+CANDIDATE: Final = "ensemble"
 CHAMPION: Final = "champion"
 
 # Rules that any model worth serving beats; both ignore everything but the base rate or the
@@ -20,8 +20,8 @@ CHAMPION: Final = "champion"
 FLOORS: Final = ("majority", "recency")
 
 # Models in the evaluation that nobody would serve instead of the candidate: itself, its
-# predecessor (judged apart), a mixture that holds it, and the simulator's own truth.
-_NO_BASELINES: Final = frozenset({CANDIDATE, CHAMPION, "ensemble", "oracle"})
+# predecessor (judged apart), the network that is a part of it, and the simulator's own truth.
+_NO_BASELINES: Final = frozenset({CANDIDATE, CHAMPION, "gpt", "oracle"})
 
 _HIGHER_IS_BETTER: Final = frozenset({"roc_auc", "pr_auc"})
 

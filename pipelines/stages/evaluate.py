@@ -18,9 +18,9 @@ from pipelines.config import Params, Source
 from pipelines.errors import UserError
 from pipelines.evaluation.comparison import (
     CANDIDATE,
+    NETWORK,
     Predictions,
     TestRows,
-    add_ensemble,
     collect_test_rows,
     compare,
 )
@@ -66,7 +66,6 @@ def run(params: Params, root: Path = Path()) -> str:
     """
     table = SnapshotTable.load(root / FEATURES)
     predictions = _read_predictions(root, table)
-    add_ensemble(table, predictions)
     champion = _predict_champion(params, root, table)
     if champion is not None:
         predictions["champion"] = champion
@@ -114,7 +113,7 @@ def run(params: Params, root: Path = Path()) -> str:
 
 def _read_predictions(root: Path, table: SnapshotTable) -> Predictions:
     folder = root / "data/predictions"
-    files = {CANDIDATE: folder / f"{CANDIDATE}.parquet"}
+    files = {name: folder / f"{name}.parquet" for name in (CANDIDATE, NETWORK)}
     files |= {f.stem: f for f in sorted((folder / "baselines").glob("*.parquet"))}
     rows = table.rows_of(Split.CALIBRATION, Split.TEST)
     predictions: Predictions = {}
@@ -142,7 +141,7 @@ def _compare_items(params: Params, root: Path, table: SnapshotTable) -> dict[str
     from pipelines.model.timeline import DAY, Timeline
 
     folder = root / "data/predictions"
-    files = {CANDIDATE: folder / f"{CANDIDATE}_items.parquet"}
+    files = {NETWORK: folder / f"{NETWORK}_items.parquet"}
     files |= {f.stem: f for f in sorted((folder / "items").glob("*.parquet"))}
     rows = table.rows_of(Split.TEST)
     user, cut = table.user[rows], table.cut[rows]
@@ -170,7 +169,7 @@ def _compare_items(params: Params, root: Path, table: SnapshotTable) -> dict[str
         user,
         np.array([codes.get(int(hashed), -1) for hashed in following], dtype=np.int64),
         rankings,
-        candidate=CANDIDATE,
+        candidate=NETWORK,
         items=len(vocabulary),
         config=params.evaluation,
     )

@@ -27,7 +27,7 @@ from pipelines.features.store import Sequences
 from pipelines.io import digest_directory, read_json, replace_directory, write_table, write_text
 from pipelines.model.checkpoint import Checkpoint
 from pipelines.model.heads import Target
-from pipelines.model.predictor import WEIGHTS
+from pipelines.model.predictor import WEIGHTS, Predictor
 from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Vocabulary
 from pipelines.model.training import Periods, TrainedModel, train_model
@@ -37,7 +37,8 @@ FEATURES: Final = Path("data/features")
 PRETRAINED: Final = Path("models/pretrained")
 MODEL: Final = Path("models/gpt")
 CHECKPOINT: Final = "train"
-PREDICTIONS: Final = Path("data/predictions/gpt.parquet")
+PREDICTIONS: Final = Path("data/predictions/ensemble.parquet")
+ALONE: Final = Path("data/predictions/gpt.parquet")
 NEXT_ITEMS: Final = Path("data/predictions/gpt_items.parquet")
 CURVES: Final = Path("reports/training.csv")
 
@@ -85,7 +86,12 @@ def run(params: Params, root: Path = Path()) -> str:
         with replace_directory(root / MODEL) as folder:
             trained.save(folder)
         cuts = read_json(features / "cuts.json")
-        write_table(root / PREDICTIONS, predict(trained, sequences, features, cuts))
+        pairs = {
+            PREDICTIONS: (trained.first, trained.shipped),
+            ALONE: (trained.network_first, trained.network),
+        }
+        for path, (first, shipped) in pairs.items():
+            write_table(root / path, predict(first, shipped, sequences, features, cuts))
         write_table(root / NEXT_ITEMS, predict_items(trained, sequences, features, cuts))
         write_text(root / CURVES, format_curves(curves))
         speed = trained.events / max(trained.seconds, 1e-9)
@@ -174,9 +180,13 @@ def read_vocabulary(features: Path) -> Vocabulary:
 
 
 def predict(
-    trained: TrainedModel, sequences: Sequences, features: Path, cuts: dict[str, Any]
+    first: Predictor,
+    shipped: Predictor,
+    sequences: Sequences,
+    features: Path,
+    cuts: dict[str, Any],
 ) -> pa.Table:
-    """Predict the calibration rows by the first fit, the test rows by the model shipped.
+    """Predict the calibration rows by the first fit, the test rows by the refitted model.
 
     Raises:
         UserError: the snapshot table is missing or damaged.
@@ -184,7 +194,7 @@ def predict(
     user, cut = _read_rows(features)
     timeline = Timeline(sequences)
     held_out = [c for c in cuts["cuts"] if c["split"] != "train"]
-    predictors = {"calibration": trained.first, "test": trained.shipped}
+    predictors = {"calibration": first, "test": shipped}
     tables = []
     for entry in held_out:
         users = user[cut == entry["index"]]

@@ -55,7 +55,7 @@ _METRICS: Final = {
     "binary": ("roc_auc", "pr_auc", "brier", "ece", "lift_at_10pct"),
     "amount": ("gini", "mae", "top_decile_capture", "total_ratio"),
 }
-_DRAWN: Final = ("gpt", "lightgbm", "oracle")
+_DRAWN: Final = ("ensemble", "lightgbm", "oracle")
 _VERBS: Final = {"purchase": "buy", "search": "search", None: "leave"}
 _NOUNS: Final = {"purchase": "buyers", "search": "searchers", None: "leavers"}
 
@@ -131,7 +131,7 @@ class Pages:
         margin = _amount(request, "margin", default)
         share = min(max(_integer(request, "share", 20), 0), STEPS)
         profit = reach.profit(cost=cost, margin=margin)
-        observed = read_curve(self.root, "lift", target.name).get("gpt", [])
+        observed = read_curve(self.root, "lift", target.name).get("ensemble", [])
         lines = [
             Line(
                 name="expected",

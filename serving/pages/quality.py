@@ -65,7 +65,7 @@ def read_quality(root: Path) -> Quality:
     row = None
     if evaluation and verdict and champion.digest is not None:
         if verdict.get("candidate") == champion.digest:
-            row = "gpt"
+            row = "ensemble"
         elif verdict.get("champion") == champion.digest:
             row = "champion"
     return Quality(

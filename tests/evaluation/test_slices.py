@@ -59,13 +59,13 @@ def test_a_group_in_which_the_candidate_fails_shows() -> None:
     part = Rows(
         target=TARGET,
         y=y,
-        predictions={"gpt": bad_for_new, "lightgbm": good},
-        thresholds={"gpt": 0.5, "lightgbm": 0.5},
+        predictions={"ensemble": bad_for_new, "lightgbm": good},
+        thresholds={"ensemble": 0.5, "lightgbm": 0.5},
     )
     config = Evaluation(bootstrap_samples=50)
     found = score_slices(part, table.user[rows], slices, config)
-    assert found["new"]["paired"]["gpt-lightgbm"]["high"] < -0.3
-    assert found["not new"]["paired"]["gpt-lightgbm"]["diff"] == pytest.approx(0)
+    assert found["new"]["paired"]["ensemble-lightgbm"]["high"] < -0.3
+    assert found["not new"]["paired"]["ensemble-lightgbm"]["diff"] == pytest.approx(0)
     assert found["new"]["rows"] == slices["new"].sum()
 
 

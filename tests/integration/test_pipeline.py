@@ -37,12 +37,12 @@ def test_the_first_run_writes_what_people_rely_on(finished: Project) -> None:
     evaluation = json.loads((finished.path / "reports/evaluation.json").read_text())
     assert {"source", "events", "users", "first_ts", "last_ts"} <= evaluation["data"].keys()
     target = evaluation["targets"]["purchase_14d"]
-    assert {"gpt", "lightgbm", "logistic", "recency", "majority", "oracle"} <= target[
+    assert {"ensemble", "gpt", "lightgbm", "logistic", "recency", "majority", "oracle"} <= target[
         "models"
     ].keys()
-    assert {"value", "low", "high"} == target["models"]["gpt"]["roc_auc"].keys()
-    assert {"diff", "low", "high"} == target["paired"]["gpt-lightgbm"]["roc_auc"].keys()
-    spend = evaluation["targets"]["spend_14d"]["models"]["gpt"]
+    assert {"value", "low", "high"} == target["models"]["ensemble"]["roc_auc"].keys()
+    assert {"diff", "low", "high"} == target["paired"]["ensemble-lightgbm"]["roc_auc"].keys()
+    spend = evaluation["targets"]["spend_14d"]["models"]["ensemble"]
     assert {"mae", "gini", "top_decile_capture", "total_ratio"} <= spend.keys()
     verdict = json.loads((finished.path / "reports/verdict.json").read_text())
     assert {"passed", "checks", "candidate", "champion", "data"} <= verdict.keys()

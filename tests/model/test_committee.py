@@ -79,10 +79,10 @@ def test_epochs_are_numbered_through(shop: Sequences, vocabulary: Vocabulary) ->
 def test_an_explanation_is_the_mean_of_the_members(shop: Sequences, pair: TrainedModel) -> None:
     timeline = Timeline(shop)
     cuts = timeline.cuts(np.arange(5), np.full(5, START + 30 * DAY))
-    both = explain(pair.shipped, timeline, cuts, TARGETS[0], steps=4)
+    both = explain(pair.network, timeline, cuts, TARGETS[0], steps=4)
     alone = [
-        explain(Predictor(pair.shipped.spec, network), timeline, cuts, TARGETS[0], steps=4)
-        for network in pair.shipped.networks
+        explain(Predictor(pair.network.spec, network), timeline, cuts, TARGETS[0], steps=4)
+        for network in pair.network.networks
     ]
     np.testing.assert_allclose(both.effect, np.mean([a.effect for a in alone], axis=0), atol=1e-6)
     np.testing.assert_allclose(both.value, np.mean([a.value for a in alone], axis=0), atol=1e-6)

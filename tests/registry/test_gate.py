@@ -42,7 +42,7 @@ def make_evaluation(**gains: float) -> dict[str, Any]:
             "log_loss": interval(0.4 + gain),
             "ece": {"value": 0.02, "low": 0.01, "high": 0.03},
         }
-        for name, gain in {"gpt": 0.0, **gains, "oracle": -0.02}.items()
+        for name, gain in {"ensemble": 0.0, **gains, "oracle": -0.02}.items()
     }
     return {
         "data": {"source": "simulator"},
@@ -53,9 +53,9 @@ def make_evaluation(**gains: float) -> dict[str, Any]:
                 "base_rate": 0.15,
                 "users": 3000,
                 "models": models,
-                "paired": {f"gpt-{name}": pair(gain) for name, gain in gains.items()},
+                "paired": {f"ensemble-{name}": pair(gain) for name, gain in gains.items()},
             },
-            "spend_14d": {"kind": "amount", "users": 3000, "models": {"gpt": {"mae": 3.0}}},
+            "spend_14d": {"kind": "amount", "users": 3000, "models": {"ensemble": {"mae": 3.0}}},
         },
     }
 
@@ -145,9 +145,9 @@ def test_where_less_is_better_the_sign_is_turned() -> None:
 def test_a_pair_may_be_written_either_way_round(metric: Any, gain: float, passed: bool) -> None:
     evaluation = make_evaluation(champion=gain)
     paired = evaluation["targets"]["purchase_14d"]["paired"]
-    paired["champion-gpt"] = {
+    paired["champion-ensemble"] = {
         name: {"diff": -p["diff"], "low": -p["high"], "high": -p["low"]}
-        for name, p in paired.pop("gpt-champion").items()
+        for name, p in paired.pop("ensemble-champion").items()
     }
     verdict = judge(evaluation, champion=CHAMPION, policy=Gate(primary_metric=metric))
     assert failed(verdict) == ([] if passed else ["not_worse_than_champion"])
@@ -160,9 +160,9 @@ def test_failed_validation_fails() -> None:
 
 def test_a_badly_calibrated_candidate_fails() -> None:
     evaluation = make_evaluation()
-    evaluation["targets"]["purchase_14d"]["models"]["gpt"]["ece"] = 0.08
+    evaluation["targets"]["purchase_14d"]["models"]["ensemble"]["ece"] = 0.08
     assert failed(judge(evaluation)) == ["calibration"]
-    del evaluation["targets"]["purchase_14d"]["models"]["gpt"]["ece"]
+    del evaluation["targets"]["purchase_14d"]["models"]["ensemble"]["ece"]
     assert failed(judge(evaluation)) == ["calibration"]
 
 
@@ -193,9 +193,9 @@ def test_a_champion_is_what_later_candidates_are_held_against(gain: float, passe
 def test_worse_calibration_than_the_champion_fails() -> None:
     evaluation = make_evaluation(champion=0.02)
     models = evaluation["targets"]["purchase_14d"]["models"]
-    models["gpt"]["ece"]["value"] = 0.029
+    models["ensemble"]["ece"]["value"] = 0.029
     assert judge(evaluation, champion=CHAMPION)["passed"]
-    models["gpt"]["ece"]["value"] = 0.031
+    models["ensemble"]["ece"]["value"] = 0.031
     assert failed(judge(evaluation, champion=CHAMPION)) == ["calibration_against_champion"]
 
 
@@ -221,14 +221,14 @@ def test_a_target_that_cannot_be_judged_fails_with_the_way_out(target: str) -> N
         assert "no search events" in verdict["checks"][-3]["why"]
 
 
-@pytest.mark.parametrize("part", ["gpt", "lightgbm", "pairs"])
+@pytest.mark.parametrize("part", ["ensemble", "lightgbm", "pairs"])
 def test_what_was_not_measured_fails(part: str) -> None:
     evaluation = make_evaluation()
     target = evaluation["targets"]["purchase_14d"]
     if part == "pairs":
         del target["paired"]
-    elif part == "gpt":
-        del target["models"]["gpt"]
+    elif part == "ensemble":
+        del target["models"]["ensemble"]
     else:
         for name in ("majority", "recency", "logistic", "lightgbm"):
             del target["models"][name]
@@ -261,8 +261,8 @@ def test_the_stage_writes_the_verdict(tmp_path: Path) -> None:
 
 
 def make_group(high: float, rows: int = 1000) -> dict[str, Any]:
-    paired = {"gpt-lightgbm": {"diff": high - 0.01, "low": high - 0.02, "high": high}}
-    paired["gpt-champion"] = paired["gpt-lightgbm"]
+    paired = {"ensemble-lightgbm": {"diff": high - 0.01, "low": high - 0.02, "high": high}}
+    paired["ensemble-champion"] = paired["ensemble-lightgbm"]
     return {"rows": rows, "positives": rows // 5, "models": {}, "paired": paired}
 
 

@@ -114,7 +114,7 @@ def test_a_candidate_is_judged_by_its_merit(
     after = before if abs(candidate - champion) < 0.1 else shop.predict(candidate)
     jitter = 1e-3 * shop.random.normal(size=len(after))
     evaluation = shop.evaluate(
-        Evaluation(bootstrap_samples=100), gpt=expit(logit(after) + jitter), champion=before
+        Evaluation(bootstrap_samples=100), ensemble=expit(logit(after) + jitter), champion=before
     )
     assert sorted(judge(evaluation, Gate())) == failed
 
@@ -124,10 +124,10 @@ def test_a_candidate_that_is_better_but_for_new_shoppers_is_refused() -> None:
     new = shop.tenure <= 28
     evaluation = shop.evaluate(
         Evaluation(bootstrap_samples=100),
-        gpt=shop.predict(np.where(new, 1.2, 0.2)),
+        ensemble=shop.predict(np.where(new, 1.2, 0.2)),
         champion=shop.predict(0.7),
     )
-    gain = evaluation["targets"][TARGET.name]["paired"]["gpt-champion"]["roc_auc"]
+    gain = evaluation["targets"][TARGET.name]["paired"]["ensemble-champion"]["roc_auc"]
     assert gain["low"] > 0
     assert judge(evaluation, Gate()) == ["slices"]
 
@@ -136,7 +136,9 @@ def test_a_badly_calibrated_candidate_is_refused() -> None:
     shop = Shop(3, 6_000)
     good = shop.predict(0.3)
     evaluation = shop.evaluate(
-        Evaluation(bootstrap_samples=100), gpt=expit(2.5 * logit(good)), champion=shop.predict(0.7)
+        Evaluation(bootstrap_samples=100),
+        ensemble=expit(2.5 * logit(good)),
+        champion=shop.predict(0.7),
     )
     assert judge(evaluation, Gate()) == ["calibration", "calibration_against_champion"]
 
@@ -144,7 +146,7 @@ def test_a_badly_calibrated_candidate_is_refused() -> None:
 def test_what_must_not_be_shipped_is_refused_however_good() -> None:
     shop = Shop(4, 6_000)
     evaluation = shop.evaluate(
-        Evaluation(bootstrap_samples=100), gpt=shop.predict(0.2), champion=shop.predict(0.9)
+        Evaluation(bootstrap_samples=100), ensemble=shop.predict(0.2), champion=shop.predict(0.9)
     )
     assert judge(evaluation, Gate()) == []
     assert judge(evaluation, Gate(), valid=False) == ["validation"]
@@ -164,7 +166,7 @@ def count_promotions(noise: float, *margins: float) -> list[int]:
     for seed in range(SEEDS):
         shop = Shop(1000 + seed, 400)
         known = shop.table.rows_of(Split.CALIBRATION, Split.TEST)
-        models = {"gpt": shop.predict(noise)[known], "champion": shop.predict(0.6)[known]}
+        models = {"ensemble": shop.predict(noise)[known], "champion": shop.predict(0.6)[known]}
         predictions = {name: {TARGET.name: p} for name, p in models.items()}
         test = collect_test_rows(shop.table, predictions, config)
         evaluation = compare(shop.table, test, config, data={})

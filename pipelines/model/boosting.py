@@ -1,0 +1,221 @@
+"""Grows the trees that answer beside the network, with LightGBM.
+
+One model for every event and interval of the grid (does the event happen until its end?), and one
+for every amount. Rows are everyone in the population at equally spaced times of the past, as in
+production; windows that close late count for the horizons that they allow alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.config import EnsembleTrees, TreeSettings
+from pipelines.model.heads import Heads
+from pipelines.model.timeline import DAY, Cuts, Labels, Timeline
+from pipelines.model.trees import Trees
+
+# Between Poisson (1) and gamma (2): many zeros and a long tail.
+TWEEDIE_POWER: Final = 1.4
+
+_FEWEST: Final = 20  # rows of either outcome; fewer teach nothing
+_MAX_DEPTH: Final = 6  # every walk takes as many steps as the longest
+
+
+def tree_parameters(
+    kind: Literal["binary", "amount"], setting: TreeSettings, seed: int
+) -> dict[str, Any]:
+    """Return LightGBM's parameters for one thread and equal results every time."""
+    return {
+        "objective": "binary" if kind == "binary" else "tweedie",
+        "tweedie_variance_power": TWEEDIE_POWER,
+        "learning_rate": setting.learning_rate,
+        "num_leaves": setting.num_leaves,
+        "min_child_samples": setting.min_child_samples,
+        "feature_fraction": 0.6,
+        "bagging_fraction": 0.8,
+        "bagging_freq": 1,
+        "lambda_l2": 1.0,
+        "seed": seed,
+        "deterministic": True,
+        "num_threads": 1,
+        "force_row_wise": True,
+        "feature_pre_filter": False,
+        "verbose": -1,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """M cuts with what is known of them.
+
+    Attributes:
+        x: float32 (M, F).
+        y: float64 (M, O), outcomes; NaN where the window was not closed.
+        weight: float64 (M,), how much a row counts.
+    """
+
+    x: NDArray[np.float32]
+    y: NDArray[np.float64]
+    weight: NDArray[np.float64]
+
+
+def collect_rows(
+    timeline: Timeline, cuts: Cuts, heads: Heads, close: int, half_life_days: float | None = None
+) -> Rows:
+    """Return features and outcomes of cuts.
+
+    Args:
+        timeline: all events.
+        cuts: M cuts before ``close``.
+        heads: what the outputs stand for.
+        close: microseconds; nothing at or after it is looked at.
+        half_life_days: of a row's weight by its age; None = all count alike.
+    """
+    labels = timeline.labels(cuts, events=heads.events, horizons=heads.amounts, close=close)
+    weight = np.ones(len(cuts))
+    if half_life_days is not None:
+        weight = np.exp2((cuts.ts - close) / (half_life_days * DAY))
+    return Rows(x=timeline.features(cuts), y=_outcomes(heads, labels), weight=weight)
+
+
+def _outcomes(heads: Heads, labels: Labels) -> NDArray[np.float64]:
+    """One column an output, in the order of ``Predictor``'s: events by intervals, amounts."""
+    columns = []
+    for event in range(len(heads.events)):
+        for days in heads.grid:
+            happened = (labels.delay[:, event] < days).astype(np.float64)
+            columns.append(np.where(labels.observed_days >= days, happened, np.nan))
+    for place, days in enumerate(heads.amounts):
+        amount = np.maximum(labels.amount[:, place].astype(np.float64), 0.0)
+        columns.append(np.where(labels.observed_days >= days, amount, np.nan))
+    return np.stack(columns, axis=1)
+
+
+def grow_trees(
+    fit: Rows,
+    stop: Rows,
+    refit: Rows,
+    *,
+    amounts: int,
+    config: EnsembleTrees,
+    seed: int,
+) -> tuple[Trees, Trees]:
+    """Grow the trees of all outputs, as many rounds as the later rows bear.
+
+    Args:
+        fit: of the first trees.
+        stop: later; the round of least loss on them is the last.
+        refit: of the second trees, which grow as many rounds.
+        amounts: how many of the outputs, the last ones, are amounts.
+        config: settings.
+        seed: of the rows and features that each tree sees.
+
+    Returns:
+        The first and the second trees. Outputs of which too little is known have none.
+    """
+    import lightgbm as lgb
+
+    outputs = fit.y.shape[1]
+    shared = {"feature_pre_filter": False, "num_threads": 1, "verbose": -1}
+    # Binned once; every output takes the rows of which it knows.
+    fit_data = lgb.Dataset(fit.x, params=shared).construct()
+    stop_data = fit_data.create_valid(stop.x, params=shared).construct()
+    refit_data = lgb.Dataset(refit.x, params=shared).construct()
+
+    def grow(output: int) -> tuple[list[Any], list[Any]]:
+        kind: Literal["binary", "amount"] = "binary" if output < outputs - amounts else "amount"
+        if not all(_tells(rows.y[:, output]) for rows in (fit, stop, refit)):
+            return [], []
+        parameters = tree_parameters(kind, config, seed) | {"max_depth": _MAX_DEPTH}
+        first = lgb.train(
+            parameters,
+            _choose(fit_data, fit, output),
+            num_boost_round=config.rounds,
+            valid_sets=[_choose(stop_data, stop, output)],
+            callbacks=[lgb.early_stopping(config.early_stopping, verbose=False)],
+        )
+        rounds = max(first.best_iteration, 1)
+        second = lgb.train(parameters, _choose(refit_data, refit, output), num_boost_round=rounds)
+        return (
+            first.dump_model(num_iteration=rounds)["tree_info"],
+            second.dump_model(num_iteration=rounds)["tree_info"],
+        )
+
+    # Trees of small data gain little from threads of their own; outputs side by side do.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        grown = list(pool.map(grow, range(outputs)))
+    return flatten([first for first, _ in grown]), flatten([second for _, second in grown])
+
+
+def _tells(y: NDArray[np.float64]) -> bool:
+    """Are there enough rows of both outcomes?"""
+    positives = int((y > 0).sum())
+    return min(positives, int((y == 0).sum())) >= _FEWEST
+
+
+def _choose(data: Any, rows: Rows, output: int) -> Any:
+    """Return the part of a LightGBM data set of which one outcome is known."""
+    known = np.flatnonzero(np.isfinite(rows.y[:, output]))
+    part = data.subset(known, params=dict(data.params)).construct()
+    part.set_label(rows.y[known, output])
+    part.set_weight(rows.weight[known])
+    return part
+
+
+def flatten(dumps: Sequence[Sequence[dict[str, Any]]]) -> Trees:
+    """Build arrays from LightGBM's own description of its trees, by output.
+
+    Args:
+        dumps: for every output the ``tree_info`` of ``Booster.dump_model``.
+    """
+    nodes: list[tuple[int, float, int, float]] = []
+    output, root = [], []
+    for place, trees in enumerate(dumps):
+        for tree in trees:
+            output.append(place)
+            root.append(len(nodes))
+            _lay_out(tree["tree_structure"], nodes)
+    feature, threshold, child, value = zip(*nodes, strict=True) if nodes else ((), (), (), ())
+    return Trees(
+        outputs=len(dumps),
+        output=np.array(output, dtype=np.int32),
+        root=np.array(root, dtype=np.int32),
+        feature=np.array(feature, dtype=np.int32),
+        threshold=_round_down(np.array(threshold, dtype=np.float64)),
+        child=np.array(child, dtype=np.int32),
+        value=np.array(value, dtype=np.float64),
+    )
+
+
+def _lay_out(top: dict[str, Any], nodes: list[tuple[int, float, int, float]]) -> None:
+    """Append the nodes of one tree, level by level, so that siblings are neighbours."""
+    begin = len(nodes)
+    queue = [top]
+    for place, node in enumerate(queue):  # grows while it is walked
+        value, _ = _mean(node)
+        if "left_child" not in node:
+            nodes.append((0, np.inf, begin + place, value))
+            continue
+        nodes.append((node["split_feature"], node["threshold"], begin + len(queue), value))
+        queue += [node["left_child"], node["right_child"]]
+
+
+def _mean(node: dict[str, Any]) -> tuple[float, float]:
+    """Mean of a node's leaves, and how many rows it was grown on."""
+    if "left_child" not in node:
+        return float(node["leaf_value"]), float(node.get("leaf_count", 1))
+    (a, n), (b, m) = _mean(node["left_child"]), _mean(node["right_child"])
+    return (a * n + b * m) / max(n + m, 1.0), n + m
+
+
+def _round_down(threshold: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return the greatest float32 at or below: features, which are float32, compare the same."""
+    near = threshold.astype(np.float32)
+    return np.where(near > threshold, np.nextafter(near, np.float32(-np.inf)), near)

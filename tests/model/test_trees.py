@@ -1,0 +1,209 @@
+"""Trees are LightGBM's, damaged ones are refused, and belief in them is chosen with care."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import lightgbm as lgb
+import numpy as np
+import pytest
+import torch
+
+from pipelines.config import EnsembleTrees, Train
+from pipelines.errors import UserError
+from pipelines.features.store import Sequences
+from pipelines.model.boosting import Rows, flatten, grow_trees
+from pipelines.model.explanation import explain
+from pipelines.model.timeline import DAY, Timeline
+from pipelines.model.tokens import Vocabulary
+from pipelines.model.training import TrainedModel, _settle, train_model
+from pipelines.model.trees import Mix, Trees
+from tests.model.conftest import PERIODS, START, TARGETS, TINY
+
+SETTINGS = EnsembleTrees(rounds=20, early_stopping=5, min_child_samples=5)
+SOME = TINY.model_copy(update={"trees": SETTINGS})
+
+
+def make_data(rows: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Features of few values, so that many lie right at a threshold, and a label they tell."""
+    rng = np.random.default_rng(seed)
+    x = np.round(rng.normal(size=(rows, 6)), 1).astype(np.float32)
+    y = (x[:, 0] * x[:, 1] + x[:, 2] + rng.normal(0, 0.5, rows) > 0).astype(np.float64)
+    return x, y
+
+
+@pytest.fixture(scope="module")
+def boosters() -> list[lgb.Booster]:
+    x, y = make_data(2000)
+    settings = {"verbose": -1, "num_leaves": 15, "num_threads": 1}
+    return [
+        lgb.train({"objective": kind} | settings, lgb.Dataset(x, label), num_boost_round=25)
+        for kind, label in (("binary", y), ("tweedie", y * 3))
+    ]
+
+
+@pytest.fixture(scope="module")
+def trees(boosters: list[lgb.Booster]) -> Trees:
+    # The output between the two has no trees.
+    first, last = (booster.dump_model()["tree_info"] for booster in boosters)
+    return flatten([first, [], last])
+
+
+@pytest.fixture(scope="module")
+def model(shop: Sequences, vocabulary: Vocabulary) -> TrainedModel:
+    return train_model(shop, PERIODS, TARGETS, SOME, vocabulary)
+
+
+def test_they_score_as_lightgbm_does(boosters: list[lgb.Booster], trees: Trees) -> None:
+    x, _ = make_data(3000, seed=2)
+    scores = trees.score(x)
+    for column, booster in ((0, boosters[0]), (2, boosters[1])):
+        np.testing.assert_allclose(
+            scores[:, column], booster.predict(x, raw_score=True), rtol=1e-12, atol=1e-12
+        )
+    assert (scores[:, 1] == 0).all()
+    assert trees.known.tolist() == [True, False, True]
+
+
+def test_a_score_does_not_depend_on_company(trees: Trees) -> None:
+    x, _ = make_data(3000, seed=3)
+    together = trees.score(x)
+    for row in (0, 17, 2999):
+        np.testing.assert_array_equal(trees.score(x[row : row + 1])[0], together[row])
+    assert trees.score(x[:0]).shape == (0, 3)
+
+
+def test_effects_add_up_and_are_of_the_features_that_tell(trees: Trees) -> None:
+    x, _ = make_data(500, seed=4)
+    effect, base = trees.attribute(x, 0)
+    np.testing.assert_allclose(base + effect.sum(axis=1), trees.score(x)[:, 0], atol=1e-9)
+    importance = np.abs(effect).mean(axis=0)
+    assert importance[:3].min() > 3 * importance[3:].max()
+    effect, base = trees.attribute(x, 1)
+    assert not effect.any()
+    assert not base.any()
+
+
+def test_saved_and_read_again(trees: Trees) -> None:
+    read = Trees.from_tensors(trees.to_tensors(), outputs=3, features=6)
+    x, _ = make_data(50)
+    np.testing.assert_array_equal(read.score(x), trees.score(x))
+    assert not Trees.none(3).to_tensors()
+    assert len(Trees.from_tensors({}, outputs=3, features=6)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [
+        ("feature", 0, 6),
+        ("feature", 0, -1),
+        ("child", 0, 0),  # a root that leads to itself with a finite threshold
+        ("child", 5, 1),  # a way back
+        ("child", 0, 1 << 30),
+        ("root", 0, -1),
+        ("output", 0, 3),
+        ("value", 0, np.nan),
+    ],
+)
+def test_what_points_outside_is_refused(trees: Trees, name: str, place: int, value: float) -> None:
+    tensors = {k: v.clone() for k, v in trees.to_tensors().items()}
+    tensors[f"trees.{name}"][place] = value
+    with pytest.raises(UserError, match="trees are damaged"):
+        Trees.from_tensors(tensors, outputs=3, features=6)
+
+
+def test_missing_and_misshapen_arrays_are_refused(trees: Trees) -> None:
+    whole = trees.to_tensors()
+    for name in whole:
+        for other in (None, whole[name][:-1], whole[name].double().half(), whole[name][None]):
+            tensors = {k: v for k, v in whole.items() if k != name}
+            if other is not None:
+                tensors[name] = other
+            with pytest.raises(UserError, match="trees are damaged"):
+                Trees.from_tensors(tensors, outputs=3, features=6)
+
+
+def test_outputs_of_which_too_little_is_known_have_no_trees() -> None:
+    x, y = make_data(400)
+    outcomes = np.stack([y, np.zeros(400), np.full(400, np.nan), y * 2], axis=1)
+    rows = Rows(x=x, y=outcomes, weight=np.ones(400))
+    first, second = grow_trees(rows, rows, rows, amounts=1, config=SETTINGS, seed=1)
+    assert first.known.tolist() == second.known.tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize(("good", "expected"), [(0, 0.0), (20, 1.0), (None, 0.5)])
+def test_belief_leaves_one_half_for_a_reason_only(good: int | None, expected: float) -> None:
+    rng = np.random.default_rng(1)
+    losses = np.tile(rng.exponential(size=400), (21, 1))
+    # Some are told better by the one, some by the other.
+    losses += rng.normal(size=400) * 0.05 * np.arange(21)[:, None]
+    if good is not None:
+        losses += 0.5 * np.abs(np.arange(21) - good)[:, None]
+    assert _settle(losses, np.arange(400) // 2) == expected
+
+
+def test_both_answer_as_one(shop: Sequences, model: TrainedModel) -> None:
+    timeline = Timeline(shop)
+    cuts = timeline.cuts(np.arange(shop.users), np.full(shop.users, START + 44 * DAY))
+    predictor = model.first
+    said, scores = predictor.parts(timeline, cuts)
+    heads = predictor.spec.heads
+    events, bins = len(heads.events), len(heads.grid)
+
+    def join(share: float) -> np.ndarray:
+        mix = Mix(events=dict.fromkeys(heads.events, share))
+        return predictor.beside(predictor.trees, mix).join(said, scores).survival
+
+    np.testing.assert_array_equal(join(1.0), said.survival)
+    known = predictor.trees.known[: events * bins].reshape(events, bins)
+    assert known.any()
+    odds = scores[:, : events * bins].reshape(-1, events, bins)
+    alone = np.where(known, 1.0 / (1.0 + np.exp(odds)), said.survival)
+    np.testing.assert_allclose(join(0.0), np.minimum.accumulate(alone, axis=2), atol=1e-5)
+    half = join(0.5)
+    assert np.abs(half - said.survival).max() > 0.01
+    assert (np.diff(half, axis=2) <= 0).all()
+    for event in np.flatnonzero(known.all(axis=1)):
+        both = np.stack([join(0.0)[:, event], said.survival[:, event]])
+        assert (half[:, event] >= both.min(axis=0) - 1e-5).all()
+        assert (half[:, event] <= both.max(axis=0) + 1e-5).all()
+
+
+def test_the_network_alone_is_kept_beside(shop: Sequences, model: TrainedModel) -> None:
+    assert len(model.shipped.trees) > 0
+    assert len(model.network.trees) == 0
+    now = np.full(shop.users, START + 44 * DAY)
+    both, alone = model.shipped.predict(shop, now), model.network.predict(shop, now)
+    assert any(not np.array_equal(both[name], alone[name]) for name in both)
+
+
+def test_nothing_after_a_bound_is_learnt(shop: Sequences, vocabulary: Vocabulary) -> None:
+    """Other events from the first test cut on leave weights, trees and belief as they are."""
+    later = shop.ts >= PERIODS.test
+    assert later.any()
+    other = replace(
+        shop,
+        type=np.where(later, 6, shop.type).astype(np.uint8),
+        price=np.where(later, 999, shop.price).astype(np.float32),
+    )
+    config: Train = SOME.model_copy(update={"epochs": 1, "refit_epochs": 0})
+    a, b = (train_model(s, PERIODS, TARGETS, config, vocabulary).shipped for s in (shop, other))
+    assert a.spec == b.spec
+    assert len(a.trees) > 0
+    tensors = b.trees.to_tensors()
+    for name, tensor in a.trees.to_tensors().items():
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_explanations_of_both_add_up(shop: Sequences, model: TrainedModel) -> None:
+    predictor = model.shipped
+    heads = predictor.spec.heads
+    halves = Mix(events=dict.fromkeys(heads.events, 0.5))
+    predictor = predictor.beside(predictor.trees, halves)
+    timeline = Timeline(shop)
+    cuts = timeline.cuts(np.arange(20), np.full(20, START + 44 * DAY))
+    found = explain(predictor, timeline, cuts, TARGETS[1], steps=48)
+    place = heads.events.index("purchase"), heads.grid.index(TARGETS[1].horizon_days)
+    stays = predictor.raw(timeline, cuts).survival[:, place[0], place[1]]
+    np.testing.assert_allclose(found.value, np.log((1 - stays) / stays), atol=1e-3)
+    assert (found.gap < 0.05 * np.abs(found.value - found.base) + 0.05).all()
