@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "ingest": {"simulator": {"users": 600, "days": 140}},
     "cuts": {"train": 3},
-    "train": {"epochs": 1, "width": 16, "layers": 1, "heads": 2, "context": 32, "stride": 24},
+    "train": {
+        **{"epochs": 1, "width": 16, "layers": 1, "heads": 2, "context": 32, "stride": 24},
+        "trees": {"rounds": 20},
+    },
     "baselines": {"lightgbm": {"rounds": 30}},
     "evaluation": {"bootstrap_samples": 50},
     "gate": {"min_users": 50, "min_positives": 5},
