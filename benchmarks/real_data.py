@@ -178,17 +178,17 @@ def measure(name: str, settings: dict[str, Any], folder: Path, root: Path) -> di
         "seconds": round(time.perf_counter() - began),
     }
     for target, found in evaluation["targets"].items():
-        paired = found["paired"]["gpt-lightgbm"]
+        paired = found["paired"]["ensemble-lightgbm"]
         result[target] = {
             "users": found["users"],
             **{
                 metric: [
-                    round(found["models"]["gpt"][metric]["value"], 4),
+                    round(found["models"]["ensemble"][metric]["value"], 4),
                     round(found["models"]["lightgbm"][metric]["value"], 4),
                     *(round(paired[metric][bound], 4) for bound in ("diff", "low", "high")),
                 ]
                 for metric in ("roc_auc", "pr_auc", "brier", "ece", "mae", "gini")
-                if metric in paired and found["models"]["gpt"][metric]["value"] is not None
+                if metric in paired and found["models"]["ensemble"][metric]["value"] is not None
             },
         }
     return result
