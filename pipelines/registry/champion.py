@@ -10,6 +10,9 @@ import logging
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -97,9 +100,8 @@ def fetch_champion(root: Path) -> Path | None:
             f"{root / CHAMPION_FILE}: the registry {registry.tracking_uri} does not hold this "
             "model; set MLFLOW_TRACKING_URI to the registry that does, or restore the file"
         )
-    source = locate_files(download(registry, version))
-    with replace_directory(target) as partial:
-        shutil.copytree(source, partial, dirs_exist_ok=True)
+    with downloaded(registry, version) as folder, replace_directory(target) as partial:
+        shutil.copytree(locate_files(folder), partial, dirs_exist_ok=True)
         found = digest_directory(partial)
         if found != champion.digest:
             raise UserError(
@@ -135,12 +137,19 @@ def find_version(registry: MlflowClient, name: str, digest: str) -> ModelVersion
     return min(found, key=lambda v: int(v.version), default=None)
 
 
-def download(registry: MlflowClient, version: ModelVersion) -> Path:
-    """Return a folder with the artifacts of a version; a local store gives its own."""
+@contextmanager
+def downloaded(registry: MlflowClient, version: ModelVersion) -> Iterator[Path]:
+    """Give a folder with the artifacts of a version, as long as the block lasts."""
     from mlflow.artifacts import download_artifacts
 
     uri = registry.get_model_version_download_uri(version.name, version.version)
-    return Path(download_artifacts(artifact_uri=uri, tracking_uri=registry.tracking_uri))
+    # MLflow never removes the folder that it makes when it is given none.
+    with tempfile.TemporaryDirectory(prefix="forecart-") as folder:
+        yield Path(
+            download_artifacts(
+                artifact_uri=uri, tracking_uri=registry.tracking_uri, dst_path=folder
+            )
+        )
 
 
 def locate_files(folder: Path) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +19,7 @@ from pipelines.registry.champion import (
     LOCK_TAG,
     VERDICT_TAG,
     connect,
-    download,
+    downloaded,
     locate_files,
     read_digest,
     read_name,
@@ -138,26 +140,27 @@ def _check_links(registry: MlflowClient, version: ModelVersion, root: Path) -> I
     features = root / _FEATURES
     yield _compare("data", data, digest_directory(features) if features.is_dir() else None)
     try:
-        files: str | None = digest_directory(locate_files(download(registry, version)))
+        with downloaded(registry, version) as folder:
+            files: str | None = digest_directory(locate_files(folder))
     except UserError as error:
         files = str(error)
     yield _compare("model", digest, files)
     logged = run.data.tags.get(DIGEST_TAG) if run is not None else None
     yield _compare("run", digest, logged)
-    evidence = _download_evidence(registry, version)
-    for name, tag in (("dvc.lock", LOCK_TAG), ("verdict.json", VERDICT_TAG)):
-        file = evidence / name if evidence is not None else None
-        found = digest_file(file) if file is not None and file.exists() else None
-        yield _compare(name.removesuffix(".json"), version.tags.get(tag), found)
-    if evidence is not None and (evidence / "verdict.json").exists():
-        verdict = read_json(evidence / "verdict.json")
-        yield _compare("judged", digest, verdict.get("candidate"))
-        passed = verdict.get("passed") is True
-        yield Link(
-            name="passed",
-            state=State.OK if passed else State.WRONG,
-            detail="the gate passed it" if passed else "the gate did not pass it",
-        )
+    with _downloaded_evidence(registry, version) as evidence:
+        for name, tag in (("dvc.lock", LOCK_TAG), ("verdict.json", VERDICT_TAG)):
+            file = evidence / name
+            found = digest_file(file) if file.exists() else None
+            yield _compare(name.removesuffix(".json"), version.tags.get(tag), found)
+        if (evidence / "verdict.json").exists():
+            verdict = read_json(evidence / "verdict.json")
+            yield _compare("judged", digest, verdict.get("candidate"))
+            passed = verdict.get("passed") is True
+            yield Link(
+                name="passed",
+                state=State.OK if passed else State.WRONG,
+                detail="the gate passed it" if passed else "the gate did not pass it",
+            )
     bento = _read_bento(root)
     if _label(bento) == digest:
         packed = root / _BENTO / "src/model"
@@ -174,14 +177,15 @@ def _compare(name: str, expected: str | None, found: str | None) -> Link:
     return Link(name=name, state=State.OK, detail=expected)
 
 
-def _download_evidence(registry: MlflowClient, version: ModelVersion) -> Path | None:
-    if not version.run_id:
-        return None
-    known = [f.path for f in registry.list_artifacts(version.run_id)]
+@contextmanager
+def _downloaded_evidence(registry: MlflowClient, version: ModelVersion) -> Iterator[Path]:
+    """Give a folder with what a promotion left beside the run: empty where it left nothing."""
     place = f"{EVIDENCE}-{version.version}"
-    if place not in known:
-        return None
-    return Path(registry.download_artifacts(version.run_id, place))
+    with tempfile.TemporaryDirectory(prefix="forecart-") as folder:
+        known = registry.list_artifacts(version.run_id) if version.run_id else []
+        if place in [f.path for f in known]:
+            registry.download_artifacts(str(version.run_id), place, folder)
+        yield Path(folder) / place
 
 
 def _read_bento(root: Path) -> dict[str, Any]:

@@ -88,7 +88,12 @@ class Image:
 
 @pytest.fixture(scope="module")
 def image(project: Path) -> Iterator[Image]:  # noqa: F811
-    folder = Path(tempfile.mkdtemp(prefix="image"))  # podman takes no runroot of 50 characters
+    # podman takes no runroot of 50 characters; what is left of a build that fails goes, too.
+    with tempfile.TemporaryDirectory(prefix="image", ignore_cleanup_errors=True) as folder:
+        yield from build(project, Path(folder))
+
+
+def build(project: Path, folder: Path) -> Iterator[Image]:  # noqa: F811
     driver = "overlay" if can_overlay(folder) else "vfs"
     config = folder / "storage.conf"
     config.write_text(
@@ -101,17 +106,17 @@ def image(project: Path) -> Iterator[Image]:  # noqa: F811
         patch.setenv("STORAGE_DRIVER", driver)
         patch.setenv("BUILDAH_ISOLATION", "chroot")
         patch.setenv("PATH", SEARCHED)
-        make_base(folder)
-        done = containerize(
-            project, tag=TAG, base_image=BASE, builder=Builder.BUILDAH, torch_index=""
-        )
-        assert done.startswith(f"{TAG} built by buildah"), done
-        print(done)
         try:
+            make_base(folder)
+            done = containerize(
+                project, tag=TAG, base_image=BASE, builder=Builder.BUILDAH, torch_index=""
+            )
+            assert done.startswith(f"{TAG} built by buildah"), done
+            print(done)
             yield Image(project=project, folder=folder, driver=driver)
         finally:
+            call("buildah", "rm", "--all")
             call("buildah", "rmi", "--all", "--force")
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def call(*command: str) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, write_json, write_text
 from pipelines.registry import lineage, promotion
-from pipelines.registry.champion import connect, download, locate_files
+from pipelines.registry.champion import connect, fetch_champion, locate_files
 from pipelines.registry.tracking import track
 from tests.registry.test_promotion import empty_store, judge, root
 
@@ -65,8 +66,8 @@ def test_a_changed_file_is_told(promoted: Path, name: str, path: str) -> None:
 
 
 def test_a_changed_model_in_the_registry_is_told(promoted: Path) -> None:
-    registry = connect(promoted)
-    files = locate_files(download(registry, registry.get_model_version("forecart", "1")))
+    uri = connect(promoted).get_model_version_download_uri("forecart", "1")
+    files = locate_files(Path(local_file_uri_to_path(uri)))
     (files / "model.safetensors").write_text("other weights")
     with pytest.raises(UserError, match="WRONG     model"):
         lineage.verify(promoted, None)
@@ -82,3 +83,14 @@ def test_an_unknown_model_is_told(promoted: Path, root: Path) -> None:
     for name in ("7", "beef"):
         with pytest.raises(UserError, match="no model has"):
             lineage.verify(promoted, name)
+
+
+def test_nothing_is_left_in_the_temporary_folder(
+    promoted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    lineage.verify(promoted, None)
+    fetch_champion(promoted)
+    assert list(temporary.iterdir()) == []
