@@ -325,11 +325,23 @@ class LightGBMConfig(TreeSettings):
     )
 
 
+class LstmConfig(Section):
+    """Settings of the LSTM baseline."""
+
+    epochs: Annotated[int, Field(ge=0, le=1000)] = 6
+    width: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 64
+    layers: Annotated[int, Field(ge=1, le=64)] = 1
+    context: Annotated[int, Field(ge=8, le=8192)] = 128
+    tokens_per_batch: Annotated[int, Field(ge=256)] = 2048
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 4e-3
+
+
 class Baselines(Section):
     """The baselines stage."""
 
     seed: Annotated[int, Field(ge=0)] = 1
     lightgbm: LightGBMConfig = LightGBMConfig()
+    lstm: LstmConfig = LstmConfig()
 
 
 class Evaluation(Section):

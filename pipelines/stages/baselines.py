@@ -21,12 +21,14 @@ from pipelines.baselines.density import Density
 from pipelines.baselines.linear import Linear
 from pipelines.baselines.protocol import fit_twice
 from pipelines.baselines.simple import Majority, Recency
-from pipelines.config import Params
+from pipelines.config import EnsembleTrees, LstmConfig, Params, Train
 from pipelines.features.cuts import Split, to_us
 from pipelines.features.labels import Kind, Target
 from pipelines.features.snapshot_table import Floats, SnapshotTable
 from pipelines.features.store import Sequences
 from pipelines.io import progress, read_json, replace_directory, write_json, write_table, write_text
+from pipelines.model.training import train_model
+from pipelines.stages.train import load_inputs, predict
 
 FEATURES = Path("data/features")
 MODELS = Path("models/baselines")
@@ -73,7 +75,43 @@ def run(params: Params, root: Path = Path()) -> str:
     with replace_directory(root / PREDICTIONS) as folder:
         for name, columns in predictions.items():
             write_table(folder / f"{name}.parquet", table.predictions_table(columns))
-    return f"{', '.join(predictions)} on {len(table.targets)} targets in {MODELS}"
+        if params.baselines.lstm.epochs:
+            told = _predict_lstm(root, params.baselines.lstm, params.baselines.seed)
+            write_table(folder / "lstm.parquet", told)
+    names = [*predictions, *(["lstm"] if params.baselines.lstm.epochs else [])]
+    return f"{', '.join(names)} on {len(table.targets)} targets in {MODELS}"
+
+
+def _predict_lstm(root: Path, config: LstmConfig, seed: int) -> pa.Table:
+    """Train an LSTM on the raw events, and predict the calibration and test rows.
+
+    The recurrent network that a user would try first (Hochreiter & Schmidhuber, Neural
+    Computation 9, 1997): the events in, the horizon labels out. It gets the trainer, the refit
+    and the calibration of the behaviour model; not its windowed counts, pretraining or other
+    tasks.
+    """
+    sequences, periods, targets, vocabulary = load_inputs(root)
+    settings = Train(
+        backbone="lstm",
+        epochs=config.epochs,
+        width=config.width,
+        layers=config.layers,
+        heads=1,
+        context=config.context,
+        stride=max(1, config.context * 3 // 4),
+        learning_rate=config.learning_rate,
+        fusion=False,
+        next_event_weight=0.0,
+        next_items=0,
+        item_weight=0.0,
+        trees=EnsembleTrees(rounds=0),
+        tokens_per_batch=config.tokens_per_batch,
+        seed=seed,
+    )
+    features = root / FEATURES
+    trained = train_model(sequences, periods, targets, settings, vocabulary)
+    cuts = read_json(features / "cuts.json")
+    return predict(trained.first, trained.shipped, sequences, features, cuts)
 
 
 def _rank_items(

@@ -22,7 +22,10 @@ SMALL = {
         **{"epochs": 1, "width": 16, "layers": 1, "heads": 2, "context": 32, "stride": 24},
         "trees": {"rounds": 20},
     },
-    "baselines": {"lightgbm": {"rounds": 30}},
+    "baselines": {
+        "lightgbm": {"rounds": 30},
+        "lstm": {"epochs": 1, "width": 16, "context": 32},
+    },
     "evaluation": {"bootstrap_samples": 50},
     "gate": {"min_users": 50, "min_positives": 5},
 }
