@@ -13,7 +13,10 @@ Method: on the features of a finished run, with the network of params.yaml:
 Compilation (`torch.compile`) and bfloat16 are told for the prepared batch with --compile and
 --bfloat16. Each figure is the median of the repeats.
 
-    python benchmarks/training_speed.py [--root .] [--repeats 3]
+Threads wait as the command `forecart` lets them wait:
+
+    OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=3000 \\
+        python benchmarks/training_speed.py [--root .] [--repeats 3]
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ ANY_EVENT: Final = "any"
 
 _WINDOWS: Final = (0.25, 1.0, 3.0, 7.0, 14.0, 28.0, 90.0)  # days
 _FOCUS_WINDOWS: Final = (0.25, 1.0, 3.0, 7.0, 28.0)  # days
+_SPANS: Final = np.array([[int(w * DAY)] for w in _WINDOWS])
+_FOCUS_SPANS: Final = np.array([[int(w * DAY)] for w in _FOCUS_WINDOWS])
 _COUNTED: Final = (*EVENT_TYPES, "session")
 _FOCUS_TYPES: Final = (EventType.VIEW, EventType.SEARCH, EventType.ADD_TO_CART, EventType.PURCHASE)
 
@@ -33,18 +35,21 @@ Floats = NDArray[np.float32]
 def bisect(ts: NDArray[np.int64], low: Ints, high: Ints, value: Ints) -> Ints:
     """Return for every query the first index in [low, high) with ``ts >= value``, else high.
 
-    A binary search of all queries at once; ``ts`` ascends within every [low, high).
+    A binary search of all queries at once, in the shape of ``value``, to which the bounds are
+    broadcast; ``ts`` ascends within every [low, high).
     """
-    low, high = low.copy(), high.copy()
     span = int((high - low).max(initial=0))
-    for _ in range(span.bit_length()):
-        open_ = low < high
-        middle = (low + high) >> 1
-        # A closed query may point one past the end of the column.
-        less = open_ & (ts[np.minimum(middle, len(ts) - 1)] < value)
-        low = np.where(less, middle + 1, low)
-        high = np.where(open_ & ~less, middle, high)
-    return low
+    found = np.broadcast_to(low, value.shape)
+    for bit in reversed(range(span.bit_length())):
+        ahead = found + (1 << bit)
+        less = ts[np.minimum(ahead, len(ts)) - 1] < value
+        found = np.where(less & (ahead <= high), ahead, found)
+    return found.copy() if not span else found
+
+
+def _flatten(by_window: NDArray[Any]) -> NDArray[Any]:
+    """(windows, M, C) -> (M, windows x C)."""
+    return by_window.transpose(1, 0, 2).reshape(by_window.shape[1], -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +166,11 @@ class Timeline:
         """Return ``len(feature_names())`` features of every cut, (M, F); all are finite."""
         start, position, now = self.offsets[cuts.user], cuts.position, cuts.ts
         tenure = self.tenure(cuts)
-        columns: list[NDArray[Any]] = []
-        lows = [bisect(self.ts, start, position, now - int(w * DAY)) for w in _WINDOWS]
-        for low in (*lows, start):
-            columns.append(np.log1p(self._counts[position] - self._counts[low]))
-            spent = self._spent[position] - self._spent[low]
-            columns.append(np.log1p(np.maximum(spent, 0.0))[:, None])
+        low = np.concatenate([bisect(self.ts, start, position, now - _SPANS), start[None]])
+        counts = self._counts[position] - self._counts[low]  # (windows, M, counted)
+        spent = np.maximum(self._spent[position] - self._spent[low], 0.0)
+        by_window = np.log1p(np.concatenate([counts, spent[..., None]], axis=2))
+        columns: list[NDArray[Any]] = [_flatten(by_window)]
         last = self._last[position]
         seen = last >= start[:, None]
         days = (now[:, None] - self.ts[np.maximum(last, 0)]) / DAY if len(self.ts) else 0.0
@@ -189,14 +193,11 @@ class Timeline:
         # of the last one ends every window.
         place = np.where(known, rank[np.maximum(last, 0)], 0)
         same_from = self._focus_starts[place]
-        times = self._focus_ts
-        columns = []
-        for window in _FOCUS_WINDOWS:
-            low = bisect(times, same_from, place + 1, cuts.ts - int(window * DAY))
-            counts = self._focus_counts[place + 1] - self._focus_counts[low]
-            columns.append(np.log1p(counts) * known[:, None])
-        columns.append((known * np.log1p(place + 1 - same_from))[:, None])
-        return np.concatenate(columns, axis=1)
+        low = bisect(self._focus_ts, same_from, place + 1, cuts.ts - _FOCUS_SPANS)
+        counts = self._focus_counts[place + 1] - self._focus_counts[low]  # (windows, M, types)
+        ever = np.log1p(place + 1 - same_from)[:, None]
+        columns = np.concatenate([_flatten(np.log1p(counts)), ever], axis=1)
+        return columns * known[:, None]
 
     @cached_property
     def _focus_ts(self) -> Ints:
