@@ -58,15 +58,20 @@ def main() -> None:
     print(json.dumps({target: join(entries) for target, entries in found.items()}, indent=2))
 
 
+def run_stages(settings: dict[str, Any], root: Path) -> dict[str, Any]:
+    """Run the stages in an empty folder; return the content of reports/evaluation.json."""
+    (root / "expectations").symlink_to(Path("expectations").resolve())
+    params = parse_params(settings)
+    for stage in STAGES:
+        import_module(f"pipelines.stages.{stage}").run(params, root)
+    evaluation: dict[str, Any] = read_json(root / "reports/evaluation.json")
+    return evaluation
+
+
 def run_shop(settings: dict[str, Any], model: str) -> dict[str, dict[str, float]]:
     """Run the stages in a folder of their own; return figures by target."""
     with tempfile.TemporaryDirectory(prefix="forecart-bench-") as folder:
-        root = Path(folder)
-        (root / "expectations").symlink_to(Path("expectations").resolve())
-        params = parse_params(settings)
-        for stage in STAGES:
-            import_module(f"pipelines.stages.{stage}").run(params, root)
-        evaluation = read_json(root / "reports/evaluation.json")
+        evaluation = run_stages(settings, Path(folder))
     result = {}
     for target, entry in evaluation["targets"].items():
         metric, base = ("roc_auc", 0.5) if entry["kind"] == "binary" else ("gini", 0.0)

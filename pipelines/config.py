@@ -349,7 +349,7 @@ class Evaluation(Section):
 
     bootstrap_samples: Annotated[int, Field(ge=50, le=100_000)] = 500
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    threshold: Literal["f1", "youden"] = "f1"
+    threshold: Literal["f1", "youden", "break_even"] = "f1"
     conformal_level: Annotated[float, Field(gt=0.5, lt=1)] = 0.9
     seed: Annotated[int, Field(ge=0)] = 1
 

@@ -95,6 +95,9 @@ def test_the_threshold_maximises_its_objective() -> None:
     f1 = choose_threshold(Y, P, "f1")
     best = max(sk.f1_score(Y, t <= P) for t in np.unique(P))
     assert sk.f1_score(Y, f1 <= P) == pytest.approx(best)
+    even = choose_threshold(Y, P, "break_even")
+    nearest = min(abs(int((t <= P).sum()) - int(Y.sum())) for t in np.unique(P))
+    assert abs(int((even <= P).sum()) - int(Y.sum())) == nearest
     youden = choose_threshold(Y, P, "youden")
     rates = sk.roc_curve(Y, P, drop_intermediate=False)
     assert youden == pytest.approx(rates[2][np.argmax(rates[1] - rates[0])])
