@@ -7,10 +7,9 @@ own counts are switched off, as they keep every path that anybody asks for, ids 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Final
 
-import numpy as np
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
@@ -73,17 +72,17 @@ class Metrics:
         for outcome in ("taken", "refused"):
             self._swaps.labels(outcome)
 
-    def count_batch(self, users: int, probabilities: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    def count_batch(self, users: int, probabilities: Mapping[str, Sequence[float]]) -> None:
         """Count a batch.
 
         Args:
             users: in it.
-            probabilities: target -> (users,).
+            probabilities: target -> of every user.
         """
         self._batch.observe(users)
         for name, values in probabilities.items():
             histogram = self._probability.labels(name)
-            for value in values.tolist():
+            for value in values:
                 histogram.observe(value)
 
     def show_model(self, digest: str, *, before: str | None = None) -> None:

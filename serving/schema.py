@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
-from typing import Annotated, Any, Final
+from datetime import datetime
+from typing import Annotated, Final
 
 from pydantic import (
     AfterValidator,
@@ -17,14 +17,10 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipelines.events import MAX_ID_LENGTH, MAX_QUERY_LENGTH, EventType
-from serving.decode import decode_request
-from serving.limits import EARLIEST, LATEST, MAX_EVENTS, MAX_ITEMS, MAX_USERS
+from serving.limits import EARLIEST, LATEST, MAX_EVENTS, MAX_ITEMS, MAX_USERS, settle_now
 
 # A body beyond this is refused unread.
 MAX_BODY_BYTES: Final = 8 << 20
-
-# Clocks of shop and service differ; an event this far ahead still counts as just happened.
-MAX_CLOCK_SKEW: Final = timedelta(minutes=5)
 
 
 def _check_time(value: datetime) -> datetime:
@@ -100,18 +96,6 @@ class PredictRequest(Strict):
     next_items: Annotated[int, Field(ge=0, le=MAX_ITEMS)] = Field(
         default=0, description="How many of the items that may come next are told."
     )
-
-    @classmethod
-    def model_validate_json(
-        cls, json_data: str | bytes | bytearray, **options: Any
-    ) -> PredictRequest:
-        """Read a request: a good one fast, any other with an error that says what is wrong."""
-        fast = decode_request(json_data) if isinstance(json_data, bytes) and not options else None
-        if fast is None:
-            return super().model_validate_json(json_data, **options)
-        # The records of the fast reader have the fields of those of the slow one.
-        users: Any = fast.users
-        return cls.model_construct(users=users, now=fast.now, next_items=fast.next_items)
 
 
 class NextItem(BaseModel):
@@ -265,10 +249,7 @@ class ExplainResponse(BaseModel):
 
 
 def resolve_now(request: PredictRequest, clock: datetime) -> datetime:
-    """Return the time from which to look ahead.
-
-    Without ``now`` in the request it is the service's clock, moved behind events that a faster
-    clock stamped.
+    """Return the time from which to look ahead, as ``settle_now`` does.
 
     Args:
         request: users with events.
@@ -277,16 +258,18 @@ def resolve_now(request: PredictRequest, clock: datetime) -> datetime:
     Raises:
         ValidationError: an event lies at or after ``now``, or further ahead than clocks differ.
     """
-    now = request.now or clock
-    tolerance = timedelta(0) if request.now else MAX_CLOCK_SKEW
-    latest = now
-    for i, user in enumerate(request.users):
-        for j, event in enumerate(user.events):
-            if event.ts >= now:
-                if event.ts >= now + tolerance:
-                    raise _refuse_future(("users", i, "events", j, "ts"), event.ts, now)
-                latest = max(latest, event.ts + timedelta(microseconds=1))
-    return latest
+    places = [
+        (event.ts, ("users", i, "events", j, "ts"))
+        for i, user in enumerate(request.users)
+        for j, event in enumerate(user.events)
+    ]
+    settled = settle_now(max(ts for ts, _ in places), request.now, clock)
+    if settled is not None:
+        return settled
+    # The first that is too late by itself.
+    late = ((ts, field) for ts, field in places if settle_now(ts, request.now, clock) is None)
+    ts, field = next(late)
+    raise _refuse_future(field, ts, request.now or clock)
 
 
 def _refuse_future(field: tuple[str | int, ...], value: datetime, now: datetime) -> ValidationError:

@@ -6,21 +6,26 @@ import asyncio
 import logging
 import os
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from http import HTTPStatus
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import bentoml
-import numpy as np
-from bentoml.exceptions import BadInput, BentoMLException, NotFound, ServiceUnavailable
+from bentoml.exceptions import (
+    BadInput,
+    BentoMLException,
+    InternalServerError,
+    NotFound,
+    ServiceUnavailable,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines.errors import UserError
-from pipelines.features.store import encode_events
 from serving.access import ObserveRequests
 from serving.admission import Admit
-from serving.batching import Batcher, Overloaded
+from serving.batching import Batcher, Item, Overloaded, Result
 from serving.collect import (
     MAX_COLLECTED,
     CollectRequest,
@@ -29,10 +34,12 @@ from serving.collect import (
     parse_event,
     summarise,
 )
-from serving.decode import to_mapping
+from serving.direct import AnswerDirectly
+from serving.engine import Engine, Unavailable, find_count
 from serving.exports import erase_exported, find_exports
+from serving.frames import Call, Explain, Explained, Predict, Predicted, Refused, Reply
 from serving.keys import RequireKey
-from serving.limits import MAX_EVENTS, MAX_USERS
+from serving.limits import MAX_EVENTS
 from serving.metrics import Metrics
 from serving.middleware import DropValidationErrors, LimitBody, ShapeErrors
 from serving.reads import make_reads
@@ -40,22 +47,19 @@ from serving.schema import (
     MAX_BODY_BYTES,
     EraseRequest,
     EraseResponse,
-    EventEffect,
     ExplainRequest,
     ExplainResponse,
-    FeatureEffect,
-    NextItem,
-    Prediction,
     PredictRequest,
     PredictResponse,
     Profile,
     StoredPrediction,
     StoredProfile,
     StoredRequest,
+    User,
     resolve_now,
 )
 from serving.store import Store, find_url, to_us
-from serving.swap import Loaded, Watcher, find_watched, load
+from serving.swap import Watcher, find_watched
 from serving.tracing import plan_tracing
 
 MODEL_VARIABLE: Final = "FORECART_MODEL"
@@ -63,18 +67,20 @@ MODEL_VARIABLE: Final = "FORECART_MODEL"
 # In a Bento the model lies beside the packages.
 BUNDLED_MODEL: Final = Path(__file__).resolve().parents[1] / "model"
 
+# Work of a call is told in the bytes of its request; of an event that was collected, about so many.
+_EVENT_BYTES: Final = 128
+# Some twenty shoppers with 100 events: larger batches gain nothing more and make others wait.
+_BATCH_BYTES: Final = 1 << 18
+
 # Waiting beyond these, work is refused at once: its answer would come too late to be of use.
-_MAX_WAITING_USERS: Final = 4 * MAX_USERS
+_MAX_WAITING_BYTES: Final = 4 * MAX_BODY_BYTES
 _MAX_WAITING_EVENTS: Final = 20 * MAX_COLLECTED
+_MAX_WAITING_EXPLANATIONS: Final = 16
 
-_MAX_EFFECTS: Final = 20
 _UNKNOWN: Final = "no event of this shopper was collected before that time"
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
 
-# A shopper of a batch: id, events, profile, time from which to look ahead, items to tell. Times
-# of events and profiles are datetimes, or microseconds as the store has them.
-Shopper = tuple[str, Sequence[Any], dict[str, Any] | None, datetime, int]
+# A shopper that was checked: id, events and profile, with times as datetimes or microseconds.
+Shopper = tuple[str, list[dict[str, Any]], dict[str, Any] | None]
 
 
 def find_model() -> Path:
@@ -98,38 +104,81 @@ class Forecart:
     def __init__(self) -> None:
         # BentoML logs every refused request with its text.
         logging.getLogger("bentoml._internal.server.http_app").addFilter(DropValidationErrors())
-        # Whoever reads it reads it once: a newly promoted model may take its place at any time.
-        self.model = load(find_model())
         self.metrics = Metrics()
-        self.metrics.show_model(self.model.digest)
-        self.batcher = Batcher(
-            self._predict_batch, max_items=MAX_USERS, max_waiting=_MAX_WAITING_USERS
+        self.engine = Engine(find_count())
+        self.predictions: Batcher[bytes | Call, bytes | None] = Batcher(
+            self._predict_calls,
+            weigh=_weigh,
+            max_weight=_BATCH_BYTES,
+            max_waiting=_MAX_WAITING_BYTES,
+            parallel=self.engine.count,
+        )
+        # One at a time: it takes as long as many predictions, which need the others.
+        self.explanations: Batcher[Explain, Reply] = Batcher(
+            self._explain_calls,
+            weigh=lambda _: 1,
+            max_weight=1,
+            max_waiting=_MAX_WAITING_EXPLANATIONS,
         )
         # Opened with the first event: a service that only predicts needs no store.
         self._store: Store | None = None
-        self.collector = Batcher(
-            self._store_batch, max_items=2 * MAX_COLLECTED, max_waiting=_MAX_WAITING_EVENTS
+        self.collector: Batcher[list[dict[str, Any]], list[bool]] = Batcher(
+            self._store_calls,
+            weigh=len,
+            max_weight=2 * MAX_COLLECTED,
+            max_waiting=_MAX_WAITING_EVENTS,
         )
         self._watcher: Watcher | None = None
+
+    @bentoml.on_startup  # type: ignore[untyped-decorator]
+    async def start(self) -> None:
+        """Load the model, and look for newer ones."""
+        digest = await self.engine.start(find_model())
+        self.metrics.show_model(digest)
         watched = find_watched()
-        if watched is not None:
-            path, seconds = watched
-            self._watcher = Watcher(
-                path, current=self.model, take=self._take, metrics=self.metrics, seconds=seconds
-            )
-            self._watcher.start()
+        if watched is None:
+            return
+        path, seconds = watched
+        loop = asyncio.get_running_loop()
+
+        def take(model: Path, digest: str | None) -> str:
+            started = self.engine.start(model, digest=digest, check=True)
+            return asyncio.run_coroutine_threadsafe(started, loop).result()
+
+        self._watcher = Watcher(
+            path, current=digest, take=take, metrics=self.metrics, seconds=seconds
+        )
+        self._watcher.start()
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
-    def stop(self) -> None:
-        """Look for no new model any more."""
+    async def stop(self) -> None:
+        """Look for no new model any more, and end the processes that predict."""
         if self._watcher is not None:
             self._watcher.stop()
+        await self.engine.close()
+
+    async def __is_ready__(self) -> bool:
+        """Return whether predictions can be had."""
+        return self.engine.ready
+
+    async def answer(self, body: bytes) -> bytes | None:
+        """Answer the body of a request for predictions.
+
+        Returns:
+            The body of the answer; None where the schema has to judge the request.
+
+        Raises:
+            BentoMLException: the service has too much to do, or cannot predict.
+        """
+        return await self._submit(self.predictions, body)
 
     @bentoml.api(route="/predict")  # type: ignore[untyped-decorator]  # BentoML is not typed
     async def predict(self, request: PredictRequest, /) -> PredictResponse:
         """Predict one or many shoppers from the events in the request."""
+        # Good requests are answered before they come here: see AnswerDirectly.
         now = resolve_now(request, datetime.now(UTC))
-        return await self._predict(_list_shoppers(request, now), now)
+        shoppers = [_to_shopper(user) for user in request.users]
+        return await self._predict(shoppers, now, request.next_items)
 
     @bentoml.api(route="/users/predict")  # type: ignore[untyped-decorator]
     async def predict_stored(self, request: StoredRequest, /) -> PredictResponse:
@@ -138,10 +187,10 @@ class Forecart:
         A shopper without collected events before `now` has no prediction and is left out.
         """
         now = request.now or datetime.now(UTC)
-        shoppers = await self._find_shoppers(request.user_ids, now, request.next_items)
+        shoppers = await self._find_shoppers(request.user_ids, now)
         if not shoppers:
-            return PredictResponse(model=self.model.digest, now=now, predictions=[])
-        return await self._predict(shoppers, now)
+            return PredictResponse(model=self.engine.digest, now=now, predictions=[])
+        return await self._predict(shoppers, now, request.next_items)
 
     @bentoml.api(route="/events")  # type: ignore[untyped-decorator]
     async def collect(self, request: CollectRequest, /) -> CollectResponse:
@@ -153,7 +202,8 @@ class Forecart:
         """
         parsed = [parse_event(raw) for raw in request.events]
         rows = [row for row, _ in parsed if row is not None]
-        new = iter(await self._submit(self.collector, rows) if rows else [])
+        kept: list[bool] = await self._submit(self.collector, rows) if rows else []
+        new = iter(kept)
         results = [result for _, result in parsed]
         for row, result in parsed:
             if row is not None and not next(new):
@@ -173,8 +223,7 @@ class Forecart:
             return await self.explain_stored(str(request.user_id), request.target, now)
         whole = PredictRequest(users=[request.user], now=request.now)
         now = resolve_now(whole, datetime.now(UTC))
-        (shopper,) = _list_shoppers(whole, now)
-        return await self._explain_one(shopper, request.target)
+        return await self._explain(_to_shopper(request.user), request.target, now)
 
     async def tell_stored(self, user_id: str, now: datetime, next_items: int) -> StoredPrediction:
         """Predict one shopper from what was collected.
@@ -182,10 +231,10 @@ class Forecart:
         Raises:
             NotFound: nothing was, before that time.
         """
-        shoppers = await self._find_shoppers([user_id], now, next_items)
+        shoppers = await self._find_shoppers([user_id], now)
         if not shoppers:
             raise NotFound(_UNKNOWN)
-        told = await self._predict(shoppers, now)
+        told = await self._predict(shoppers, now, next_items)
         (prediction,) = told.predictions
         return StoredPrediction(model=told.model, now=now, **dict(prediction))
 
@@ -196,10 +245,10 @@ class Forecart:
             BadInput: there is no such target.
             NotFound: nothing was collected before that time.
         """
-        shoppers = await self._find_shoppers([user_id], now, 0)
+        shoppers = await self._find_shoppers([user_id], now)
         if not shoppers:
             raise NotFound(_UNKNOWN)
-        return await self._explain_one(shoppers[0], target)
+        return await self._explain(shoppers[0], target, now)
 
     async def keep_profile(self, user_id: str, profile: Profile) -> StoredProfile:
         """Store what the shop knows of a shopper; answered means durable."""
@@ -225,9 +274,7 @@ class Forecart:
             user_id=user_id, events=erased.events, profile=erased.profile, exported=exported
         )
 
-    async def _find_shoppers(
-        self, user_ids: Sequence[str], now: datetime, next_items: int
-    ) -> list[Shopper]:
+    async def _find_shoppers(self, user_ids: Sequence[str], now: datetime) -> list[Shopper]:
         """Return those of some shoppers of whom an event was collected before a time."""
 
         def read() -> list[Shopper]:
@@ -235,7 +282,7 @@ class Forecart:
             found = store.history(user_ids, before=to_us(now), limit=MAX_EVENTS)
             profiles = store.profiles(user_ids)
             return [
-                (user_id, events, profiles.get(user_id), now, next_items)
+                (user_id, events, profiles.get(user_id))
                 for user_id, events in found.items()
                 if events
             ]
@@ -243,28 +290,32 @@ class Forecart:
         shoppers: list[Shopper] = await _guard(asyncio.to_thread(read))
         return shoppers
 
-    async def _explain_one(self, shopper: Shopper, target: str) -> ExplainResponse:
+    async def _explain(self, shopper: Shopper, target: str, now: datetime) -> ExplainResponse:
+        asked = Explain(Call([shopper], now), target)
+        reply = await self._submit(self.explanations, asked)
+        if isinstance(reply, Refused):
+            raise BadInput(reply.problem)
+        if not isinstance(reply, Explained):
+            raise RuntimeError(f"{type(reply).__name__} is no explanation")
+        return ExplainResponse.model_validate_json(reply.answer)
+
+    async def _predict(
+        self, shoppers: list[Shopper], now: datetime, next_items: int
+    ) -> PredictResponse:
+        answer = await self._submit(self.predictions, Call(shoppers, now, next_items))
+        return PredictResponse.model_validate_json(answer or b"")
+
+    async def _submit(self, batcher: Batcher[Item, Result], item: Item) -> Result:
         try:
-            return await asyncio.to_thread(self._explain, shopper, target)
-        except UserError as error:
-            raise BadInput(str(error)) from None
-
-    async def _predict(self, shoppers: list[Shopper], now: datetime) -> PredictResponse:
-        told = await self._submit(self.batcher, shoppers)
-        # A call's shoppers are never split, so one model has predicted all of them.
-        predictions = [prediction for _, prediction in told]
-        return PredictResponse(model=told[0][0], now=now, predictions=predictions)
-
-    def _take(self, model: Loaded) -> None:
-        self.model = model
-
-    async def _submit(self, batcher: Batcher[Any, Any], items: list[Any]) -> list[Any]:
-        try:
-            results: list[Any] = await _guard(batcher.submit(items))
-            return results
+            result: Result = await _guard(batcher.submit(item))
         except Overloaded as error:
             status = HTTPStatus.TOO_MANY_REQUESTS
             raise BentoMLException(str(error), error_code=status) from None
+        except Unavailable as error:
+            raise ServiceUnavailable(str(error)) from None
+        if result == b"":
+            raise InternalServerError("predicting failed")
+        return result
 
     def _open_store(self) -> Store:
         if self._store is None:
@@ -273,101 +324,22 @@ class Forecart:
             self._store = store
         return self._store
 
-    def _store_batch(self, rows: list[dict[str, Any]]) -> list[bool]:
-        return self._open_store().append(rows)
+    async def _store_calls(self, calls: list[list[dict[str, Any]]]) -> list[list[bool]]:
+        rows = [row for call in calls for row in call]
+        new = iter(await asyncio.to_thread(lambda: self._open_store().append(rows)))
+        return [list(islice(new, len(call))) for call in calls]
 
-    def _predict_batch(self, shoppers: list[Shopper]) -> list[tuple[str, Prediction]]:
-        """Predict shoppers; with each the digest of the model that did."""
-        from pipelines.model.timeline import Timeline
+    async def _predict_calls(self, calls: list[bytes | Call]) -> list[bytes | None]:
+        # A batch is predicted by one process, so that one model answers it.
+        reply = await self.engine.ask(Predict(calls, datetime.now(UTC)))
+        if not isinstance(reply, Predicted):
+            raise RuntimeError(f"{type(reply).__name__} is no prediction")
+        if reply.users:
+            self.metrics.count_batch(reply.users, reply.probabilities)
+        return reply.answers
 
-        model = self.model
-        predictor = model.predictor
-        sequences = encode_events(
-            [events for _, events, *_ in shoppers], [profile for _, _, profile, *_ in shoppers]
-        )
-        timeline = Timeline(sequences)
-        nows = np.array([to_us(now) for *_, now, _ in shoppers], dtype=np.int64)
-        cuts = timeline.cuts(np.arange(len(shoppers)), nows)
-        # Who wants fewer items than another gets the first of theirs.
-        ahead = predictor.look_ahead(timeline, cuts, max(count for *_, count in shoppers))
-        predicted = predictor.finish(ahead.raw)
-        days = np.full(len(shoppers), np.nan)
-        if "purchase" in predictor.spec.heads.events:
-            days = predictor.days_until(ahead.raw, "purchase")
-        names = predictor.spec.vocabulary.item_id
-        kinds = {target.name: target.kind for target in predictor.targets}
-        binary = {name: values for name, values in predicted.items() if kinds[name] == "binary"}
-        self.metrics.count_batch(len(shoppers), binary)
-        predictions = [
-            Prediction(
-                user_id=user_id,
-                probabilities={name: float(values[i]) for name, values in binary.items()},
-                expected_spend={
-                    name: float(values[i])
-                    for name, values in predicted.items()
-                    if kinds[name] == "amount"
-                },
-                next_purchase=(
-                    now + timedelta(days=float(days[i])) if np.isfinite(days[i]) else None
-                ),
-                next_items=[
-                    NextItem(item_id=names[code], probability=float(chance))
-                    for code, chance in zip(
-                        ahead.items[i, :count], ahead.chances[i, :count], strict=True
-                    )
-                ],
-            )
-            for i, (user_id, _, _, now, count) in enumerate(shoppers)
-        ]
-        return [(model.digest, prediction) for prediction in predictions]
-
-    def _explain(self, shopper: Shopper, name: str) -> ExplainResponse:
-        from pipelines.model.explanation import explain
-        from pipelines.model.timeline import Timeline, feature_names
-
-        model = self.model
-        predictor = model.predictor
-        targets = {target.name: target for target in predictor.targets}
-        if name not in targets:
-            known = ", ".join(name for name, t in targets.items() if t.kind == "binary")
-            raise UserError(f"target {name!r} is not one of {known}")
-        target = targets[name]
-        _, unordered, profile, now, _ = shopper
-        events = sorted(map(to_mapping, unordered), key=lambda event: event["ts"])
-        sequences = encode_events([events], [profile])
-        timeline = Timeline(sequences)
-        nows = np.array([to_us(now)], dtype=np.int64)
-        cuts = timeline.cuts(np.zeros(1, dtype=np.int64), nows)
-        found = explain(predictor, timeline, cuts, target)
-        probability = float(predictor.predict(sequences, nows)[target.name][0])
-        # Effects are on the event; that nobody does anything is its opposite.
-        sign = -1.0 if target.event is None else 1.0
-        order = np.argsort(-np.abs(found.effect), kind="stable")[:_MAX_EFFECTS]
-        features = found.feature_effect[0]
-        strongest = np.argsort(-np.abs(features), kind="stable")[:_MAX_EFFECTS]
-        names = feature_names()
-        return ExplainResponse(
-            model=model.digest,
-            now=now,
-            target=target.name,
-            probability=probability,
-            start=sign * float(found.base[0]),
-            end=sign * float(found.value[0]),
-            gap=float(np.abs(found.gap[0])),
-            events=[
-                EventEffect(
-                    ts=_to_time(events[found.event[i]]["ts"]),
-                    event_type=str(events[found.event[i]]["event_type"]),
-                    item_id=events[found.event[i]]["item_id"],
-                    query=events[found.event[i]]["query"],
-                    effect=sign * float(found.effect[i]),
-                )
-                for i in order
-            ],
-            features=[
-                FeatureEffect(feature=names[i], effect=sign * float(features[i])) for i in strongest
-            ],
-        )
+    async def _explain_calls(self, calls: list[Explain]) -> list[Reply]:
+        return [await self.engine.ask(call) for call in calls]
 
 
 async def _guard(work: Any) -> Any:
@@ -383,21 +355,21 @@ async def _guard(work: Any) -> Any:
         raise ServiceUnavailable("the store does not answer; send again later") from None
 
 
-def _list_shoppers(request: PredictRequest, now: datetime) -> list[Shopper]:
-    return [
-        (
-            user.user_id,
-            user.events,
-            to_mapping(user.profile) if user.profile else None,
-            now,
-            request.next_items,
-        )
-        for user in request.users
-    ]
+def _to_shopper(user: User) -> Shopper:
+    events = [event.model_dump() for event in user.events]
+    return user.user_id, events, user.profile.model_dump() if user.profile else None
 
 
-def _to_time(ts: datetime | int) -> datetime:
-    return ts if isinstance(ts, datetime) else _EPOCH + ts * _MICROSECOND
+def _weigh(call: bytes | Call) -> int:
+    """Return the work of a call, in bytes."""
+    if isinstance(call, Call):
+        return _EVENT_BYTES * sum(1 + len(events) for _, events, _ in call.users)
+    return len(call)
+
+
+async def _answer(body: bytes) -> bytes | None:
+    found: bytes | None = await bentoml.get_current_service().answer(body)
+    return found
 
 
 # The decorator has made a service of the class. The first one added is the outermost: errors of
@@ -409,3 +381,4 @@ _service.add_asgi_middleware(ShapeErrors)
 _service.add_asgi_middleware(RequireKey)
 _service.add_asgi_middleware(Admit)
 _service.add_asgi_middleware(LimitBody, max_bytes=MAX_BODY_BYTES)
+_service.add_asgi_middleware(AnswerDirectly, answer=_answer)

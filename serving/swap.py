@@ -1,8 +1,9 @@
 """Takes a newly promoted model while the service runs; a bad one is refused.
 
 FORECART_CHAMPION names what is watched: a project's champion.json (the model lies in the project's
-cache under its digest), a Bento, or a model's folder. The new model is loaded and checked beside
-the one that serves, which goes on until the other has passed; batches never mix two.
+cache under its digest), a Bento, or a model's folder. The new model is loaded and checked in
+processes of its own beside those that serve, which go on until it has passed; batches never mix
+two.
 """
 
 from __future__ import annotations
@@ -12,19 +13,13 @@ import os
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
-
-import numpy as np
+from typing import Final
 
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, read_json
-from serving.golden import GOLDEN_FILE, MODEL, compare_predictions
+from serving.golden import GOLDEN_FILE, MODEL
 from serving.metrics import Metrics
-
-if TYPE_CHECKING:
-    from pipelines.model.predictor import Predictor
 
 CHAMPION_VARIABLE: Final = "FORECART_CHAMPION"
 SECONDS_VARIABLE: Final = "FORECART_CHAMPION_SECONDS"
@@ -37,30 +32,6 @@ _LOG: Final = logging.getLogger(__name__)
 
 # Name, time of change in ns and size of every file: what tells at no cost that nothing is new.
 State = tuple[tuple[str, int, int], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """A model and what it is called.
-
-    Attributes:
-        predictor: the model.
-        digest: of its files.
-    """
-
-    predictor: Predictor
-    digest: str
-
-
-def load(model: Path) -> Loaded:
-    """Load a model's folder.
-
-    Raises:
-        UserError: it holds no model that this code can use.
-    """
-    from pipelines.model.predictor import Predictor
-
-    return Loaded(predictor=Predictor.load(model), digest=digest_directory(model))
 
 
 def locate(watched: Path) -> tuple[Path, str | None] | None:
@@ -90,45 +61,14 @@ def locate(watched: Path) -> tuple[Path, str | None] | None:
     return watched.parent / _CACHE / digest.removeprefix("sha256:"), digest
 
 
-def check(model: Path, digest: str | None) -> Loaded:
-    """Load a model and make sure of it.
-
-    Args:
-        model: its folder; golden predictions lie beside it in a Bento.
-        digest: that it has to have; None = any.
-
-    Raises:
-        UserError: it is not the model that was promoted, or does not predict what it should.
-    """
-    loaded = load(model)
-    if digest is not None and loaded.digest != digest:
-        raise UserError(f"{model}: the files are {loaded.digest}, not {digest}")
-    golden = model.parent / GOLDEN_FILE
-    if golden.is_file():
-        problem = compare_predictions(loaded.predictor, read_json(golden), loaded.digest)
-        if problem is not None:
-            raise UserError(f"{model}: {problem}")
-    _probe(loaded.predictor)
-    return loaded
-
-
-def _probe(predictor: Predictor) -> None:
-    """Predict a shopper without events: the least that every model can do."""
-    from pipelines.features.store import encode_events
-
-    predicted = predictor.predict(encode_events([[]]), np.zeros(1, dtype=np.int64))
-    wrong = [name for name, values in predicted.items() if not np.all(np.isfinite(values))]
-    if wrong:
-        raise UserError(f"predicts no number for {', '.join(sorted(wrong))}")
-
-
 class Watcher:
     """Looks for a new model every few seconds, in a thread of its own.
 
     Args:
         watched: champion.json, a Bento or a model's folder.
-        current: what serves.
-        take: is given the new model, after it has passed.
+        current: digest of the model that serves.
+        take: is given the folder of a new model and the digest that it has to have, if one is
+            told; makes it serve and returns its digest, or raises where it is refused.
         metrics: are told of swaps.
         seconds: between two looks.
     """
@@ -137,13 +77,13 @@ class Watcher:
         self,
         watched: Path,
         *,
-        current: Loaded,
-        take: Callable[[Loaded], None],
+        current: str,
+        take: Callable[[Path, str | None], str],
         metrics: Metrics,
         seconds: float = _DEFAULT_SECONDS,
     ) -> None:
         self._watched = watched
-        self._current = current.digest
+        self._current = current
         self._take = take
         self._metrics = metrics
         self._seconds = seconds
@@ -169,17 +109,15 @@ class Watcher:
             found = locate(self._watched)
             if found is None or self._serves(*found):
                 return
-            loaded = check(*found)
+            digest = self._take(*found)
         except Exception as error:  # whatever is wrong with the new one, the old one goes on
-            # Shapes that do not fit, a file cut short, no memory: all are reasons to refuse.
             self._metrics.count_swap(taken=False)
             _LOG.error("the new model is refused, the old one goes on: %s", error)
             return
-        before, self._current = self._current, loaded.digest
-        self._take(loaded)
+        before, self._current = self._current, digest
         self._metrics.count_swap(taken=True)
-        self._metrics.show_model(loaded.digest, before=before)
-        _LOG.warning("model %s serves instead of %s", loaded.digest, before)
+        self._metrics.show_model(digest, before=before)
+        _LOG.warning("model %s serves instead of %s", digest, before)
 
     def _serves(self, model: Path, digest: str | None) -> bool:
         if digest is None:

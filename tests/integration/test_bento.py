@@ -39,10 +39,11 @@ from pipelines.model.timeline import feature_names
 from pipelines.model.tokens import Vocabulary
 from pipelines.stages import package
 from serving.limits import MAX_EVENTS, MAX_USERS
+from serving.loading import load
 from serving.metrics import Metrics
 from serving.schema import MAX_BODY_BYTES
 from serving.store import Store, to_us
-from serving.swap import Loaded, Watcher, load
+from serving.swap import Watcher
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2025, 3, 1, tzinfo=UTC)
@@ -787,13 +788,14 @@ def test_a_bento_that_fails_its_golden_predictions_is_not_taken(
 ) -> None:
     bento = tmp_path / "bento"
     shutil.copytree(project / "build/bento", bento)
-    other = tmp_path / "other"
-    other.mkdir()
-    make_predictor(seed=2).save(other)
-    serving = load(other)
-    taken: list[Loaded] = []
+    taken: list[str] = []
+
+    def take(model: Path, digest: str | None) -> str:
+        taken.append(load(model, digest=digest, check=True).digest)
+        return taken[-1]
+
     registry = CollectorRegistry()
-    watcher = Watcher(bento, current=serving, take=taken.append, metrics=Metrics(registry))
+    watcher = Watcher(bento, current="another", take=take, metrics=Metrics(registry))
     golden = read_json(bento / "src/golden.json")
     broken = json.loads(json.dumps(golden))
     broken["expected"]["purchase_14d"][0] += 1e-3
@@ -808,4 +810,4 @@ def test_a_bento_that_fails_its_golden_predictions_is_not_taken(
     assert counts == [0.0, 1.0]
     write_json(bento / "src/golden.json", golden)
     watcher.look()
-    assert [model.digest for model in taken] == [digest_directory(project / "models/gpt")]
+    assert taken == [digest_directory(project / "models/gpt")]

@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from pipelines.events import EVENT_SCHEMA
-from serving.schema import MAX_CLOCK_SKEW, Event, PredictRequest, resolve_now
+from serving.limits import MAX_CLOCK_SKEW
+from serving.schema import Event, PredictRequest, resolve_now
 
 CLOCK = datetime(2025, 3, 1, tzinfo=UTC)
 
