@@ -28,6 +28,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from pipelines.config import parse_params
+from pipelines.errors import UserError
 from pipelines.events import EVENT_TYPES
 from pipelines.features.store import Sequences, encode_events, hash_text
 from pipelines.io import digest_directory, read_json, write_json
@@ -38,6 +39,7 @@ from pipelines.model.predictor import ModelSpec, Predictor
 from pipelines.model.timeline import feature_names
 from pipelines.model.tokens import Vocabulary
 from pipelines.stages import package
+from serving.engine import find_count
 from serving.limits import MAX_EVENTS, MAX_USERS
 from serving.loading import load
 from serving.metrics import Metrics
@@ -634,7 +636,6 @@ def test_traces_reach_a_collector_without_ids(
 
 
 def test_a_port_in_use_is_told(service: Service, project: Path) -> None:
-    from pipelines.errors import UserError
     from serving.run import serve
 
     with pytest.raises(UserError, match=f"port {service.port} on 127.0.0.1 is in use"):
@@ -811,3 +812,50 @@ def test_a_bento_that_fails_its_golden_predictions_is_not_taken(
     write_json(bento / "src/golden.json", golden)
     watcher.look()
     assert taken == [digest_directory(project / "models/gpt")]
+
+
+def list_predictors(service: Service) -> list[psutil.Process]:
+    """The processes of a server that predict."""
+    children = psutil.Process(service.process.pid).children(recursive=True)
+    return [child for child in children if "serving.predicting" in child.cmdline()]
+
+
+def test_processes_that_predict_are_replaced_when_they_die(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORECART_PREDICTORS", "2")
+    request = make_request(2)
+    with start(project / "models/gpt", tmp_path) as service:
+        expected = service.predict(request)
+        assert expected[0] == 200
+        stuck, _ = list_predictors(service)
+        stuck.suspend()
+        # They take turns: one of two calls waits in vain, and says so in time.
+        statuses = [service.predict(request)[0] for _ in range(2)]
+        assert sorted(statuses) == [200, 503]
+        assert service.predict(request) == expected
+        deadline = time.monotonic() + 60
+        while stuck.is_running() or len(list_predictors(service)) < 2:
+            assert time.monotonic() < deadline, service.log.read_text()
+            time.sleep(0.1)
+        for process in list_predictors(service):
+            process.kill()
+        # Nothing that predicts is left, which is said at once, to the platform too.
+        deadline = time.monotonic() + 10
+        while service.is_ready():
+            assert time.monotonic() < deadline
+        status, answer = service.predict(request)
+        assert (status, answer["error"]["code"]) == (503, "unavailable")
+        assert service.ask("GET", "/livez")[0] == 200
+        deadline = time.monotonic() + 90
+        while not service.is_ready():
+            assert time.monotonic() < deadline, service.log.read_text()
+            time.sleep(0.1)
+        assert service.predict(request) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "two", "65"])
+def test_a_wrong_number_of_processes_is_told(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORECART_PREDICTORS", text)
+    with pytest.raises(UserError, match=f"FORECART_PREDICTORS: '{text}' is not a number"):
+        find_count()
