@@ -4,6 +4,10 @@ By Little's law what is let in waits as long as what is open takes: open work x 
 work. The time is measured from the answers while the service is busy; the unit is a byte of the
 request, since a call with many shoppers costs as many times more. A limit on the number of open
 requests alone is right for one machine and one size of calls only.
+
+Requests come in bursts, and every machine stalls for a moment at times: such a queue is gone again
+soon, and nothing is refused for it. What counts is a queue that stands (as in CoDel, Nichols and
+Jacobson, "Controlling queue delay", 2012).
 """
 
 from __future__ import annotations
@@ -19,6 +23,11 @@ from serving.middleware import App, Receive, Send, refuse
 # is slow by itself still answers, and a few clients that wait for their answers are never refused.
 MAX_WAIT_SECONDS: Final = 0.1
 MIN_OPEN: Final = 16
+
+# A queue stands if the wait has not been short for so long. Until then more may wait.
+BURST_SECONDS: Final = 0.25
+MAX_BURST_WAIT_SECONDS: Final = 0.3
+_SHORT_WAIT_SECONDS: Final = 0.5 * MAX_WAIT_SECONDS
 
 # Work of a request that tells no length, or next to none: its head is work as well.
 _UNKNOWN_BYTES: Final = 16_384
@@ -46,13 +55,16 @@ class Admit:
         self._seconds = 0.0
         self._done = 1.0
         self._since = 0.0
+        # When the wait was short last.
+        self._short = clock()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
         if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
             await self.app(scope, receive, send)
             return
-        if self._requests >= MIN_OPEN and self.wait > MAX_WAIT_SECONDS:
+        limit = self._find_limit()
+        if self._requests >= MIN_OPEN and self.wait > limit:
             text = f"{self._requests} requests wait already; send again in a moment"
             retry = [(b"retry-after", b"1")]
             await refuse(send, HTTPStatus.TOO_MANY_REQUESTS, text, retry)
@@ -71,6 +83,18 @@ class Admit:
             self._seconds += (now - self._since - self._seconds) / _ANSWERS
             self._done += (work - self._done) / _ANSWERS
             self._since = now
+            self._note_wait(now)
+
+    def _find_limit(self) -> float:
+        """Return the seconds that a request may wait now."""
+        now = self._clock()
+        self._note_wait(now)
+        stands = now - self._short > BURST_SECONDS
+        return MAX_WAIT_SECONDS if stands else MAX_BURST_WAIT_SECONDS
+
+    def _note_wait(self, now: float) -> None:
+        if self.wait <= _SHORT_WAIT_SECONDS:
+            self._short = now
 
     @property
     def wait(self) -> float:

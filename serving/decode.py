@@ -18,7 +18,9 @@ from pipelines.events import MAX_ID_LENGTH, MAX_QUERY_LENGTH, EventType
 from serving.limits import EARLIEST, LATEST, MAX_EVENTS, MAX_ITEMS, MAX_USERS
 
 # A NUL in a JSON text; and more digits of a second than a microsecond has, where rounding differs.
-_DOUBTFUL: Final = re.compile(rb"\\u0000|:\d\d[.,]\d{7}")
+# Two searches: one for both takes five times as long.
+_NUL: Final = rb"\u0000"
+_FINE: Final = re.compile(rb":\d\d[.,]\d{7}")
 
 _Time = Annotated[datetime, Meta(tz=True)]
 _Identifier = Annotated[str, Meta(min_length=1, max_length=MAX_ID_LENGTH)]
@@ -74,7 +76,7 @@ def decode_request(body: bytes | bytearray) -> FastRequest | None:
     Returns:
         The request, or None where pydantic has to judge it.
     """
-    if _DOUBTFUL.search(body):
+    if _NUL in body or _FINE.search(body):
         return None
     try:
         request = _DECODER.decode(body)

@@ -7,6 +7,7 @@ talks to the network, never waits for the interpreter while a batch is predicted
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -267,6 +268,9 @@ def serve(stream: BufferedRWPair) -> None:
         # Shapes that do not fit, a file cut short, no memory: all are reasons to refuse.
         _write(stream, Refused(str(error) or type(error).__name__))
         return
+    # What is there now stays: not to be looked through for garbage again and again.
+    gc.collect()
+    gc.freeze()
     _write(stream, Ready(loaded.digest))
     while (request := _read(stream)) is not None:
         if isinstance(request, Start):

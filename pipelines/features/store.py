@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from itertools import pairwise
-from operator import attrgetter, itemgetter
+from operator import attrgetter, lt
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,7 +63,6 @@ _REST: Final = (
     "event_type", "item_id", "category", "brand", "price", "quantity", "query", "session_id",
 )  # fmt: skip
 _GET_FIELDS: Final = attrgetter("ts", "event_id", *_REST)
-_BY_TIME: Final = itemgetter(0, 1)
 _PROFILE_COLUMNS: Final = ("age", "gender", "region", "signup_ts")
 
 
@@ -241,46 +240,39 @@ def encode_events(
     Returns:
         Sequences of ``len(users)`` users; events are sorted by time and event id.
     """
-    queries: dict[str, int] = {}
-    grams: list[list[int]] = [[]]
-    hashes: dict[str | None, int] = {}
-    columns: dict[str, list[Any]] = {name: [] for name in _EVENT_COLUMNS}
-    types, starts = columns["type"], columns["session_start"]
-    items, categories, brands = columns["item"], columns["category"], columns["brand"]
-    lengths: list[int] = []
+    ts: list[int] = []
+    rows: list[tuple[Any, ...]] = []
     for events in users:
-        timed = [_read_event(event) for event in events]
-        timed.sort(key=_BY_TIME)
-        lengths.append(len(timed))
-        before: tuple[int, str | None] | None = None
-        for ts, _, kind, item, category, brand, _, _, text, session in timed:
-            types.append(EVENT_CODES[kind])
-            for column, value in ((items, item), (categories, category), (brands, brand)):
-                code = hashes.get(value)
-                if code is None:
-                    code = hashes[value] = hash_text(value)
-                column.append(code)
-            query = 0
-            if text:
-                if text not in queries:
-                    queries[text] = len(grams)
-                    grams.append(hash_query(text))
-                query = queries[text]
-            columns["query"].append(query)
-            starts.append(_starts_session(before, ts, session))
-            before = (ts, session)
-        columns["ts"] += [event[0] for event in timed]
+        times, read = _read_events(events)
+        ts += times
+        rows += read
+    lengths = [len(events) for events in users]
+    fields = zip(*rows, strict=True) if rows else ([] for _ in range(2 + len(_REST)))
+    _, _, kinds, items, categories, brands, prices, quantities, texts, sessions = fields
+    hashes, queries, names = _Hashes(), _Queries(), _Names()
+    columns: dict[str, Sequence[Any]] = {
+        "ts": ts,
+        "type": [EVENT_CODES[kind] for kind in kinds],
+        "item": [hashes[text] for text in items],
+        "category": [hashes[text] for text in categories],
+        "brand": [hashes[text] for text in brands],
         # NumPy reads None as NaN in a column of floats.
-        columns["price"] += [event[6] for event in timed]
-        columns["quantity"] += [event[7] for event in timed]
+        "price": prices,
+        "quantity": quantities,
+        "query": [queries[text] for text in texts],
+    }
     arrays: dict[str, Any] = {
         name: np.array(values, dtype=_DTYPES[name]) for name, values in columns.items()
     }
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    session = np.array([names[text] for text in sessions], dtype=np.int64)
+    arrays["session_start"] = _start_sessions(offsets, arrays["ts"], session)
+    grams = queries.grams
     people = [p or {} for p in profiles] if profiles is not None else [{} for _ in users]
     if len(people) != len(users):
         raise ValueError(f"{len(people)} profiles for {len(users)} users")
     return Sequences(
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        offsets=offsets,
         query_offsets=np.cumsum([0, *(len(g) for g in grams)]).astype(np.int64),
         query_tokens=np.array([token for g in grams for token in g], dtype=np.uint32),
         age=np.array([_number(p.get("age")) for p in people], dtype=np.float32),
@@ -297,23 +289,80 @@ def encode_events(
     )
 
 
-def _read_event(event: Any) -> tuple[Any, ...]:
-    """Return time in microseconds, id as a text, and the other fields."""
-    if isinstance(event, dict):
-        ts, event_id = event["ts"], event.get("event_id", "")
-        rest: tuple[Any, ...] = tuple(map(event.get, _REST))
-    else:
-        ts, event_id, *others = _GET_FIELDS(event)
-        rest = tuple(others)
-    return (_microseconds(ts), str(event_id), *rest)
+def _read_events(events: Sequence[Any]) -> tuple[list[int], list[tuple[Any, ...]]]:
+    """Return the times of a user's events in microseconds, and all fields, by time and id."""
+    rows = [
+        (event["ts"], event.get("event_id", ""), *map(event.get, _REST))
+        if isinstance(event, dict)
+        else _GET_FIELDS(event)
+        for event in events
+    ]
+    ts = [
+        (row[0] - _EPOCH) // _MICROSECOND if isinstance(row[0], datetime) else int(row[0])
+        for row in rows
+    ]
+    # Most come in order.
+    if not all(map(lt, ts, ts[1:])):
+        order = sorted(range(len(ts)), key=lambda i: (ts[i], str(rows[i][1])))
+        ts, rows = [ts[i] for i in order], [rows[i] for i in order]
+    return ts, rows
 
 
-def _starts_session(before: tuple[int, str | None] | None, ts: int, session: str | None) -> int:
-    if before is None:
-        return 1
-    if session and before[1]:
-        return int(session != before[1])
-    return int(ts - before[0] > SESSION_GAP_SECONDS * MICROSECONDS)
+class _Hashes(dict[str | None, int]):
+    """``hash_text`` of what was asked for before."""
+
+    def __missing__(self, text: str | None) -> int:
+        code = self[text] = hash_text(text)
+        return code
+
+
+class _Queries(dict[str | None, int]):
+    """Rows of the query table; 0 = no query.
+
+    Attributes:
+        grams: the table.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grams: list[list[int]] = [[]]
+
+    def __missing__(self, text: str | None) -> int:
+        row = self[text] = len(self.grams) if text else 0
+        if text:
+            self.grams.append(hash_query(text))
+        return row
+
+
+class _Names(dict[str | None, int]):
+    """Numbers of texts, from 1 on; 0 = none."""
+
+    def __missing__(self, text: str | None) -> int:
+        number = self[text] = len(self) + 1 if text else 0
+        return number
+
+
+def _start_sessions(
+    offsets: NDArray[np.int64], ts: NDArray[np.int64], session: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """Return 1 at the first event of a session, (N,).
+
+    Where two events that follow each other both name their session the names tell, elsewhere the
+    time between them does.
+
+    Args:
+        offsets: int64 (U + 1,), of users.
+        ts: int64 (N,), microseconds.
+        session: int64 (N,), number of the session's name; 0 = none.
+    """
+    starts = np.ones(len(ts), dtype=np.uint8)
+    before, after = session[:-1], session[1:]
+    far = np.diff(ts) > SESSION_GAP_SECONDS * MICROSECONDS
+    starts[1:] = np.where((before > 0) & (after > 0), before != after, far)
+    # An empty user at the end has its offset behind the last event.
+    first = offsets[:-1]
+    starts[first[first < len(ts)]] = 1
+    return starts
 
 
 def _microseconds(value: datetime | int) -> int:

@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-from serving.admission import MAX_WAIT_SECONDS, MIN_OPEN, Admit
+from serving.admission import (
+    MAX_BURST_WAIT_SECONDS,
+    MAX_WAIT_SECONDS,
+    MIN_OPEN,
+    Admit,
+)
 
 
 class Server:
@@ -48,13 +53,18 @@ class Server:
         return asyncio.create_task(run())
 
 
-async def flood(server: Server, *, size: int = 1000, path: str = "/predict") -> int:
-    """Let the server learn its speed, then send far too much; return how many it let in."""
+async def learn(server: Server, *, size: int = 1000) -> None:
+    """Let the server learn its speed."""
     for _ in range(100):
         server.ask(size=size)
         server.ask(size=size)
         await asyncio.sleep(0)
         await server.answer(2)
+
+
+async def flood(server: Server, *, size: int = 1000, path: str = "/predict") -> int:
+    """Send far too much at once; return how many are let in."""
+    await learn(server, size=size)
     tasks = [server.ask(path, size=size) for _ in range(1000)]
     await asyncio.sleep(0)
     let_in = len(server.waiting)
@@ -67,8 +77,46 @@ async def flood(server: Server, *, size: int = 1000, path: str = "/predict") -> 
 
 @pytest.mark.parametrize("milliseconds", [0.5, 2.0])
 def test_as_many_are_let_in_as_are_answered_in_time(milliseconds: float) -> None:
-    expected = MAX_WAIT_SECONDS * 1000 / milliseconds
+    expected = MAX_BURST_WAIT_SECONDS * 1000 / milliseconds
     assert asyncio.run(flood(Server(milliseconds / 1000))) == pytest.approx(expected, rel=0.2)
+
+
+def test_a_queue_that_stands_is_kept_short() -> None:
+    """Two requests come in the time that one takes, for two seconds."""
+
+    async def run() -> tuple[list[int], list[int]]:
+        server = Server(0.001)
+        await learn(server)
+        tasks, lengths = [], []
+        for _ in range(2000):
+            tasks += [server.ask(), server.ask()]
+            await asyncio.sleep(0)
+            lengths.append(len(server.waiting))
+            await server.answer(1)
+        while server.waiting:
+            await server.answer(1)
+        return lengths, [await task for task in tasks]
+
+    lengths, statuses = asyncio.run(run())
+    assert max(lengths) <= 1.2 * 1000 * MAX_BURST_WAIT_SECONDS
+    assert max(lengths[1000:]) <= 1.2 * 1000 * MAX_WAIT_SECONDS
+    assert statuses.count(200) == pytest.approx(2000, rel=0.1)
+    assert statuses.count(429) == 4000 - statuses.count(200)
+
+
+def test_of_a_burst_nothing_is_refused() -> None:
+    async def run() -> list[int]:
+        server = Server(0.001)
+        await learn(server)
+        tasks = []
+        for _ in range(5):
+            tasks += [server.ask() for _ in range(200)]
+            await asyncio.sleep(0)
+            await server.answer(200)
+            server.now += 0.1
+        return [await task for task in tasks]
+
+    assert set(asyncio.run(run())) == {200}
 
 
 def test_a_slow_service_still_answers_a_few() -> None:
@@ -84,7 +132,7 @@ def test_larger_requests_are_let_in_in_smaller_numbers() -> None:
         let_in = len(server.waiting)
         await server.answer(let_in)
         await asyncio.gather(*tasks)
-        return let_in, int(MAX_WAIT_SECONDS * 1000 / 4)
+        return let_in, int(MAX_BURST_WAIT_SECONDS * 1000 / 4)
 
     let_in, expected = asyncio.run(run())
     assert let_in == pytest.approx(expected, rel=0.3)
