@@ -47,6 +47,15 @@ _END_SECONDS: Final = 10.0
 _LEAST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 30.0
 
+# A core each: threads of several would wait for one another. And glibc keeps the memory of a batch
+# for the next one: to map it afresh costs up to a third of the model's time.
+_ENVIRONMENT: Final = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 28),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 28),
+}
+
 _SOURCES: Final = Path(__file__).resolve().parents[1]
 _LOG: Final = logging.getLogger(__name__)
 
@@ -101,8 +110,7 @@ class _Process:
             process = subprocess.Popen(
                 [sys.executable, "-m", "serving.predicting", str(theirs.fileno())],
                 cwd=_SOURCES,
-                # A core each: threads of several would wait for one another.
-                env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+                env=os.environ | _ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
