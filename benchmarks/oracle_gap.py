@@ -8,7 +8,7 @@ each with a training seed of its own. On the test cut, for ROC-AUC (spend: Gini)
     ahead                the lower end of the paired 95 % interval of model - lightgbm, by shop
     ece, total_ratio     beside the oracle's own, which is what chance leaves on one cut
 
-    python benchmarks/oracle_gap.py [--seeds 3] [--model ensemble]
+    python benchmarks/oracle_gap.py [--seeds 3] [--model ensemble] [--shoppers N]
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--model", default="ensemble")
+    parser.add_argument("--shoppers", type=int, help="registered in a shop; default: params.yaml")
     given = parser.parse_args()
     settings = yaml.safe_load(Path("params.yaml").read_text())
+    if given.shoppers is not None:
+        settings["ingest"]["simulator"]["users"] = given.shoppers
     shop = settings["ingest"]["simulator"]["seed"]
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(given.seeds):
