@@ -72,7 +72,9 @@ def find_count() -> int:
     """
     text = os.environ.get(COUNT_VARIABLE)
     if not text:
-        return min(len(os.sched_getaffinity(0)), _MOST_BY_DEFAULT)
+        # Those that this process may use, where the system tells them.
+        usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        return min(len(usable(0)), _MOST_BY_DEFAULT)
     if not text.isdecimal() or not 1 <= int(text) <= _MOST:
         raise UserError(f"{COUNT_VARIABLE}: {text!r} is not a number from 1 to {_MOST}")
     return int(text)
