@@ -4,11 +4,10 @@
 
 Shoppers with 100 events of one request are collated once; then the network, from tokens to the
 heads' outputs at NOW, is run again and again on one thread: as it is (eager), traced (torch.jit),
-compiled (torch.compile), exported and compiled ahead of time (AOTInductor), and by ONNX Runtime
-where ``onnxruntime`` and ``onnxscript`` are installed (they are not among the dependencies). All
-but the first take fixed shapes. "Beside" is with a thread of the same process that runs Python all
-the time, as a web server under load does. Told are medians in milliseconds, seconds to prepare, and
-the largest difference of an output to the eager one.
+compiled (torch.compile), exported and compiled ahead of time (AOTInductor). All but the first take
+fixed shapes. "Beside" is with a thread of the same process that runs Python all the time, as a web
+server under load does. Told are medians in milliseconds, seconds to prepare, and the largest
+difference of an output to the eager one.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -111,26 +109,10 @@ def make_engines(
         module = torch._inductor.aoti_load_package(package)
         return lambda: module(*tensors)
 
-    def onnx() -> Run:
-        import onnxruntime
-
-        path = folder / f"{len(batch.now_place)}.onnx"
-        torch.onnx.export(fixed, tensors, path, dynamo=True, verbose=False)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        names = [node.name for node in session.get_inputs()]
-        known = dict(zip((n.lower() for n in NAMES), tensors, strict=True))
-        known |= {f"tensors_{i}": tensor for i, tensor in enumerate(tensors)}
-        given = {name: known[name.lower()].numpy() for name in names}
-        return lambda: tuple(map(torch.from_numpy, session.run(None, given)))
-
     yield "eager", lambda: lambda: fixed(*tensors)
     yield "torch.jit.trace", traced
     yield "torch.compile", compiled
     yield "AOTInductor", ahead_of_time
-    if find_spec("onnxruntime") and find_spec("onnxscript"):
-        yield "ONNX Runtime", onnx
 
 
 @contextmanager
