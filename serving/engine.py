@@ -43,6 +43,9 @@ _BATCH_SECONDS: Final = 20.0
 _START_SECONDS: Final = 120.0
 _END_SECONDS: Final = 10.0
 
+# Between two looks whether all are there.
+_LOOK_SECONDS: Final = 1.0
+
 # Between two tries to start a process again.
 _LEAST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 30.0
@@ -178,6 +181,7 @@ class Engine:
         # All of the model that serves, idle or not.
         self._serving: set[_Process] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.Task[None] | None = None
 
     @property
     def ready(self) -> bool:
@@ -217,6 +221,8 @@ class Engine:
             self._end(self._idle.get_nowait())
         for process in processes:
             self._idle.put_nowait(process)
+        if self._watch is None:
+            self._watch = self._spawn(self._look_after())
         return self.digest
 
     async def ask(self, request: Request) -> Reply:
@@ -261,9 +267,6 @@ class Engine:
                 self._lose(process)
             else:
                 return process
-        # Whoever has ended while nobody asked is noticed here.
-        while not self._idle.empty():
-            self._lose(self._idle.get_nowait())
         raise Unavailable("predictions are not available; send again later")
 
     def _give(self, process: _Process) -> None:
@@ -298,7 +301,16 @@ class Engine:
             self._give(process)
             return
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _look_after(self) -> None:
+        """Notice who has ended while nobody asked: a service that is not ready is asked nothing."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            for process in [process for process in self._serving if process.gone]:
+                _LOG.error("a process that predicts has ended, and is replaced")
+                self._lose(process)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

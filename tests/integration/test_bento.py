@@ -847,6 +847,7 @@ def test_processes_that_predict_are_replaced_when_they_die(
         status, answer = service.predict(request)
         assert (status, answer["error"]["code"]) == (503, "unavailable")
         assert service.ask("GET", "/livez")[0] == 200
+        # They come back without being asked for anything.
         deadline = time.monotonic() + 90
         while not service.is_ready():
             assert time.monotonic() < deadline, service.log.read_text()
