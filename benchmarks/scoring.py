@@ -35,7 +35,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.features.cuts import to_us
+from pipelines.events import to_us
 from pipelines.features.store import Sequences
 
 TIMES = 10

@@ -30,6 +30,8 @@ from typing import Any
 import bentoml
 import numpy as np
 
+from serving.tracing import plan_tracing
+
 ROOT = Path(__file__).resolve().parents[1]
 NOW = datetime(2025, 3, 1, tzinfo=UTC)
 
@@ -39,6 +41,7 @@ NOW = datetime(2025, 3, 1, tzinfo=UTC)
     workers=1,
     traffic={"timeout": 30, "max_concurrency": 512},
     logging={"access": {"enabled": False}},
+    tracing=plan_tracing(),
 )
 class Empty:
     """Does nothing, in the same server."""

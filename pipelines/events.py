@@ -7,6 +7,7 @@ values from here, so that a change of the schema is a change of this file.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
@@ -34,6 +35,8 @@ EVENT_TYPES: Final[tuple[str, ...]] = tuple(EventType)
 EVENT_CODES: Final[dict[str, int]] = {name: code for code, name in enumerate(EVENT_TYPES, start=1)}
 
 TIMESTAMP: Final = pa.timestamp("us", tz="UTC")
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND: Final = timedelta(microseconds=1)
 
 EVENT_SCHEMA: Final = pa.schema(
     [
@@ -79,6 +82,16 @@ SESSION_GAP_SECONDS: Final = 30 * 60
 # A longer identifier is damage (a shifted column, a payload), not a name.
 MAX_ID_LENGTH: Final = 256
 MAX_QUERY_LENGTH: Final = 1024
+
+
+def to_us(ts: datetime | int) -> int:
+    """Return the microseconds since the epoch of an aware datetime, or what is such already."""
+    return (ts - EPOCH) // MICROSECOND if isinstance(ts, datetime) else int(ts)
+
+
+def from_us(us: int) -> datetime:
+    """Return the UTC datetime of microseconds since the epoch."""
+    return EPOCH + us * MICROSECOND
 
 
 def check_columns(names: Iterable[str], schema: pa.Schema, where: str) -> None:

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from pipelines.config import Which
 from pipelines.errors import UserError
-from pipelines.events import TIMESTAMP, EventType
-from pipelines.features.cuts import DAY, to_us
+from pipelines.events import TIMESTAMP, EventType, to_us
+from pipelines.features.cuts import DAY
 from pipelines.features.store import Sequences
 from pipelines.io import (
     digest_directory,

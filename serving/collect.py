@@ -9,8 +9,8 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, Field, ValidationError
 
+from pipelines.events import to_us
 from serving.schema import Event, Identifier, Strict
-from serving.store import to_us
 
 MAX_COLLECTED: Final = 1000
 

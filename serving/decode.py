@@ -70,11 +70,11 @@ class FastRequest(Struct, forbid_unknown_fields=True, gc=False):
 _DECODER: Final = json.Decoder(FastRequest)
 
 
-def decode_request(body: bytes | bytearray) -> FastRequest | None:
+def decode_request(body: bytes | bytearray) -> tuple[FastRequest, datetime] | None:
     """Read a request for predictions.
 
     Returns:
-        The request, or None where pydantic has to judge it.
+        The request and the time of its latest event, or None where pydantic has to judge it.
     """
     if _NUL in body or _FINE.search(body):
         return None
@@ -83,6 +83,7 @@ def decode_request(body: bytes | bytearray) -> FastRequest | None:
     except (MsgspecError, UnicodeDecodeError):
         return None
     times = [event.ts for user in request.users for event in user.events]
+    latest = max(times)
     times += [
         user.profile.signup_ts
         for user in request.users
@@ -90,7 +91,7 @@ def decode_request(body: bytes | bytearray) -> FastRequest | None:
     ]
     if request.now is not None:
         times.append(request.now)
-    return request if min(times) >= EARLIEST and max(times) < LATEST else None
+    return (request, latest) if min(times) >= EARLIEST and max(times) < LATEST else None
 
 
 def to_mapping(record: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from bentoml.exceptions import BentoMLException
 
-from serving.middleware import JSON, App, Message, Receive, Send, refuse
+from serving.middleware import JSON, App, Receive, Send, refuse, replay
 
 PATH: Final = "/predict"
 
@@ -36,9 +36,9 @@ class AnswerDirectly:
         if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        message = await receive()
+        asked = (await receive()).get("body", b"")
         try:
-            body = await self._answer(message.get("body", b""))
+            body = await self._answer(asked)
         except BentoMLException as error:
             await refuse(send, HTTPStatus(error.error_code), str(error))
             return
@@ -48,13 +48,4 @@ class AnswerDirectly:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": body})
             return
-        read = False
-
-        async def replay() -> Message:
-            nonlocal read
-            if read:
-                return await receive()
-            read = True
-            return message
-
-        await self.app(scope, replay, send)
+        await self.app(scope, replay(asked, receive), send)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+from pipelines.events import EPOCH, MICROSECOND
+
 # One call costs at most so much memory and time; more users go into more calls.
 MAX_USERS: Final = 256
 MAX_EVENTS: Final = 2000
 MAX_ITEMS: Final = 50
 
-EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+EARLIEST: Final = EPOCH
 LATEST: Final = datetime(2200, 1, 1, tzinfo=UTC)
 
 # Clocks of shop and service differ; an event this far ahead still counts as just happened.
 MAX_CLOCK_SKEW: Final = timedelta(minutes=5)
-
-_MICROSECOND: Final = timedelta(microseconds=1)
 
 
 def settle_now(latest: datetime, now: datetime | None, clock: datetime) -> datetime | None:
@@ -37,4 +37,4 @@ def settle_now(latest: datetime, now: datetime | None, clock: datetime) -> datet
     start = now or clock
     if latest >= (start if now else start + MAX_CLOCK_SKEW):
         return None
-    return max(start, latest + _MICROSECOND)
+    return max(start, latest + MICROSECOND)

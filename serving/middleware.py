@@ -73,16 +73,21 @@ class LimitBody:
             text = f"the body is larger than {self.max_bytes} bytes; send fewer users in a call"
             await refuse(send, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
             return
-        sent = False
+        await self.app(scope, replay(bytes(body), receive), send)
 
-        async def replay() -> Message:
-            nonlocal sent
-            if sent:
-                return await receive()
-            sent = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
 
-        await self.app(scope, replay, send)
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Return what hands on a body that was read already as one message, then what follows it."""
+    read = False
+
+    async def hand_on() -> Message:
+        nonlocal read
+        if read:
+            return await receive()
+        read = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return hand_on
 
 
 class ShapeErrors:

@@ -23,6 +23,7 @@ import numpy as np
 from msgspec import json
 
 from pipelines.errors import UserError
+from pipelines.events import from_us, to_us
 from pipelines.features.store import encode_events
 from serving.decode import decode_request, to_mapping
 from serving.frames import (
@@ -48,8 +49,6 @@ from serving.loading import Loaded, load
 _NICE: Final = 5
 
 _MAX_EFFECTS: Final = 20
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
 _LOG: Final = logging.getLogger(__name__)
 
 
@@ -81,10 +80,10 @@ def read_call(call: bytes | Call, clock: datetime) -> Asked | None:
     if isinstance(call, Call):
         ids, events, profiles = zip(*call.users, strict=True)
         return Asked(list(ids), list(events), list(profiles), call.now, call.next_items)
-    request = decode_request(call)
-    if request is None:
+    read = decode_request(call)
+    if read is None:
         return None
-    latest = max(event.ts for user in request.users for event in user.events)
+    request, latest = read
     now = settle_now(latest, request.now, clock)
     if now is None:
         return None
@@ -149,7 +148,7 @@ def _predict_all(loaded: Loaded, calls: list[Asked]) -> tuple[list[bytes], dict[
     )
     timeline = Timeline(sequences)
     counts = [len(call.ids) for call in calls]
-    nows = np.repeat([_to_us(call.now) for call in calls], counts)
+    nows = np.repeat([to_us(call.now) for call in calls], counts)
     cuts = timeline.cuts(np.arange(sum(counts)), nows)
     # Who wants fewer items than another gets the first of theirs.
     ahead = predictor.look_ahead(timeline, cuts, max(call.next_items for call in calls))
@@ -207,10 +206,10 @@ def explain(loaded: Loaded, asked: Explain) -> Explained:
         raise UserError(f"target {asked.target!r} is not one of {known}")
     target = targets[asked.target]
     ((_, unordered, profile),) = asked.call.users
-    events = sorted(unordered, key=lambda event: _to_us(event["ts"]))
+    events = sorted(unordered, key=lambda event: to_us(event["ts"]))
     sequences = encode_events([events], [profile])
     timeline = Timeline(sequences)
-    nows = np.array([_to_us(asked.call.now)], dtype=np.int64)
+    nows = np.array([to_us(asked.call.now)], dtype=np.int64)
     cuts = timeline.cuts(np.zeros(1, dtype=np.int64), nows)
     found = attribute(predictor, timeline, cuts, target)
     probability = float(predictor.predict(sequences, nows)[target.name][0])
@@ -230,7 +229,7 @@ def explain(loaded: Loaded, asked: Explain) -> Explained:
         "gap": float(np.abs(found.gap[0])),
         "events": [
             {
-                "ts": _EPOCH + _to_us(events[found.event[i]]["ts"]) * _MICROSECOND,
+                "ts": from_us(to_us(events[found.event[i]]["ts"])),
                 "event_type": str(events[found.event[i]]["event_type"]),
                 "item_id": events[found.event[i]].get("item_id"),
                 "query": events[found.event[i]].get("query"),
@@ -241,10 +240,6 @@ def explain(loaded: Loaded, asked: Explain) -> Explained:
         "features": [{"feature": names[i], "effect": sign * float(features[i])} for i in strongest],
     }
     return Explained(json.encode(answer))
-
-
-def _to_us(ts: datetime | int) -> int:
-    return (ts - _EPOCH) // _MICROSECOND if isinstance(ts, datetime) else ts
 
 
 def answer(loaded: Loaded, request: Request) -> Reply:

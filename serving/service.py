@@ -24,6 +24,7 @@ from bentoml.exceptions import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines.errors import UserError
+from pipelines.events import to_us
 from serving.access import ObserveRequests
 from serving.admission import Admit
 from serving.batching import Batcher, Item, Overloaded, Result
@@ -59,7 +60,7 @@ from serving.schema import (
     User,
     resolve_now,
 )
-from serving.store import Store, find_url, to_us
+from serving.store import Store, find_url
 from serving.swap import Watcher, find_watched
 from serving.tracing import plan_tracing
 

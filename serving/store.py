@@ -11,7 +11,6 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,8 +46,6 @@ from pipelines.events import EVENT_SCHEMA, MAX_ID_LENGTH, MAX_QUERY_LENGTH, USER
 STORE_VARIABLE: Final = "FORECART_STORE"
 DEFAULT_URL: Final = "sqlite:///.forecart/events.db"
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
 _CHUNK: Final = 500  # ids in one query; SQLite allows some tens of thousands of parameters
 
 _METADATA: Final = MetaData()
@@ -270,11 +267,6 @@ def _is_deadlock(error: OperationalError) -> bool:
     """Return whether the server (MariaDB) ended one of two transactions that waited for another."""
     arguments: tuple[Any, ...] = getattr(error.orig, "args", ())
     return _DEADLOCK in arguments[:1]
-
-
-def to_us(ts: datetime) -> int:
-    """Return microseconds since the epoch."""
-    return (ts - _EPOCH) // _MICROSECOND
 
 
 def _set_durable(connection: Any, _record: Any) -> None:

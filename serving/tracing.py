@@ -21,13 +21,14 @@ _EXCLUDED: Final = ["/users/(?!predict$|erase$)", "/livez$", "/readyz$", "/healt
 
 
 def plan_tracing() -> dict[str, Any]:
-    """Return BentoML's settings of traces; none where no collector is named.
+    """Return BentoML's settings of traces; none is made where no collector is named.
 
     Raises:
         UserError: the share of the requests to trace is none.
     """
     if not any(os.environ.get(name) for name in ENDPOINTS):
-        return {}
+        # BentoML makes spans all the same, and drops them.
+        return {"excluded_urls": [".*"]}
     text = os.environ.get(RATE, str(_DEFAULT_RATE))
     try:
         rate = float(text)

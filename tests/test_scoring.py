@@ -18,8 +18,7 @@ import pytest
 from pipelines import scoring
 from pipelines.config import Which
 from pipelines.errors import UserError
-from pipelines.events import EVENT_TYPES, USER_SCHEMA
-from pipelines.features.cuts import to_us
+from pipelines.events import EVENT_TYPES, USER_SCHEMA, to_us
 from pipelines.features.store import Sequences, encode_events, hash_text
 from pipelines.io import guard_cells, read_json, write_json, write_table
 from pipelines.model.calibration import Calibration

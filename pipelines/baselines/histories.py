@@ -12,8 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from pipelines.events import EVENT_CODES, EventType
-from pipelines.features.cuts import to_us
+from pipelines.events import EVENT_CODES, EventType, to_us
 from pipelines.features.engine import DAY_US
 from pipelines.features.snapshot_table import Floats, SnapshotTable
 from pipelines.features.store import Sequences

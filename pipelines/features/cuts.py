@@ -15,9 +15,9 @@ from typing import Any, Final
 
 from pipelines.config import Cuts
 from pipelines.errors import UserError
+from pipelines.events import to_us
 
 DAY: Final = timedelta(days=1)
-EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Split(StrEnum):
@@ -46,16 +46,6 @@ class Cut:
     def us(self) -> int:
         """Microseconds since the epoch."""
         return to_us(self.ts)
-
-
-def to_us(ts: datetime) -> int:
-    """Microseconds since the epoch of an aware datetime."""
-    return (ts - EPOCH) // timedelta(microseconds=1)
-
-
-def from_us(us: int) -> datetime:
-    """The UTC datetime of microseconds since the epoch."""
-    return EPOCH + timedelta(microseconds=us)
 
 
 def find_end(last: datetime, until: datetime | None) -> datetime:

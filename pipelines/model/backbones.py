@@ -173,7 +173,7 @@ class Block(nn.Module):
         return heads[:, :, 0].transpose(1, 2)
 
     def _think(self, x: Tensor) -> Tensor:
-        # In place: nothing else reads what it replaces, and fresh memory costs more than the rest.
+        # In place: nothing else reads what it replaces.
         hidden = functional.relu(self.mlp_in(self.mlp_norm(x)), inplace=True)
         return x + functional.dropout(self.mlp_out(hidden), self.dropout, self.training)
 

@@ -22,7 +22,8 @@ from pipelines.baselines.linear import Linear
 from pipelines.baselines.protocol import fit_twice
 from pipelines.baselines.simple import Majority, Recency
 from pipelines.config import EnsembleTrees, LstmConfig, Params, Train
-from pipelines.features.cuts import Split, to_us
+from pipelines.events import to_us
+from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind, Target
 from pipelines.features.snapshot_table import Floats, SnapshotTable
 from pipelines.features.store import Sequences

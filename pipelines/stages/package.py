@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +25,7 @@ from packaging.utils import canonicalize_name
 
 from pipelines.config import Params
 from pipelines.errors import UserError
+from pipelines.events import to_us
 from pipelines.io import digest_directory, read_json, replace_directory, write_json, write_text
 from pipelines.registry.champion import check_files
 
@@ -272,10 +274,7 @@ def encode_sequences(sequences: Sequences) -> dict[str, Any]:
 
 
 def _read_now(path: Path) -> int:
-    from datetime import datetime, timedelta
-
-    end = datetime.fromisoformat(read_json(path)["end_ts"])
-    return (end - datetime.fromisoformat(_EPOCH)) // timedelta(microseconds=1)
+    return to_us(datetime.fromisoformat(read_json(path)["end_ts"]))
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import pipelines.model
 from pipelines.config import Params
 from pipelines.errors import UserError
-from pipelines.features.cuts import to_us
+from pipelines.events import to_us
 from pipelines.features.store import Sequences
 from pipelines.io import digest_directory, read_json, replace_directory, write_table, write_text
 from pipelines.model.checkpoint import Checkpoint

@@ -14,8 +14,7 @@ import pyarrow.dataset as ds
 
 from pipelines.config import Which
 from pipelines.errors import UserError
-from pipelines.events import EVENT_TYPES
-from pipelines.features.cuts import from_us, to_us
+from pipelines.events import EVENT_TYPES, from_us, to_us
 from pipelines.features.store import Sequences
 from pipelines.io import digest_directory
 from pipelines.model.explanation import explain

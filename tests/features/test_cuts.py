@@ -6,7 +6,8 @@ import pytest
 
 from pipelines.config import Cuts
 from pipelines.errors import UserError
-from pipelines.features.cuts import Split, find_end, from_us, plan_cuts, to_us
+from pipelines.events import from_us, to_us
+from pipelines.features.cuts import Split, find_end, plan_cuts
 
 FIRST = datetime(2025, 1, 1, 9, tzinfo=UTC)
 

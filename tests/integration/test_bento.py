@@ -29,7 +29,7 @@ from prometheus_client import CollectorRegistry
 
 from pipelines.config import parse_params
 from pipelines.errors import UserError
-from pipelines.events import EVENT_TYPES
+from pipelines.events import EVENT_TYPES, to_us
 from pipelines.features.store import Sequences, encode_events, hash_text
 from pipelines.io import digest_directory, read_json, write_json
 from pipelines.model.calibration import Calibration
@@ -44,7 +44,7 @@ from serving.limits import MAX_EVENTS, MAX_USERS
 from serving.loading import load
 from serving.metrics import Metrics
 from serving.schema import MAX_BODY_BYTES
-from serving.store import Store, to_us
+from serving.store import Store
 from serving.swap import Watcher
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,10 +14,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines.config import Database
 from pipelines.errors import UserError
+from pipelines.events import to_us
 from pipelines.registry import lock
 from pipelines.sources.base import Kind
 from pipelines.sources.database import DatabaseSource
-from serving.store import EVENTS, PROFILES, Store, to_us
+from serving.store import EVENTS, PROFILES, Store
 from tests.integration.databases import Server, run_mariadb, run_postgres
 from tests.serving.test_store import (
     make,
