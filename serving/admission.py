@@ -12,6 +12,7 @@ Jacobson, "Controlling queue delay", 2012).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, MutableMapping
 from http import HTTPStatus
@@ -21,18 +22,22 @@ from serving.middleware import App, Receive, Send, refuse
 
 # What waits longer is refused, but for so many requests that are open at any time: a service that
 # is slow by itself still answers, and a few clients that wait for their answers are never refused.
-MAX_WAIT_SECONDS: Final = 0.1
-MIN_OPEN: Final = 16
+MAX_WAIT_SECONDS: Final = 0.05
+MIN_OPEN: Final = 32
 
-# A queue stands if the wait has not been short for so long. Until then more may wait.
+# A queue stands if the wait has not been short for so long. Until then more may wait, unless
+# something was refused a moment ago: a flood that a short lull interrupts is no burst.
 BURST_SECONDS: Final = 0.25
-MAX_BURST_WAIT_SECONDS: Final = 0.3
+MAX_BURST_WAIT_SECONDS: Final = 0.2
+CALM_SECONDS: Final = 2.0
 _SHORT_WAIT_SECONDS: Final = 0.5 * MAX_WAIT_SECONDS
 
 # Work of a request that tells no length, or next to none: its head is work as well.
 _UNKNOWN_BYTES: Final = 16_384
 _HEAD_BYTES: Final = 1_024
-# Answers over which the time is averaged.
+# Over so many seconds, and at least so many answers, the time of an answer is averaged: a stall of
+# the machine passes for a slow service only as far as it is a share of them.
+_SECONDS: Final = 1.0
 _ANSWERS: Final = 64
 
 _OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
@@ -51,12 +56,13 @@ class Admit:
         self._clock = clock
         self._requests = 0
         self._work = 0
-        # Averages over answers: seconds between them while busy, and the work of each.
+        # Sums that fade: seconds between answers while busy, and the work that was done in them.
         self._seconds = 0.0
-        self._done = 1.0
+        self._done = 0.0
         self._since = 0.0
-        # When the wait was short last.
+        # When the wait was short last, and when something was refused.
         self._short = clock()
+        self._refused = -math.inf
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -65,6 +71,7 @@ class Admit:
             return
         limit = self._find_limit()
         if self._requests >= MIN_OPEN and self.wait > limit:
+            self._refused = self._clock()
             text = f"{self._requests} requests wait already; send again in a moment"
             retry = [(b"retry-after", b"1")]
             await refuse(send, HTTPStatus.TOO_MANY_REQUESTS, text, retry)
@@ -80,8 +87,10 @@ class Admit:
             self._requests -= 1
             self._work -= work
             now = self._clock()
-            self._seconds += (now - self._since - self._seconds) / _ANSWERS
-            self._done += (work - self._done) / _ANSWERS
+            passed = now - self._since
+            fade = 1 - min(passed / _SECONDS, 1 / _ANSWERS)
+            self._seconds = self._seconds * fade + passed
+            self._done = self._done * fade + work
             self._since = now
             self._note_wait(now)
 
@@ -89,7 +98,7 @@ class Admit:
         """Return the seconds that a request may wait now."""
         now = self._clock()
         self._note_wait(now)
-        stands = now - self._short > BURST_SECONDS
+        stands = now - self._short > BURST_SECONDS or now - self._refused < CALM_SECONDS
         return MAX_WAIT_SECONDS if stands else MAX_BURST_WAIT_SECONDS
 
     def _note_wait(self, now: float) -> None:
@@ -99,7 +108,7 @@ class Admit:
     @property
     def wait(self) -> float:
         """Seconds that a request would wait now, as far as is known."""
-        return self._work * self._seconds / self._done
+        return self._work * self._seconds / self._done if self._done else 0.0
 
 
 def _measure(scope: MutableMapping[str, Any]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from serving.admission import (
+    CALM_SECONDS,
     MAX_BURST_WAIT_SECONDS,
     MAX_WAIT_SECONDS,
     MIN_OPEN,
@@ -119,6 +120,42 @@ def test_of_a_burst_nothing_is_refused() -> None:
     assert set(asyncio.run(run())) == {200}
 
 
+def test_a_flood_with_lulls_is_no_burst() -> None:
+    async def run() -> tuple[int, int]:
+        server = Server(0.001)
+        first = await flood(server)
+        server.now += CALM_SECONDS / 2
+        tasks = [server.ask() for _ in range(1000)]
+        await asyncio.sleep(0)
+        again = len(server.waiting)
+        await server.answer(again)
+        await asyncio.gather(*tasks)
+        return first, again
+
+    first, again = asyncio.run(run())
+    assert first == pytest.approx(1000 * MAX_BURST_WAIT_SECONDS, rel=0.2)
+    assert again == pytest.approx(1000 * MAX_WAIT_SECONDS, rel=0.2)
+
+
+def test_a_stall_is_not_taken_for_a_slow_service() -> None:
+    """The machine stalls for a fifth of a second; what came meanwhile is let in."""
+
+    async def run() -> list[int]:
+        server = Server(0.001)
+        for _ in range(5):
+            await learn(server)
+        tasks = [server.ask() for _ in range(2)]
+        await asyncio.sleep(0)
+        server.now += 0.2
+        await server.answer(2)
+        tasks += [server.ask() for _ in range(120)]
+        await asyncio.sleep(0)
+        await server.answer(len(server.waiting))
+        return [await task for task in tasks]
+
+    assert set(asyncio.run(run())) == {200}
+
+
 def test_a_slow_service_still_answers_a_few() -> None:
     assert asyncio.run(flood(Server(1.0))) == MIN_OPEN
 
@@ -127,6 +164,7 @@ def test_larger_requests_are_let_in_in_smaller_numbers() -> None:
     async def run() -> tuple[int, int]:
         server = Server(0.001)
         await flood(server, size=1000)
+        server.now += CALM_SECONDS
         tasks = [server.ask(size=4 * 2024 - 1024) for _ in range(1000)]
         await asyncio.sleep(0)
         let_in = len(server.waiting)
