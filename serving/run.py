@@ -31,9 +31,11 @@ def serve(directory: Path, *, host: str = "127.0.0.1", port: int = 3000) -> NoRe
         port: port to bind.
 
     Raises:
-        UserError: the directory is neither, or the address cannot be bound.
+        UserError: the directory is neither, a variable holds what the service cannot use, or the
+            address cannot be bound.
     """
     command, environment = plan_server(directory, host=host, port=port)
+    check_settings()
     check_address(host, port)
     os.execve(command[0], command, environment)  # noqa: S606 - an argument list, no shell
 
@@ -50,8 +52,9 @@ def plan_server(directory: Path, *, host: str, port: int) -> tuple[list[str], di
     # The server changes its folder; events stay in the one that it was started from.
     environment.setdefault("FORECART_STORE", f"sqlite:///{STORE.resolve()}")
     environment.setdefault("FORECART_EXPORTS", str(SCORES.resolve()))
-    if environment.get("FORECART_CHAMPION"):
-        environment["FORECART_CHAMPION"] = str(Path(environment["FORECART_CHAMPION"]).resolve())
+    for name in ("FORECART_CHAMPION", "FORECART_API_KEYS"):
+        if environment.get(name):
+            environment[name] = str(Path(environment[name]).resolve())
     Path(environment["BENTOML_HOME"]).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "bentoml", "serve"]
     if (directory / "bento.yaml").is_file():
@@ -63,6 +66,24 @@ def plan_server(directory: Path, *, host: str, port: int) -> tuple[list[str], di
     else:
         raise UserError(f"{directory}: neither a Bento nor a model to serve")
     return [*command, "--host", host, "--port", str(port)], environment
+
+
+def check_settings() -> None:
+    """Fail while the service could not start: the server would try again and again.
+
+    Raises:
+        UserError: says which variable is wrong.
+    """
+    # Here, since the command line starts without them.
+    from serving.engine import find_count
+    from serving.keys import read_clients
+    from serving.swap import find_watched
+    from serving.tracing import plan_tracing
+
+    find_count()
+    read_clients()
+    find_watched()
+    plan_tracing()
 
 
 def check_address(host: str, port: int) -> None:

@@ -35,6 +35,17 @@ def test_a_model_is_served_by_the_projects_code(tmp_path: Path) -> None:
     assert environment["FORECART_EXPORTS"] == str(tmp_path / "data/scores")
 
 
+def test_files_are_found_from_the_folder_it_was_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bento.yaml").touch()
+    monkeypatch.setenv("FORECART_API_KEYS", "keys.txt")
+    monkeypatch.setenv("FORECART_CHAMPION", "champion.json")
+    _, environment = plan_server(tmp_path, host="127.0.0.1", port=4000)
+    assert environment["FORECART_API_KEYS"] == str(tmp_path / "keys.txt")
+    assert environment["FORECART_CHAMPION"] == str(tmp_path / "champion.json")
+
+
 def test_anything_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a Bento nor a model"):
         serve(tmp_path / "nothing")
@@ -48,3 +59,23 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 is in use"):
             serve(tmp_path, port=port)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("FORECART_PREDICTORS", "many"),
+        ("FORECART_API_KEYS", "nowhere.json"),
+        ("FORECART_CHAMPION_SECONDS", "soon"),
+        ("OTEL_TRACES_SAMPLER_ARG", "often"),
+    ],
+)
+def test_what_the_service_cannot_use_is_told_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    (tmp_path / "bento.yaml").touch()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    monkeypatch.setenv("FORECART_CHAMPION", "champion.json")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=value):
+        serve(tmp_path)
