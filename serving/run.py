@@ -19,6 +19,9 @@ HOME: Final = Path(".forecart") / "bentoml"
 STORE: Final = Path(".forecart") / "events.db"
 SCORES: Final = Path("data") / "scores"
 
+_SQLITE: Final = "sqlite:///"
+_MEMORY: Final = ":memory:"
+
 
 def serve(directory: Path, *, host: str = "127.0.0.1", port: int = 3000) -> NoReturn:
     """Become the server of a Bento or of a model; returns only by an error.
@@ -49,12 +52,17 @@ def plan_server(directory: Path, *, host: str, port: int) -> tuple[list[str], di
     directory = directory.resolve()
     environment = os.environ | {"BENTOML_DO_NOT_TRACK": "True"}
     environment.setdefault("BENTOML_HOME", str(HOME.resolve()))
-    # The server changes its folder; events stay in the one that it was started from.
-    environment.setdefault("FORECART_STORE", f"sqlite:///{STORE.resolve()}")
-    environment.setdefault("FORECART_EXPORTS", str(SCORES.resolve()))
+    # The server changes its folder; files are meant from the one that it was started from.
+    environment.setdefault("FORECART_STORE", f"{_SQLITE}{STORE}")
+    environment.setdefault("FORECART_EXPORTS", str(SCORES))
+    store = environment["FORECART_STORE"]
+    if store.startswith(_SQLITE) and not store.endswith(_MEMORY):
+        environment["FORECART_STORE"] = _SQLITE + _resolve(store.removeprefix(_SQLITE))
+    exports = environment["FORECART_EXPORTS"].split(os.pathsep)
+    environment["FORECART_EXPORTS"] = os.pathsep.join(_resolve(name) for name in exports if name)
     for name in ("FORECART_CHAMPION", "FORECART_API_KEYS"):
         if environment.get(name):
-            environment[name] = str(Path(environment[name]).resolve())
+            environment[name] = _resolve(environment[name])
     Path(environment["BENTOML_HOME"]).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "bentoml", "serve"]
     if (directory / "bento.yaml").is_file():
@@ -66,6 +74,10 @@ def plan_server(directory: Path, *, host: str, port: int) -> tuple[list[str], di
     else:
         raise UserError(f"{directory}: neither a Bento nor a model to serve")
     return [*command, "--host", host, "--port", str(port)], environment
+
+
+def _resolve(name: str) -> str:
+    return str(Path(name).resolve())
 
 
 def check_settings() -> None:

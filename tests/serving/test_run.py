@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from pathlib import Path
@@ -41,9 +42,27 @@ def test_files_are_found_from_the_folder_it_was_started_in(
     (tmp_path / "bento.yaml").touch()
     monkeypatch.setenv("FORECART_API_KEYS", "keys.txt")
     monkeypatch.setenv("FORECART_CHAMPION", "champion.json")
+    monkeypatch.setenv("FORECART_STORE", "sqlite:///events.db")
+    monkeypatch.setenv("FORECART_EXPORTS", f"scores{os.pathsep}lists/buyers.csv")
     _, environment = plan_server(tmp_path, host="127.0.0.1", port=4000)
     assert environment["FORECART_API_KEYS"] == str(tmp_path / "keys.txt")
     assert environment["FORECART_CHAMPION"] == str(tmp_path / "champion.json")
+    assert environment["FORECART_STORE"] == f"sqlite:///{tmp_path / 'events.db'}"
+    # Where a shopper who is erased would stay, unseen, in a folder that is not found.
+    assert environment["FORECART_EXPORTS"].split(os.pathsep) == [
+        str(tmp_path / "scores"),
+        str(tmp_path / "lists/buyers.csv"),
+    ]
+
+
+@pytest.mark.parametrize("url", ["postgresql+psycopg://shop@db/events", "sqlite:///:memory:"])
+def test_other_stores_are_left_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    (tmp_path / "bento.yaml").touch()
+    monkeypatch.setenv("FORECART_STORE", url)
+    _, environment = plan_server(tmp_path, host="127.0.0.1", port=4000)
+    assert environment["FORECART_STORE"] == url
 
 
 def test_anything_else_is_refused(tmp_path: Path) -> None:
