@@ -1,16 +1,24 @@
-"""Batches concurrent calls without waiting for any.
+"""Batches concurrent calls, and waits for more only where that pays.
 
 While batches run, calls queue up; the next batch takes what is there. Under no load a call runs at
-once and alone, under load batches grow by themselves, so there is no window to tune and none that
-adds latency.
+once and alone, under load batches grow by themselves.
+
+One wait there is. The callers of a batch get their answers together, and those that send again do
+so one after the other: the first of them would run alone and keep the others waiting. So the next
+batch waits, while one comes right after the other, for its share of the calls that were open
+whenever one of the last batches ended. With callers who come by chance that is none or few.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
+
+_BATCHES: Final = 32  # that are looked back at
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -49,6 +57,15 @@ class Batcher(Generic[Item, Result]):
         self._weight = 0
         self._working = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._running = 0
+        # The calls that were open at the ends of the last batches.
+        self._open = deque([0], maxlen=_BATCHES)
+        # From the batch that ended last, and until when: the seconds that the next one waits for a
+        # call.
+        self._patience = 0.0
+        self._until = -math.inf
+        # Set while a batch waits for more calls; fulfilled when one comes.
+        self._more: asyncio.Future[None] | None = None
 
     async def submit(self, item: Item) -> Result:
         """Return the result of a call.
@@ -64,12 +81,18 @@ class Batcher(Generic[Item, Result]):
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, weight, future))
         self._weight += weight
+        if self._more is None:
+            self._start()
+        elif not self._more.done():
+            self._more.set_result(None)
+        return await future
+
+    def _start(self) -> None:
         if self._working < self._parallel:
             self._working += 1
             worker = asyncio.create_task(self._work())
             self._tasks.add(worker)
             worker.add_done_callback(self._tasks.discard)
-        return await future
 
     async def _work(self) -> None:
         try:
@@ -80,7 +103,12 @@ class Batcher(Generic[Item, Result]):
             self._working -= 1
 
     async def _run_all(self) -> None:
-        while batch := self._take():
+        while self._waiting:
+            await self._wait_for_more()
+            if not (batch := self._take()):
+                break
+            began = time.monotonic()
+            self._running += len(batch)
             try:
                 results = await self._run([item for item, _ in batch])
             except Exception as error:
@@ -88,10 +116,38 @@ class Batcher(Generic[Item, Result]):
                     if not future.done():
                         future.set_exception(error)
                 continue
+            finally:
+                self._plan(len(batch), time.monotonic() - began)
+                self._running -= len(batch)
             for (_, future), result in zip(batch, results, strict=True):
                 # A caller that timed out or hung up has cancelled its future.
                 if not future.done():
                     future.set_result(result)
+
+    def _plan(self, calls: int, seconds: float) -> None:
+        self._open.append(len(self._waiting) + self._running)
+        # What a call took: that is less than what it costs to run alone.
+        self._patience = seconds / calls
+        self._until = time.monotonic() + seconds
+
+    async def _wait_for_more(self) -> None:
+        if self._more or time.monotonic() > self._until:
+            return
+        loop = asyncio.get_running_loop()
+        came = True
+        while came and not self._is_enough():
+            self._more = loop.create_future()
+            came = bool((await asyncio.wait([self._more], timeout=self._patience))[0])
+        self._more = None
+        # Those that came meanwhile started nobody; what is more than a batch is for the others.
+        if self._weight > self._max_weight:
+            self._start()
+
+    def _is_enough(self) -> bool:
+        # The least that was open stands there all the time; of what comes and goes by chance no
+        # more is to be expected. And those that run cannot come.
+        share = min(math.ceil(min(self._open) / self._parallel), max(self._open) - self._running)
+        return len(self._waiting) >= share or self._weight >= self._max_weight
 
     def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
         batch: list[tuple[Item, asyncio.Future[Result]]] = []

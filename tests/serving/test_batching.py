@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from serving.batching import Batcher, Overloaded
+from serving.batching import _BATCHES, Batcher, Overloaded
 
 
 class Recorder:
@@ -140,3 +140,93 @@ def test_beyond_what_may_wait_work_is_refused_at_once() -> None:
     recorder = Recorder()
     batcher = recorder.batcher(2, max_waiting=4)
     asyncio.run(scenario())
+
+
+class Sleeper:
+    """Answers a batch after a while."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.sizes: list[int] = []
+
+    async def __call__(self, calls: list[int]) -> list[int]:
+        self.sizes.append(len(calls))
+        await asyncio.sleep(self.seconds)
+        return calls
+
+    def batcher(self, *, max_weight: int = 16, parallel: int = 1) -> Batcher[int, int]:
+        return Batcher(self, weigh=lambda _: 1, max_weight=max_weight, parallel=parallel)
+
+
+async def send_again(batcher: Batcher[int, int], caller: int, times: int) -> None:
+    """Call, and call again a little later than the callers before this one."""
+    for _ in range(times):
+        await batcher.submit(caller)
+        await asyncio.sleep(0.001 * caller)
+
+
+def test_callers_that_send_again_one_after_the_other_share_batches() -> None:
+    async def scenario() -> None:
+        await asyncio.gather(*(send_again(batcher, caller, 60) for caller in range(6)))
+
+    sleeper = Sleeper(0.02)
+    batcher = sleeper.batcher()
+    asyncio.run(scenario())
+    assert sum(sleeper.sizes) == 360
+    # Without the wait every second batch of one worker is of a single call.
+    settled = sleeper.sizes[_BATCHES + 4 : -1]
+    assert sum(settled) / len(settled) > 5
+
+
+def test_a_call_waits_no_longer_for_others_than_one_of_the_last_batch_took() -> None:
+    async def scenario() -> tuple[float, float]:
+        loop = asyncio.get_running_loop()
+        batcher._plan(4, 0.8)
+        batcher._open.extend([4] * _BATCHES)
+        began = loop.time()
+        await batcher.submit(1)
+        soon = loop.time() - began
+        # What comes later than that batch took is not from its callers.
+        batcher._plan(4, 0.2)
+        batcher._open.extend([4] * _BATCHES)
+        await asyncio.sleep(0.25)
+        began = loop.time()
+        await batcher.submit(1)
+        return soon, loop.time() - began
+
+    batcher = Sleeper(0.0).batcher()
+    soon, later = asyncio.run(scenario())
+    assert 0.19 <= soon < 0.4
+    assert later < 0.1
+
+
+def test_calls_that_come_by_chance_are_not_waited_for() -> None:
+    async def scenario() -> float:
+        for i in range(40):
+            await asyncio.gather(*(batcher.submit(i) for _ in range(1 + i % 3)))
+        began = asyncio.get_running_loop().time()
+        await batcher.submit(1)
+        return asyncio.get_running_loop().time() - began
+
+    sleeper = Sleeper(0.01)
+    batcher = sleeper.batcher()
+    assert asyncio.run(scenario()) < 0.014
+    assert min(sleeper.sizes) == 1
+
+
+def test_no_wait_for_more_than_a_batch_may_hold() -> None:
+    async def scenario() -> None:
+        calls = []
+        for i in range(5):
+            calls.append(asyncio.create_task(batcher.submit(i)))
+            await settle()
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        batcher._plan(1, 3600.0)
+        batcher._open.extend([4] * _BATCHES)
+        calls += [asyncio.create_task(batcher.submit(i)) for i in range(4)]
+        await asyncio.wait_for(asyncio.gather(*calls), 5)
+
+    sleeper = Sleeper(0.01)
+    batcher = sleeper.batcher(max_weight=4, parallel=2)
+    asyncio.run(scenario())
+    assert max(sleeper.sizes) == 4
