@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _KERNEL: Final = 3
+_EPSILON: Final = 1e-5  # layer_norm's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,23 +90,32 @@ class Rotary(nn.Module):
 
     def forward(self, time: Tensor, position: Tensor) -> Tensor:
         """Return unit complex numbers by which pairs are turned, (B, L, 1, heads, pairs)."""
-        by_time = (time[..., None] * self.time_rate)[:, :, None, :]
-        by_place = (position[..., None] * self.place_rate)[:, :, None, :]
-        shape = by_time.shape
-        angles = torch.cat(
-            [
-                by_time.expand(shape[0], shape[1], self.time_heads, shape[3]),
-                by_place.expand(shape[0], shape[1], self.place_heads, shape[3]),
-            ],
-            dim=2,
-        )
-        return torch.polar(torch.ones_like(angles), angles)[:, :, None]
+        by_time = time[..., None] * self.time_rate
+        by_place = position[..., None] * self.place_rate
+        # Not torch.polar, which takes ten times as long on a CPU.
+        angles = torch.stack([by_time, by_place], dim=2)
+        turns = torch.complex(angles.cos(), angles.sin())
+        heads = [
+            turns[:, :, :1].expand(-1, -1, self.time_heads, -1),
+            turns[:, :, 1:].expand(-1, -1, self.place_heads, -1),
+        ]
+        return torch.cat(heads, dim=2)[:, :, None]
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Turn each pair of neighbours of (B, L, 2, heads, head width) by its angle."""
     pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+def _normalise(x: Tensor) -> Tensor:
+    """Bring the numbers of each query or key, (..., head width), to mean 0 and variance 1."""
+    if torch.is_grad_enabled():
+        return functional.layer_norm(x, x.shape[-1:])
+    # The same in the shape of whole tensors: layer_norm takes twice as long for rows so short, but
+    # is the faster of the two where a gradient is wanted as well.
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + _EPSILON)
 
 
 class Block(nn.Module):
@@ -133,7 +143,7 @@ class Block(nn.Module):
         qkv = self.qkv(self.attention_norm(x))
         both, value = qkv.split([2 * width, width], dim=-1)
         both = both.reshape(rows, places, 2, self.heads, self.head_width)
-        both = rotate(functional.layer_norm(both, (self.head_width,)), turn)
+        both = rotate(_normalise(both), turn)
         query, key = both.transpose(1, 3).unbind(dim=2)
         value = value.view(rows, places, self.heads, self.head_width).transpose(1, 2)
         mixed = functional.scaled_dot_product_attention(
@@ -169,7 +179,7 @@ class Block(nn.Module):
     def _turn(self, x: Tensor, turn: Tensor) -> Tensor:
         """Normalise and rotate queries or keys: (B, L, width) -> (B, heads, L, head width)."""
         heads = x.reshape(*x.shape[:2], 1, self.heads, self.head_width)
-        heads = rotate(functional.layer_norm(heads, (self.head_width,)), turn)
+        heads = rotate(_normalise(heads), turn)
         return heads[:, :, 0].transpose(1, 2)
 
     def _think(self, x: Tensor) -> Tensor:
