@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
-from itertools import pairwise
-from operator import attrgetter, lt
+from itertools import chain, pairwise
+from operator import lt
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,10 +57,6 @@ _EVENT_COLUMNS: Final = (
     "query",
     "session_start",
 )
-_REST: Final = (
-    "event_type", "item_id", "category", "brand", "price", "quantity", "query", "session_id",
-)  # fmt: skip
-_GET_FIELDS: Final = attrgetter("ts", "event_id", *_REST)
 _PROFILE_COLUMNS: Final = ("age", "gender", "region", "signup_ts")
 
 
@@ -239,14 +235,15 @@ def encode_events(
         Sequences of ``len(users)`` users; events are sorted by time and event id.
     """
     ts: list[int] = []
-    rows: list[tuple[Any, ...]] = []
+    parts: list[tuple[list[Any], ...]] = []
     for events in users:
-        times, read = _read_events(events)
+        times, part = _read_events(events)
         ts += times
-        rows += read
+        parts.append(part)
     lengths = [len(events) for events in users]
-    fields = zip(*rows, strict=True) if rows else ([] for _ in range(2 + len(_REST)))
-    _, _, kinds, items, categories, brands, prices, quantities, texts, sessions = fields
+    kinds, items, categories, brands, prices, quantities, texts, sessions = (
+        list(chain.from_iterable(column)) for column in zip(_NO_EVENTS, *parts, strict=True)
+    )
     hashes, queries, names = _Hashes(), _Queries(), _Names()
     columns: dict[str, Sequence[Any]] = {
         "ts": ts,
@@ -284,24 +281,51 @@ def encode_events(
     )
 
 
-def _read_events(events: Sequence[Any]) -> tuple[list[int], list[tuple[Any, ...]]]:
-    """Return the times of a user's events in microseconds, and all fields, by time and id."""
-    rows = [
-        (event["ts"], event.get("event_id", ""), *map(event.get, _REST))
-        if isinstance(event, dict)
-        else _GET_FIELDS(event)
-        for event in events
-    ]
+_NO_EVENTS: Final[tuple[list[Any], ...]] = ([],) * 8
+
+
+def _read_events(events: Sequence[Any]) -> tuple[list[int], tuple[list[Any], ...]]:
+    """Return the times of a user's events in microseconds, and the columns, by time and id."""
+    # By name and by attribute, one column after the other: what takes a name as an argument, or
+    # all fields of an event at once, takes twice as long.
+    if events and isinstance(events[0], dict):
+        told = [event["ts"] for event in events]
+        columns: tuple[list[Any], ...] = (
+            [event["event_type"] for event in events],
+            [event.get("item_id") for event in events],
+            [event.get("category") for event in events],
+            [event.get("brand") for event in events],
+            [event.get("price") for event in events],
+            [event.get("quantity") for event in events],
+            [event.get("query") for event in events],
+            [event.get("session_id") for event in events],
+        )
+    else:
+        told = [event.ts for event in events]
+        columns = (
+            [event.event_type for event in events],
+            [event.item_id for event in events],
+            [event.category for event in events],
+            [event.brand for event in events],
+            [event.price for event in events],
+            [event.quantity for event in events],
+            [event.query for event in events],
+            [event.session_id for event in events],
+        )
     # As ``to_us`` does, without a call for each.
     ts = [
-        (row[0] - EPOCH) // MICROSECOND if isinstance(row[0], datetime) else int(row[0])
-        for row in rows
+        (time - EPOCH) // MICROSECOND if isinstance(time, datetime) else int(time) for time in told
     ]
     # Most come in order.
     if not all(map(lt, ts, ts[1:])):
-        order = sorted(range(len(ts)), key=lambda i: (ts[i], str(rows[i][1])))
-        ts, rows = [ts[i] for i in order], [rows[i] for i in order]
-    return ts, rows
+        order = sorted(range(len(ts)), key=lambda i: (ts[i], _tell_id(events[i])))
+        ts = [ts[i] for i in order]
+        columns = tuple([column[i] for i in order] for column in columns)
+    return ts, columns
+
+
+def _tell_id(event: Any) -> str:
+    return str(event.get("event_id", "") if isinstance(event, dict) else event.event_id)
 
 
 class _Hashes(dict[str | None, int]):
