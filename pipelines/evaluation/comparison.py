@@ -15,6 +15,7 @@ from pipelines.evaluation.metrics import (
     Floats,
     amount_metrics,
     binary_metrics,
+    chance_of_calibration_error,
     choose_threshold,
     clean,
     draw_weights,
@@ -144,6 +145,12 @@ def _score_models(part: TestRows, weights: Floats, config: Evaluation) -> dict[s
         models[name] = {k: summarise(v, config.confidence) for k, v in samples[name].items()}
         if part.target.kind is Kind.BINARY:
             models[name]["threshold"] = clean(part.thresholds[name])
+            models[name]["ece_by_chance"] = chance_of_calibration_error(
+                p,
+                samples=config.bootstrap_samples,
+                confidence=config.confidence,
+                seed=config.seed,
+            )
     pairs = [(a, b) for a in _PIVOTS for b in samples if a in samples and a != b]
     paired = {}
     for a, b in pairs:

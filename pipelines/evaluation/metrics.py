@@ -174,13 +174,43 @@ def calibration_error(y: Floats, p: Floats, weights: Floats, bins: int = ECE_BIN
     The bins are those of the whole sample (Naeini et al., AAAI 2015, with quantile bins), equal
     scores share a bin.
     """
-    edges = np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)[1:-1]))
-    index = np.searchsorted(edges, p, side="right")
-    member = np.eye(len(edges) + 1)[index]
+    member = _bin_rows(p, bins)
     count = weights @ member
     gap = np.abs(weights @ (member * (p - y)[:, None]))
     total: Floats = gap.sum(axis=1) / count.sum(axis=1)
     return total
+
+
+def chance_of_calibration_error(
+    p: Floats, *, samples: int, confidence: float, seed: int, bins: int = ECE_BINS
+) -> dict[str, float | None]:
+    """What ``calibration_error`` is where every probability is exactly right.
+
+    It is not zero: of N rows a share of outcomes is off by chance. Outcomes are drawn from the
+    probabilities themselves (consistency resampling: Bröcker & Smith, Weather and Forecasting 22,
+    2007), each row by itself.
+
+    Args:
+        p: (N,) probabilities.
+        samples: number of draws.
+        confidence: that an exact model stays at or below ``high``.
+        seed: of the draws.
+
+    Returns:
+        ``mean`` of the draws, and ``high``, their quantile.
+    """
+    random = np.random.default_rng(seed)
+    member = _bin_rows(p, bins)
+    gaps = np.empty(samples)
+    for i in range(samples):
+        gaps[i] = np.abs((p - (random.random(len(p)) < p)) @ member).sum() / len(p)
+    return {"mean": clean(gaps.mean()), "high": clean(np.quantile(gaps, confidence))}
+
+
+def _bin_rows(p: Floats, bins: int) -> Floats:
+    """(N, bins) one where a row is in a bin; fewer bins where scores are equal."""
+    edges = np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)[1:-1]))
+    return np.asarray(np.eye(len(edges) + 1)[np.searchsorted(edges, p, side="right")])
 
 
 def amount_metrics(y: Floats, p: Floats, weights: Floats) -> dict[str, Floats]:

@@ -91,6 +91,7 @@ def test_the_report_has_the_agreed_keys(compared: tuple[dict[str, Any], Any]) ->
         "log_loss",
         "brier",
         "ece",
+        "ece_by_chance",
         "accuracy",
         "precision",
         "recall",

@@ -8,6 +8,7 @@ from pipelines.evaluation.metrics import (
     amount_metrics,
     binary_metrics,
     calibration_error,
+    chance_of_calibration_error,
     choose_threshold,
     draw_weights,
     interval,
@@ -65,6 +66,22 @@ def test_calibrated_predictions_have_little_error_and_biased_ones_have_theirs() 
     assert calibration_error(y, p, ones)[0] < 0.005
     assert calibration_error(y, p * 0.5, ones)[0] == pytest.approx(0.25, abs=0.01)
     assert calibration_error(y, np.full_like(p, 0.3), ones)[0] == pytest.approx(0.2, abs=0.01)
+
+
+def test_calibration_error_that_chance_leaves() -> None:
+    random = np.random.default_rng(5)
+    p = random.random(2000) ** 2
+    ones = np.ones((1, len(p)))
+    chance = chance_of_calibration_error(p, samples=400, confidence=0.95, seed=1)
+    assert chance["mean"] is not None
+    assert chance["high"] is not None
+    # In each of ten bins of 200 the mean outcome is off by a half-normal deviate.
+    tenths = np.sort(p).reshape(10, 200)
+    by_hand = np.sqrt(2 / np.pi * (tenths * (1 - tenths)).mean(axis=1) / 200).mean()
+    assert chance["mean"] == pytest.approx(by_hand, rel=0.03)
+    seen = [calibration_error(random.random(len(p)) < p, p, ones)[0] for _ in range(400)]
+    assert 0.91 < np.mean(np.array(seen) <= chance["high"]) < 0.98
+    assert calibration_error(random.random(len(p)) < 0.8 * p, p, ones)[0] > chance["high"]
 
 
 def test_lift_of_a_perfect_and_of_a_blind_order() -> None:
