@@ -16,6 +16,10 @@ export BENTOML_DO_NOT_TRACK ?= True
 export GX_ANALYTICS_ENABLED ?= false
 export AIRFLOW__USAGE_DATA_COLLECTION__ENABLED ?= false
 
+# Compiled modules are kept: without them every process compiles all that it imports anew, seconds
+# each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Tests run side by side: threads that wait for each other sleep at once.
 test check: export OMP_WAIT_POLICY ?= passive
 test check: export GOMP_SPINCOUNT ?= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -123,9 +124,20 @@ def project(tmp_path: Path) -> Project:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A copy in which the pipeline has run. Tests that change it take a copy."""
-    project = clone_project(tmp_path_factory.mktemp("finished") / "project")
-    project.run("dvc", "repro")
-    return project
+    own = tmp_path_factory.mktemp("finished") / "project"
+    # Processes that test side by side have folders of their own in a common one: one of them runs
+    # the pipeline, the others wait for it.
+    base = tmp_path_factory.getbasetemp()
+    common = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+    common.mkdir(exist_ok=True)
+    with (common / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = common / "done"
+        if not done.exists():
+            shutil.rmtree(common / "project", ignore_errors=True)
+            clone_project(common / "project").run("dvc", "repro")
+            done.touch()
+        return Project(common / "project").copy(own)
 
 
 @pytest.fixture
