@@ -6,6 +6,7 @@ itself; and returns (B,) values, NaN where a sample leaves the metric undefined 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +17,9 @@ Floats = NDArray[np.float64]
 
 ECE_BINS: Final = 10
 LIFT_SHARE: Final = 0.1
+# Bootstrap samples that are looked at together: what is made of them stays in the cores' caches,
+# which takes half the time of all at once.
+_BLOCK: Final = 16
 # A probability of exactly 0 or 1 that is wrong has infinite loss; this is the least claimed.
 _EPSILON: Final = 1e-7
 
@@ -144,6 +148,17 @@ def binary_metrics(y: Floats, p: Floats, weights: Floats, *, threshold: float) -
     Returns:
         Metric name -> (B,).
     """
+    return _in_blocks(lambda block: _binary_metrics(y, p, block, threshold), weights)
+
+
+def _in_blocks(
+    measure: Callable[[Floats], dict[str, Floats]], weights: Floats
+) -> dict[str, Floats]:
+    found = [measure(weights[i : i + _BLOCK]) for i in range(0, len(weights), _BLOCK)]
+    return {name: np.concatenate([block[name] for block in found]) for name in found[0]}
+
+
+def _binary_metrics(y: Floats, p: Floats, weights: Floats, threshold: float) -> dict[str, Floats]:
     ranking = rank_rows(y, p, weights)
     total = weights.sum(axis=1)
     safe = np.clip(p, _EPSILON, 1 - _EPSILON)
@@ -221,6 +236,10 @@ def amount_metrics(y: Floats, p: Floats, weights: Floats) -> dict[str, Floats]:
     2011). top_decile_capture is the share of all spend made by the best-scored tenth.
     total_ratio is predicted over actual total.
     """
+    return _in_blocks(lambda block: _amount_metrics(y, p, block), weights)
+
+
+def _amount_metrics(y: Floats, p: Floats, weights: Floats) -> dict[str, Floats]:
     by_score, by_truth = rank_rows(y, p, weights), rank_rows(y, y, weights)
     actual = weights @ y
     return {
