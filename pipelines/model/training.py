@@ -199,15 +199,18 @@ def train_model(
             rate = config.learning_rate * config.refit_rate
             fit.run(Phase.REFIT, config.refit_epochs, periods.test, rate, tell)
         fits.append(fit)
-    alone_first = calibrate(_join([fit.take_first() for fit in fits]), timeline, periods)
+    joined = _join([fit.take_first() for fit in fits])
     alone = _join([fit.predictor() for fit in fits])
-    alone = alone.calibrated(alone_first.spec.calibration, alone_first.spec.thresholds)
-    first, shipped = alone_first, alone
-    if config.trees.rounds:
-        first_trees, trees = _grow(timeline, periods, heads, targets, config)
-        first = calibrate(alone_first.beside(first_trees, Mix()), timeline, periods)
-        shipped = alone.beside(trees, first.spec.mix)
-        shipped = shipped.calibrated(first.spec.calibration, first.spec.thresholds)
+    cuts = _calibration_cuts(timeline, periods, targets)
+    grown = _grow(timeline, periods, heads, targets, config) if config.trees.rounds else None
+    beside = joined.beside(grown[0], Mix()) if grown else joined
+    # What the networks say is the same with the trees and without.
+    said, scores = beside.parts(timeline, cuts)
+    first = alone_first = calibrate(joined, timeline, periods, cuts, said, scores)
+    shipped = alone = _correct(alone, alone_first)
+    if grown:
+        first = calibrate(beside, timeline, periods, cuts, said, scores)
+        shipped = _correct(alone.beside(grown[1], first.spec.mix), first)
     return TrainedModel(
         first=first,
         shipped=shipped,
@@ -301,7 +304,19 @@ def _grow(
     )
 
 
-def calibrate(predictor: Predictor, timeline: Timeline, periods: Periods) -> Predictor:
+def _correct(predictor: Predictor, first: Predictor) -> Predictor:
+    """Give a refitted model the corrections of the first fit."""
+    return predictor.calibrated(first.spec.calibration, first.spec.thresholds)
+
+
+def calibrate(
+    predictor: Predictor,
+    timeline: Timeline,
+    periods: Periods,
+    cuts: Cuts,
+    said: Raw,
+    scores: NDArray[np.float64],
+) -> Predictor:
     """Fit corrections and thresholds on the windows between the calibration and the test cut.
 
     Where there are trees, how much they are believed is chosen there before, by log loss over the
@@ -311,10 +326,10 @@ def calibrate(predictor: Predictor, timeline: Timeline, periods: Periods) -> Pre
         predictor: not calibrated.
         timeline: all events.
         periods: the bounds.
+        cuts: everyone in the population between the two.
+        said, scores: of ``Predictor.parts`` at them; scores are not looked at without trees.
     """
     heads = predictor.spec.heads
-    cuts = _calibration_cuts(timeline, periods, predictor.targets)
-    said, scores = predictor.parts(timeline, cuts)
     labels = timeline.labels(cuts, events=heads.events, horizons=heads.amounts, close=periods.test)
     grid = np.array(heads.grid)
     closed = grid <= labels.observed_days[:, None]

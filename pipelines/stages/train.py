@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import resource
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -90,8 +91,9 @@ def run(params: Params, root: Path = Path()) -> str:
             PREDICTIONS: (trained.first, trained.shipped),
             ALONE: (trained.network_first, trained.network),
         }
-        for path, (first, shipped) in pairs.items():
-            write_table(root / path, predict(first, shipped, sequences, features, cuts))
+        tables = predict(list(pairs.values()), sequences, features, cuts)
+        for path, table in zip(pairs, tables, strict=True):
+            write_table(root / path, table)
         write_table(root / NEXT_ITEMS, predict_items(trained, sequences, features, cuts))
         write_text(root / CURVES, format_curves(curves))
         speed = trained.events / max(trained.seconds, 1e-9)
@@ -180,36 +182,46 @@ def read_vocabulary(features: Path) -> Vocabulary:
 
 
 def predict(
-    first: Predictor,
-    shipped: Predictor,
+    pairs: Sequence[tuple[Predictor, Predictor]],
     sequences: Sequences,
     features: Path,
     cuts: dict[str, Any],
-) -> pa.Table:
+) -> list[pa.Table]:
     """Predict the calibration rows by the first fit, the test rows by the refitted model.
+
+    Args:
+        pairs: of both, of the same networks; if any has trees, the first pair has the same.
+        sequences: all events.
+        features: data/features.
+        cuts: of its cuts.json.
+
+    Returns:
+        A table for every pair.
 
     Raises:
         UserError: the snapshot table is missing or damaged.
     """
     user, cut = _read_rows(features)
     timeline = Timeline(sequences)
-    held_out = [c for c in cuts["cuts"] if c["split"] != "train"]
-    predictors = {"calibration": first, "test": shipped}
-    tables = []
-    for entry in held_out:
+    tables: list[list[pa.Table]] = [[] for _ in pairs]
+    for entry in cuts["cuts"]:
+        if entry["split"] == "train":
+            continue
+        models = [pair[entry["split"] == "test"] for pair in pairs]
         users = user[cut == entry["index"]]
         ts = np.full(len(users), entry["ts_us"], dtype=np.int64)
-        values = predictors[entry["split"]].predict_cuts(timeline, users.astype(np.int64), ts)
-        tables.append(
-            pa.table(
-                {
-                    "user": pa.array(users, pa.int32()),
-                    "cut": pa.array(np.full(len(users), entry["index"]), pa.int32()),
-                    **values,
-                }
+        said, scores = models[0].parts(timeline, timeline.cuts(users.astype(np.int64), ts))
+        for model, parts in zip(models, tables, strict=True):
+            parts.append(
+                pa.table(
+                    {
+                        "user": pa.array(users, pa.int32()),
+                        "cut": pa.array(np.full(len(users), entry["index"]), pa.int32()),
+                        **model.finish(model.join(said, scores)),
+                    }
+                )
             )
-        )
-    return pa.concat_tables(tables)
+    return [pa.concat_tables(parts) for parts in tables]
 
 
 def predict_items(
