@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic, TypeVar
 
 _BATCHES: Final = 32  # that are looked back at
+_PATIENCE: Final = 0.01  # seconds, at most, for the next call
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -126,8 +127,9 @@ class Batcher(Generic[Item, Result]):
 
     def _plan(self, calls: int, seconds: float) -> None:
         self._open.append(len(self._waiting) + self._running)
-        # What a call took: that is less than what it costs to run alone.
-        self._patience = seconds / calls
+        # What a call took: that is less than what it costs to run alone. After a stall nobody is
+        # to wait for those who gave up.
+        self._patience = min(seconds / calls, _PATIENCE)
         self._until = time.monotonic() + seconds
 
     async def _wait_for_more(self) -> None:
@@ -135,10 +137,12 @@ class Batcher(Generic[Item, Result]):
             return
         loop = asyncio.get_running_loop()
         came = True
-        while came and not self._is_enough():
-            self._more = loop.create_future()
-            came = bool((await asyncio.wait([self._more], timeout=self._patience))[0])
-        self._more = None
+        try:
+            while came and not self._is_enough():
+                self._more = loop.create_future()
+                came = bool((await asyncio.wait([self._more], timeout=self._patience))[0])
+        finally:
+            self._more = None
         # Those that came meanwhile started nobody; what is more than a batch is for the others.
         if self._weight > self._max_weight:
             self._start()
