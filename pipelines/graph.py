@@ -169,19 +169,22 @@ def _names(item: Any) -> Iterable[str]:
 
 
 def _connect(path: Path, stages: Mapping[str, Stage]) -> dict[str, tuple[str, ...]]:
-    writers: dict[PurePosixPath, str] = {}
+    # Every path meets every output, at each of the scheduler's parses: plain tuples, since the same
+    # on PurePosixPath took most of a parse's time.
+    writers: dict[tuple[str, ...], str] = {}
     for stage in stages.values():
-        for out in map(PurePosixPath, stage.outs):
+        for out in map(_parts, stage.outs):
             for other, writer in writers.items():
                 if _overlap(out, other):
-                    both = f"{out} is" if out == other else f"{other} and {out} overlap,"
+                    inner, outer = (PurePosixPath(*parts) for parts in (out, other))
+                    both = f"{inner} is" if out == other else f"{outer} and {inner} overlap,"
                     raise UserError(f"{path}: {both} written by {writer} and {stage.name}")
             writers[out] = stage.name
     return {
         stage.name: tuple(
             dict.fromkeys(
                 writer
-                for dep in map(PurePosixPath, stage.deps)
+                for dep in map(_parts, stage.deps)
                 for out, writer in writers.items()
                 if _overlap(dep, out)
             )
@@ -190,5 +193,11 @@ def _connect(path: Path, stages: Mapping[str, Stage]) -> dict[str, tuple[str, ..
     }
 
 
-def _overlap(a: PurePosixPath, b: PurePosixPath) -> bool:
-    return a.is_relative_to(b) or b.is_relative_to(a)
+def _parts(path: str) -> tuple[str, ...]:
+    return PurePosixPath(path).parts
+
+
+def _overlap(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    """Whether two paths, as parts, are the same or one lies within the other."""
+    shared = min(len(a), len(b))
+    return a[:shared] == b[:shared]

@@ -350,19 +350,30 @@ def test_what_is_done_beside_the_training(airflow_home: Path, project: Path) -> 
     assert all("STATES success" not in part for part in (broken, damaged, rolled_back, backtested))
 
 
+# The first load pays for airflow.sdk's own lazy imports, the later ones are the files' own time.
+PARSE = """
+import runpy, sys, time, airflow.sdk
+from airflow.sdk import *
+from airflow.providers.standard.operators import empty, hitl
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from tests.speed import slowness
+
+def load():
+    started = time.process_time()
+    for file in {files}:
+        runpy.run_path(file, run_name="dag")
+    return time.process_time() - started
+
+before = set(sys.modules)
+load()
+print("SECONDS", min(load() for _ in range(5)) / slowness())
+heavy = {{"mlflow", "torch", "pandas", "dvc", "bentoml", "ibis", "numpy", "pydantic"}}
+print("HEAVY", sorted(heavy & (set(sys.modules) - before)))
+"""
+
+
 def test_parsing_it_is_light(airflow_home: Path) -> None:
-    loads = f"{LOAD} runpy.run_path({OPERATE_FILE!r}, run_name='dag');"
-    # The first load pays for airflow.sdk's own lazy imports, the second is the files' own time, of
-    # this process: others may keep the cores busy.
-    code = (
-        "import sys, time, airflow.sdk; from airflow.sdk import *;"
-        "from airflow.providers.standard.operators import empty, hitl;"
-        "from airflow.sdk.exceptions import AirflowException, AirflowFailException;"
-        "before = set(sys.modules);"
-        f"{loads} t = time.process_time(); {loads} print('SECONDS', time.process_time() - t);"
-        "heavy = {'mlflow', 'torch', 'pandas', 'dvc', 'bentoml', 'ibis', 'numpy', 'pydantic'};"
-        "print('HEAVY', sorted(heavy & (set(sys.modules) - before)))"
-    )
+    code = PARSE.format(files=[DAG_FILE, OPERATE_FILE])
     out = run_airflow(airflow_home, ROOT, "-c", code).stdout
     assert "HEAVY []" in out
     assert float(out.split("SECONDS ")[1].split()[0]) < 0.1
