@@ -3,6 +3,7 @@ SHELL := /bin/sh
 .SHELLFLAGS := -ec
 .DEFAULT_GOAL := help
 
+COMMA := ,
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PATH := $(BIN):$(PATH)
@@ -36,19 +37,27 @@ help: ## list the targets
 setup: $(VENV)/.installed ## make .venv with everything in it
 
 # pip's find-links are handed to uv, which does not read pip's configuration. uv wants commas.
-$(VENV)/.installed: pyproject.toml constraints.txt
+define install
+	@links="$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || echo "$${PIP_FIND_LINKS:-}")"; \
+	[ -z "$$links" ] || export UV_FIND_LINKS="$$(echo $$links | tr ' ' ',')"; \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[$(1)]'
+	@touch $@
+endef
+
+# What `make run` needs is installed first: the rest takes six times as long.
+$(VENV)/.runs: pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "Forecart needs Python 3.11, 3.12 or 3.13; none was found. Set PYTHON=..." >&2; exit 2; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 2; }
 	@[ -x $(BIN)/uv ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 	@echo "Installing the pinned dependencies into $(VENV) (a few minutes the first time, none the next)"
-	@links="$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || echo "$${PIP_FIND_LINKS:-}")"; \
-	[ -z "$$links" ] || export UV_FIND_LINKS="$$(echo $$links | tr ' ' ',')"; \
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt \
-		-e '.[orchestrate,serve,spark,dev]'
-	@touch $@
+	$(call install,serve)
 
-run: $(VENV)/.installed ## events -> validated data, trained and compared models, verdict, Bento
+$(VENV)/.installed: $(VENV)/.runs
+	@echo "Installing Airflow, Spark and the tools for tests into $(VENV)"
+	$(call install,orchestrate$(COMMA)serve$(COMMA)spark$(COMMA)dev)
+
+run: $(VENV)/.runs ## events -> validated data, trained and compared models, verdict, Bento
 	@dvc repro
 	@forecart summary
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, require
 from pipelines.graph import load_graph
 from pipelines.io import read_json, write_json
 
@@ -74,12 +74,14 @@ def start(root: Path, *, wait_seconds: float = 180) -> str:
         Addresses and login, for people.
 
     Raises:
-        UserError: it runs already, a port is in use, or a part does not become healthy.
+        UserError: it runs already, Airflow is not installed, a port is in use, or a part does not
+            become healthy.
     """
     root = root.resolve()
     state = root / STATE
     if next(_find_processes(state), None) is not None:
         raise UserError("the platform is running already; stop it with: make down")
+    require("airflow")
     programs = _plan_programs(root)
     pages = [p for p in programs if p.port is not None]
     for program in pages:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from ibis import _
 
 from pipelines.config import Engine
+from pipelines.errors import require
 from pipelines.events import EVENT_CODES, EVENT_SCHEMA, SESSION_GAP_SECONDS, EventType
 
 DAY_US: Final = 86_400_000_000
@@ -42,6 +43,9 @@ def connect(engine: Engine) -> Iterator[Any]:
 
     Yields:
         An Ibis connection.
+
+    Raises:
+        UserError: Spark is asked for and not installed.
     """
     if engine is Engine.DUCKDB:
         with tempfile.TemporaryDirectory(prefix="forecart-") as spill:
@@ -51,6 +55,7 @@ def connect(engine: Engine) -> Iterator[Any]:
             finally:
                 connection.disconnect()
         return
+    require("pyspark")
     # What is used of pandas works; the note would come dozens of times.
     warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas")
     from pyspark import SparkConf
