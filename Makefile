@@ -58,7 +58,7 @@ $(VENV)/.installed: $(VENV)/.runs
 	$(call install,orchestrate$(COMMA)serve$(COMMA)spark$(COMMA)dev)
 
 run: $(VENV)/.runs ## events -> validated data, trained and compared models, verdict, Bento
-	@dvc repro
+	@forecart run
 	@forecart summary
 
 test: $(VENV)/.installed system ## every test, integration tests with the real components included

@@ -2,8 +2,9 @@
 
 Method: each set goes through the stages as `dvc repro` would run them, with the settings of
 params.yaml but for what the length of the log asks for (horizons and cuts below). Judged is the
-test cut, once. Told for every target: ROC-AUC, PR-AUC, Brier score and ECE, or MAE and Gini of
-spend, of both models, and the paired difference with its 95 % interval (bootstrap over users).
+test cut, once; with --tests several, a training step apart, all after what either model learnt
+from. Told for every target: ROC-AUC, PR-AUC, Brier score and ECE, or MAE and Gini of spend, of both
+models, and the paired difference with its 95 % interval (bootstrap over users).
 
 Sets (files of these names in --folder; none is part of this project):
 
@@ -13,7 +14,7 @@ Sets (files of these names in --folder; none is part of this project):
     rees46             REES46 multi-category shop: the head of a month
     trivago            trivago RecSys 2019 sessions: searches, views and click-outs, a week
 
-    python benchmarks/real_data.py --folder DIR [--only online_retail taobao]
+    python benchmarks/real_data.py --folder DIR [--only online_retail taobao] [--tests 4]
 """
 
 from __future__ import annotations
@@ -142,8 +143,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=list(SETS))
+    parser.add_argument("--tests", type=int, default=1, help="test cuts")
     given = parser.parse_args()
     settings = yaml.safe_load(Path("params.yaml").read_text())
+    settings["cuts"]["test"] = given.tests
     expectations = Path("expectations").resolve()
     for name in given.only or SETS:
         with tempfile.TemporaryDirectory(prefix="forecart-bench-") as folder:

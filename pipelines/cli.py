@@ -77,6 +77,14 @@ for _name, _text in STAGES.items():
 
 
 @app.command()
+def run() -> None:
+    """Bring everything up to date; stages that don't wait for each other run side by side."""
+    from pipelines.runner import run as act
+
+    act(Path())
+
+
+@app.command()
 def summary() -> None:
     """Show the comparison table, the verdict and the next command."""
     from pipelines.evaluation.summary import format_summary

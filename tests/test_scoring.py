@@ -118,7 +118,8 @@ def test_scores_are_the_models_predictions(root: Path, small_chunks: None) -> No
     predictor = Predictor.load(root / "models/gpt")
     timeline = Timeline(everyone)
     cuts = timeline.cuts(np.arange(7), np.full(7, to_us(END), dtype=np.int64))
-    codes, chances = predictor.next_items(timeline, cuts, 5)
+    ahead = predictor.look_ahead(timeline, cuts, 5)
+    codes, chances = ahead.items, ahead.chances
     assert found["next_items"].to_pylist() == [[ITEMS[c] for c in row] for row in codes]
     np.testing.assert_allclose(found["next_item_chances"].to_pylist(), chances, rtol=1e-4)
     days = predictor.days_until(predictor.raw(timeline, cuts), "purchase")

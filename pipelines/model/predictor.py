@@ -222,18 +222,6 @@ class Predictor:
         """Return uncalibrated predictions of M cuts, in their order."""
         return self.look_ahead(timeline, cuts, 0).raw
 
-    def parts(self, timeline: Timeline, cuts: Cuts) -> tuple[Raw, NDArray[np.float64]]:
-        """Return what the network says of M cuts, and what the trees say, (M, outputs)."""
-        ahead, scores = self._look(timeline, cuts, 0)
-        return ahead.raw, scores
-
-    def next_items(
-        self, timeline: Timeline, cuts: Cuts, count: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return which items will most probably come next, as ``look_ahead`` does."""
-        told = self.look_ahead(timeline, cuts, count)
-        return told.items, told.chances
-
     def look_ahead(self, timeline: Timeline, cuts: Cuts, count: int) -> Ahead:
         """Predict M cuts and the items that come next, in one pass over the histories.
 
@@ -242,7 +230,7 @@ class Predictor:
             cuts: M cuts.
             count: K, of items a cut; 0 = none.
         """
-        ahead, scores = self._look(timeline, cuts, count)
+        ahead, scores = self.parts(timeline, cuts, count)
         return replace(ahead, raw=self.join(ahead.raw, scores))
 
     def join(self, raw: Raw, scores: NDArray[np.float64]) -> Raw:
@@ -270,10 +258,16 @@ class Predictor:
         return replace(raw, survival=stays, spend=spend)
 
     @torch.inference_mode()
-    def _look(
-        self, timeline: Timeline, cuts: Cuts, count: int
+    def parts(
+        self, timeline: Timeline, cuts: Cuts, count: int = 0
     ) -> tuple[Ahead, NDArray[np.float64]]:
-        """Look ahead by the networks alone; beside it what the trees say."""
+        """Return what the networks say of M cuts, and what the trees say, (M, outputs).
+
+        Args:
+            timeline: all events.
+            cuts: M cuts.
+            count: K, of items a cut that come next; 0 = none.
+        """
         config, heads = self.spec.network, self.spec.heads
         count = min(count, config.items)
         ahead = Ahead(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,6 +58,7 @@ _STATISTICS_CUTS: Final = 20_000
 _WARM_UP: Final = 0.05  # of all steps
 _MAX_NORM: Final = 1.0
 _FLOOR: Final = 1e-6  # of a probability in a loss
+_NICENESS: Final = 10  # of what runs beside the steps
 _SHARES: Final = np.linspace(0.0, 1.0, 21)  # of belief, tried
 
 
@@ -185,31 +190,32 @@ def train_model(
     """
     timeline = Timeline(sequences)
     heads = Heads.for_targets(targets)
-    fits: list[_Fit] = []
-    for member in range(config.members):
-        own = config.model_copy(update={"seed": config.seed + member * _SEED_STEP})
-        seed_everything(own.seed)
-        fit = _Fit(timeline, periods, heads, targets, own, vocabulary)
-        tell = _shift_epochs(on_epoch, fits)
-        if not fit.resume(checkpoint.part(member) if checkpoint else None, tell):
-            fit.start(periods.calibration, pretrained or {})
-        fit.run(Phase.FIT, config.epochs, periods.calibration, config.learning_rate, tell)
-        fit.keep_first()
-        if config.refit_epochs:
-            rate = config.learning_rate * config.refit_rate
-            fit.run(Phase.REFIT, config.refit_epochs, periods.test, rate, tell)
-        fits.append(fit)
+    with _Grower(timeline, periods, heads, targets, config) as grower:
+        fits: list[_Fit] = []
+        for member in range(config.members):
+            own = config.model_copy(update={"seed": config.seed + member * _SEED_STEP})
+            seed_everything(own.seed)
+            fit = _Fit(timeline, periods, heads, targets, own, vocabulary)
+            tell = _shift_epochs(on_epoch, fits)
+            if not fit.resume(checkpoint.part(member) if checkpoint else None, tell):
+                fit.start(periods.calibration, pretrained or {})
+            fit.run(Phase.FIT, config.epochs, periods.calibration, config.learning_rate, tell)
+            fit.keep_first()
+            if config.refit_epochs:
+                rate = config.learning_rate * config.refit_rate
+                fit.run(Phase.REFIT, config.refit_epochs, periods.test, rate, tell)
+            fits.append(fit)
+        grown = grower.take()
     joined = _join([fit.take_first() for fit in fits])
     alone = _join([fit.predictor() for fit in fits])
     cuts = _calibration_cuts(timeline, periods, targets)
-    grown = _grow(timeline, periods, heads, targets, config) if config.trees.rounds else None
     beside = joined.beside(grown[0], Mix()) if grown else joined
     # What the networks say is the same with the trees and without.
-    said, scores = beside.parts(timeline, cuts)
-    first = alone_first = calibrate(joined, timeline, periods, cuts, said, scores)
+    ahead, scores = beside.parts(timeline, cuts)
+    first = alone_first = calibrate(joined, timeline, periods, cuts, ahead.raw, scores)
     shipped = alone = _correct(alone, alone_first)
     if grown:
-        first = calibrate(beside, timeline, periods, cuts, said, scores)
+        first = calibrate(beside, timeline, periods, cuts, ahead.raw, scores)
         shipped = _correct(alone.beside(grown[1], first.spec.mix), first)
     return TrainedModel(
         first=first,
@@ -243,13 +249,21 @@ def _join(predictors: Sequence[Predictor]) -> Predictor:
 def seed_everything(seed: int) -> None:
     """Make what follows repeatable: seeds, the number of threads, deterministic kernels."""
     torch.manual_seed(seed)
-    # Sums split over another number of threads round differently.
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(_count_threads())
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Every buffer here is written before it is read; filling them first costs a tenth.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Moments of rarely met embeddings fade into denormal numbers, on which CPUs are slow.
     torch.set_flush_denormal(True)
+
+
+def _count_threads() -> int:
+    """Return the threads of one operation: two, or what OMP_NUM_THREADS says.
+
+    Small networks gain nothing from more; and sums split over another number round differently.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else min(2, os.cpu_count() or 1)
 
 
 def population(timeline: Timeline, ts: int, active_days: float | None) -> Cuts:
@@ -275,33 +289,68 @@ def _calibration_cuts(timeline: Timeline, periods: Periods, targets: Sequence[Ta
     return Cuts.join([population(timeline, ts, periods.active_days) for ts in times])
 
 
-def _grow(
-    timeline: Timeline,
-    periods: Periods,
-    heads: Heads,
-    targets: Sequence[Target],
-    config: Train,
-) -> tuple[Trees, Trees]:
-    """Grow trees on what lies before the calibration cut, and before the first test cut."""
-    shortest = min(target.horizon_days for target in targets)
+class _Grower:
+    """Grows trees on what lies before the calibration cut, and before the first test cut.
 
-    def look_back(close: int) -> Rows:
-        last = max(periods.first, close - shortest * DAY)
-        times = range(last, periods.first - 1, -shortest * DAY)
-        cuts = Cuts.join([population(timeline, ts, periods.active_days) for ts in times])
-        chosen = np.linspace(0, len(cuts) - 1, min(len(cuts), config.trees.max_rows))
-        cuts = cuts.take(np.unique(chosen.astype(np.int64)))
-        return collect_rows(timeline, cuts, heads, close, config.half_life_days)
+    Beside the networks, where their steps leave a core idle.
+    """
 
-    held = _calibration_cuts(timeline, periods, targets)
-    return grow_trees(
-        look_back(periods.calibration),
-        collect_rows(timeline, held, heads, periods.test),
-        look_back(periods.test),
-        amounts=len(heads.amounts),
-        config=config.trees,
-        seed=config.seed,
-    )
+    def __init__(
+        self,
+        timeline: Timeline,
+        periods: Periods,
+        heads: Heads,
+        targets: Sequence[Target],
+        config: Train,
+    ) -> None:
+        self._pool = ThreadPoolExecutor(1, initializer=_yield_to_others)
+        self._growing: Future[tuple[Trees, Trees]] | None = None
+        self._grow: Callable[[], tuple[Trees, Trees]] | None = None
+        if not config.trees.rounds:
+            return
+        shortest = min(target.horizon_days for target in targets)
+
+        def look_back(close: int) -> Rows:
+            last = max(periods.first, close - shortest * DAY)
+            times = range(last, periods.first - 1, -shortest * DAY)
+            cuts = Cuts.join([population(timeline, ts, periods.active_days) for ts in times])
+            chosen = np.linspace(0, len(cuts) - 1, min(len(cuts), config.trees.max_rows))
+            cuts = cuts.take(np.unique(chosen.astype(np.int64)))
+            return collect_rows(timeline, cuts, heads, close, config.half_life_days)
+
+        held = _calibration_cuts(timeline, periods, targets)
+        # Here, not beside the networks: what a timeline remembers is not made for two threads.
+        self._grow = partial(
+            grow_trees,
+            look_back(periods.calibration),
+            collect_rows(timeline, held, heads, periods.test),
+            look_back(periods.test),
+            amounts=len(heads.amounts),
+            config=config.trees,
+            seed=config.seed,
+        )
+        if choose_device(config.device).type != "cpu" or _count_threads() < (os.cpu_count() or 1):
+            self._growing = self._pool.submit(self._grow)
+
+    def __enter__(self) -> _Grower:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def take(self) -> tuple[Trees, Trees] | None:
+        """Wait for the first and the second trees; None where none are wanted."""
+        if self._growing is not None:
+            return self._growing.result()
+        return self._grow() if self._grow is not None else None
+
+
+def _yield_to_others() -> None:
+    """Let this thread, and those it starts, run where others leave a core idle (on Linux)."""
+    if sys.platform == "linux":
+        this = threading.get_native_id()
+        now = os.getpriority(os.PRIO_PROCESS, this)
+        os.setpriority(os.PRIO_PROCESS, this, max(now, _NICENESS))
 
 
 def _correct(predictor: Predictor, first: Predictor) -> Predictor:

@@ -112,7 +112,8 @@ def _predict_lstm(root: Path, config: LstmConfig, seed: int) -> pa.Table:
     features = root / FEATURES
     trained = train_model(sequences, periods, targets, settings, vocabulary)
     cuts = read_json(features / "cuts.json")
-    return predict([(trained.first, trained.shipped)], sequences, features, cuts)[0]
+    (table,), _ = predict([(trained.first, trained.shipped)], sequences, features, cuts)
+    return table
 
 
 def _rank_items(

@@ -31,7 +31,7 @@ from pipelines.model.heads import Target
 from pipelines.model.predictor import WEIGHTS, Predictor
 from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import Periods, TrainedModel, train_model
+from pipelines.model.training import Periods, train_model
 from pipelines.registry.tracking import track
 
 FEATURES: Final = Path("data/features")
@@ -91,10 +91,9 @@ def run(params: Params, root: Path = Path()) -> str:
             PREDICTIONS: (trained.first, trained.shipped),
             ALONE: (trained.network_first, trained.network),
         }
-        tables = predict(list(pairs.values()), sequences, features, cuts)
-        for path, table in zip(pairs, tables, strict=True):
+        tables, items = predict(list(pairs.values()), sequences, features, cuts, _NEXT_ITEMS)
+        for path, table in zip([*pairs, NEXT_ITEMS], [*tables, items], strict=True):
             write_table(root / path, table)
-        write_table(root / NEXT_ITEMS, predict_items(trained, sequences, features, cuts))
         write_text(root / CURVES, format_curves(curves))
         speed = trained.events / max(trained.seconds, 1e-9)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -186,7 +185,8 @@ def predict(
     sequences: Sequences,
     features: Path,
     cuts: dict[str, Any],
-) -> list[pa.Table]:
+    next_items: int = 0,
+) -> tuple[list[pa.Table], pa.Table]:
     """Predict the calibration rows by the first fit, the test rows by the refitted model.
 
     Args:
@@ -194,9 +194,10 @@ def predict(
         sequences: all events.
         features: data/features.
         cuts: of its cuts.json.
+        next_items: how many items are ranked at the test rows, by those that come next.
 
     Returns:
-        A table for every pair.
+        A table for every pair, and one of the items.
 
     Raises:
         UserError: the snapshot table is missing or damaged.
@@ -204,54 +205,30 @@ def predict(
     user, cut = _read_rows(features)
     timeline = Timeline(sequences)
     tables: list[list[pa.Table]] = [[] for _ in pairs]
+    items = []
     for entry in cuts["cuts"]:
         if entry["split"] == "train":
             continue
-        models = [pair[entry["split"] == "test"] for pair in pairs]
+        is_test = entry["split"] == "test"
+        models = [pair[is_test] for pair in pairs]
         users = user[cut == entry["index"]]
         ts = np.full(len(users), entry["ts_us"], dtype=np.int64)
-        said, scores = models[0].parts(timeline, timeline.cuts(users.astype(np.int64), ts))
-        for model, parts in zip(models, tables, strict=True):
-            parts.append(
-                pa.table(
-                    {
-                        "user": pa.array(users, pa.int32()),
-                        "cut": pa.array(np.full(len(users), entry["index"]), pa.int32()),
-                        **model.finish(model.join(said, scores)),
-                    }
-                )
-            )
-    return [pa.concat_tables(parts) for parts in tables]
-
-
-def predict_items(
-    trained: TrainedModel, sequences: Sequences, features: Path, cuts: dict[str, Any]
-) -> pa.Table:
-    """Rank the items that come next at the test rows, by the model shipped.
-
-    Raises:
-        UserError: the snapshot table is missing or damaged.
-    """
-    user, cut = _read_rows(features)
-    timeline = Timeline(sequences)
-    tables = []
-    for entry in cuts["cuts"]:
-        if entry["split"] != "test":
-            continue
-        users = user[cut == entry["index"]]
-        ts = np.full(len(users), entry["ts_us"], dtype=np.int64)
-        codes, values = trained.shipped.next_items(timeline, timeline.cuts(users, ts), _NEXT_ITEMS)
-        tables.append(
-            pa.table(
-                {
-                    "user": pa.array(users, pa.int32()),
-                    "cut": pa.array(np.full(len(users), entry["index"]), pa.int32()),
-                    "items": pa.array(list(codes), pa.list_(pa.int32())),
-                    "probability": pa.array(list(values), pa.list_(pa.float32())),
-                }
-            )
+        rows = {
+            "user": pa.array(users, pa.int32()),
+            "cut": pa.array(np.full(len(users), entry["index"]), pa.int32()),
+        }
+        ahead, scores = models[0].parts(
+            timeline, timeline.cuts(users.astype(np.int64), ts), next_items if is_test else 0
         )
-    return pa.concat_tables(tables)
+        for model, parts in zip(models, tables, strict=True):
+            parts.append(pa.table(rows | model.finish(model.join(ahead.raw, scores))))
+        if is_test:
+            told = {
+                "items": pa.array(list(ahead.items), pa.list_(pa.int32())),
+                "probability": pa.array(list(ahead.chances), pa.list_(pa.float32())),
+            }
+            items.append(pa.table(rows | told))
+    return [pa.concat_tables(parts) for parts in tables], pa.concat_tables(items)
 
 
 def _read_rows(features: Path) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

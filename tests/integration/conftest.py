@@ -135,7 +135,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
         done = common / "done"
         if not done.exists():
             shutil.rmtree(common / "project", ignore_errors=True)
-            clone_project(common / "project").run("dvc", "repro")
+            clone_project(common / "project").run("forecart", "run")
             done.touch()
         return Project(common / "project").copy(own)
 

@@ -43,7 +43,8 @@ def test_a_loyal_shopper_gets_their_own_item(trained: TrainedModel) -> None:
     histories = [[{"ts": START, "event_type": "view", "item_id": i}] * 6 for i in ITEMS]
     timeline = Timeline(encode_events(histories))
     now = np.full(len(ITEMS), START + DAY)
-    codes, values = trained.shipped.next_items(timeline, timeline.cuts(np.arange(6), now), 3)
+    ahead = trained.shipped.look_ahead(timeline, timeline.cuts(np.arange(6), now), 3)
+    codes, values = ahead.items, ahead.chances
     assert codes[:, 0].tolist() == list(range(6))
     assert (values[:, 0] > 0.5).all()
     assert (np.diff(values, axis=1) <= 0).all()
@@ -54,7 +55,8 @@ def test_items_after_the_cut_are_not_seen(trained: TrainedModel) -> None:
     later = [*history, {"ts": START + 3 * DAY, "event_type": "view", "item_id": "f"}]
     timeline = Timeline(encode_events([history, later]))
     now = np.full(2, START + 3 * DAY)
-    codes, values = trained.shipped.next_items(timeline, timeline.cuts(np.arange(2), now), 6)
+    ahead = trained.shipped.look_ahead(timeline, timeline.cuts(np.arange(2), now), 6)
+    codes, values = ahead.items, ahead.chances
     assert np.array_equal(codes[0], codes[1])
     assert np.allclose(values[0], values[1], atol=1e-6)
 
@@ -65,7 +67,8 @@ def test_a_model_of_no_items_tells_none() -> None:
     model = train_model(shop, PERIODS, TARGETS[-2:-1], config, VOCABULARY).shipped
     timeline = Timeline(shop)
     cuts = timeline.cuts(np.arange(20), np.full(20, START + 30 * DAY))
-    codes, values = model.next_items(timeline, cuts, 5)
+    ahead = model.look_ahead(timeline, cuts, 5)
+    codes, values = ahead.items, ahead.chances
     assert codes.shape == values.shape == (20, 0)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from typing import Any
 
 import lightgbm as lgb
 import numpy as np
@@ -146,7 +148,8 @@ def test_both_answer_as_one(shop: Sequences, model: TrainedModel) -> None:
     timeline = Timeline(shop)
     cuts = timeline.cuts(np.arange(shop.users), np.full(shop.users, START + 44 * DAY))
     predictor = model.first
-    said, scores = predictor.parts(timeline, cuts)
+    ahead, scores = predictor.parts(timeline, cuts)
+    said = ahead.raw
     heads = predictor.spec.heads
     events, bins = len(heads.events), len(heads.grid)
 
@@ -175,6 +178,28 @@ def test_the_network_alone_is_kept_beside(shop: Sequences, model: TrainedModel) 
     now = np.full(shop.users, START + 44 * DAY)
     both, alone = model.shipped.predict(shop, now), model.network.predict(shop, now)
     assert any(not np.array_equal(both[name], alone[name]) for name in both)
+
+
+def test_they_grow_the_same_beside_the_network(
+    shop: Sequences, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grown_in: list[threading.Thread] = []
+
+    def grow(*rows: Rows, **settings: Any) -> tuple[Trees, Trees]:
+        grown_in.append(threading.current_thread())
+        return grow_trees(*rows, **settings)
+
+    monkeypatch.setattr("pipelines.model.training.grow_trees", grow)
+    monkeypatch.setattr("pipelines.model.training.os.cpu_count", lambda: 2)
+    trees = []
+    for threads in ("2", "1"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        config = SOME.model_copy(update={"epochs": 1, "refit_epochs": 0})
+        trees.append(train_model(shop, PERIODS, TARGETS, config, vocabulary).shipped.trees)
+    assert [thread is threading.main_thread() for thread in grown_in] == [True, False]
+    after, beside = (found.to_tensors() for found in trees)
+    assert len(trees[0]) > 0
+    assert all(torch.equal(tensor, beside[name]) for name, tensor in after.items())
 
 
 def test_nothing_after_a_bound_is_learnt(shop: Sequences, vocabulary: Vocabulary) -> None:

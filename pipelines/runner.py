@@ -1,0 +1,108 @@
+"""Runs the whole graph on this machine, stages that do not wait for each other side by side.
+
+DVC runs one stage after the other; its locks allow several of its processes in one project. So the
+graph is taken apart where everything waits for one stage, and what lies between runs in as many
+processes as there are chains that do not meet.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Final
+
+from pipelines.errors import UserError
+from pipelines.graph import Graph, load_graph
+
+GRAPH: Final = Path("dvc.yaml")
+# What measures how long something takes is disturbed by whatever runs beside it.
+_ALONE: Final = frozenset({"package"})
+# All but the longest chain yield to it: what is left at its end would run alone.
+_NICENESS: Final = 10
+
+Chain = tuple[str, ...]
+
+
+def split(graph: Graph, alone: frozenset[str] = _ALONE) -> list[list[Chain]]:
+    """Take the graph apart.
+
+    Args:
+        graph: the stages.
+        alone: stages beside which nothing is to run.
+
+    Returns:
+        Blocks, one after the other; of each the chains that may run side by side, the longest one
+        first. Every stage is in one chain, after all that it depends on.
+    """
+    above: dict[str, set[str]] = {}
+    for name in graph.stages:
+        ups = graph.upstream[name]
+        above[name] = set(ups).union(*(above[up] for up in ups))
+
+    def has_company(name: str) -> bool:
+        return name not in alone and any(
+            other not in alone
+            and other != name
+            and other not in above[name]
+            and name not in above[other]
+            for other in graph.stages
+        )
+
+    blocks = groupby(graph.stages, key=has_company)
+    return [_find_chains(tuple(b), graph) if together else [tuple(b)] for together, b in blocks]
+
+
+def _find_chains(block: Sequence[str], graph: Graph) -> list[Chain]:
+    """Return the parts of a block between which no edge leads."""
+    chains: list[list[str]] = []
+    for name in block:
+        met = [chain for chain in chains if set(chain) & set(graph.upstream[name])]
+        chains = [chain for chain in chains if chain not in met]
+        # In the order of the block, in which all follow what they depend on.
+        joined = {name}.union(*met)
+        chains.append([stage for stage in block if stage in joined])
+    return sorted(map(tuple, chains), key=len, reverse=True)
+
+
+def run(root: Path) -> None:
+    """Bring everything up to date, as ``dvc repro`` does.
+
+    Args:
+        root: of the project.
+
+    Raises:
+        UserError: dvc.yaml is missing or damaged, or a stage failed; the others of its block were
+            gone on with, and DVC knows what they made.
+    """
+    for block in split(load_graph(root / GRAPH)):
+        _run_block(root, block)
+
+
+def _run_block(root: Path, chains: Sequence[Chain]) -> None:
+    own = dict(os.environ)
+    if len(chains) > 1:
+        # Processes whose threads wait for each other on shared cores lose more than they gain.
+        own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(chains))))
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for place, chain in enumerate(chains):
+            command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item"]
+            if place:
+                # One progress bar at a time can be read.
+                command, own = ["nice", "-n", str(_NICENESS), *command], own | {"TQDM_DISABLE": "1"}
+            running.append(subprocess.Popen([*command, *chain], cwd=root, env=own))
+        codes = [process.wait() for process in running]
+    except BaseException:
+        # Ctrl-C reaches them by themselves; what else ends this process is to end them.
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        raise
+    failed = [" ".join(chain) for chain, code in zip(chains, codes, strict=True) if code]
+    if failed:
+        raise UserError(f"not done: {', '.join(failed)}; see above")

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.errors import UserError
+from pipelines.graph import Graph, load_graph
+from pipelines.runner import run, split
+
+ROOT = Path(__file__).parent.parent
+
+# Fails unless the other one has begun before it ends.
+MEET = """
+import pathlib, sys, time
+own, other = sys.argv[1:]
+pathlib.Path(own).touch()
+until = time.monotonic() + 60
+while not pathlib.Path(other).exists():
+    if time.monotonic() > until:
+        sys.exit(f"{other} never began")
+    time.sleep(0.05)
+"""
+
+
+def make(folder: Path, stages: dict[str, Any]) -> Graph:
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    return load_graph(folder / "dvc.yaml")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    from dvc.repo import Repo
+
+    Repo.init(str(tmp_path), no_scm=True).close()
+    return tmp_path
+
+
+def test_what_is_measured_runs_alone() -> None:
+    blocks = split(load_graph(ROOT / "dvc.yaml"))
+    assert all(len(block) == 1 for block in blocks for chain in block if "package" in chain)
+    assert [("pretrain", "train"), ("baselines",)] in blocks
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_every_stage_comes_once_after_all_that_it_depends_on(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    names = [f"s{number}" for number in range(draw.randint(1, 9))]
+    stages: dict[str, Any] = {}
+    for place, name in enumerate(names):
+        ups = draw.sample(names[:place], draw.randint(0, min(place, 2)))
+        stages[name] = {"cmd": "true", "deps": ups, "outs": [name]}
+    alone = frozenset(draw.sample(names, draw.randint(0, 1)))
+    graph = make(tmp_path, stages)
+    done: set[str] = set()
+    for block in split(graph, alone):
+        for chain in block:
+            before = set(done)
+            for name in chain:
+                assert set(graph.upstream[name]) <= before
+                before.add(name)
+            assert len(block) == 1 or not alone & set(chain)
+        for chain in block:
+            assert not done & set(chain)
+            done |= set(chain)
+    assert done == set(names)
+
+
+def test_what_does_not_wait_runs_side_by_side(project: Path) -> None:
+    (project / "meet.py").write_text(MEET)
+    stages = {
+        name: {"cmd": f"{sys.executable} meet.py {name} {other}", "deps": ["in"], "outs": [name]}
+        for name, other in (("a", "b"), ("b", "a"))
+    }
+    stages["end"] = {"cmd": "cat a b > end", "deps": ["a", "b"], "outs": ["end"]}
+    (project / "in").write_text("in")
+    make(project, stages)
+    run(project)
+    assert (project / "end").exists()
+    lock = yaml.safe_load((project / "dvc.lock").read_text())
+    assert set(lock["stages"]) == {"a", "b", "end"}
+
+
+def test_what_failed_is_told_and_the_others_are_gone_on_with(project: Path) -> None:
+    make(
+        project,
+        {
+            "bad": {"cmd": "exit 3", "outs": ["bad"]},
+            "good": {"cmd": "sleep 1; touch good", "outs": ["good"]},
+            "end": {"cmd": "touch end", "deps": ["bad", "good"], "outs": ["end"]},
+        },
+    )
+    with pytest.raises(UserError, match="not done: bad; see above"):
+        run(project)
+    assert set(yaml.safe_load((project / "dvc.lock").read_text())["stages"]) == {"good"}
+    assert not (project / "end").exists()
