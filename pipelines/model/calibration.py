@@ -10,6 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 _CLIP: Final = 1e-6
+# What speaks against every correction, in rows, or in buyers as if all spent alike: a window is one
+# draw of a shop's better and worse weeks, and the refit has learnt a part of it by itself. A slope
+# or shift of the log odds is then .1 before anything is seen, give or take.
+_DOUBT: Final = 100.0
 
 Doubles = NDArray[np.float64]
 
@@ -55,7 +59,7 @@ def fit_probability(
     label: NDArray[np.bool_],
     known: NDArray[np.bool_],
     *,
-    ridge: float = 1.0,
+    ridge: float = _DOUBT,
     steps: int = 50,
 ) -> tuple[float, list[float]]:
     """Fit slope and shifts by Newton's method (Platt 1999, slope shared by the horizons).
@@ -91,6 +95,27 @@ def fit_probability(
         if float(np.abs(step).max()) < 1e-9:
             break
     return max(slope, 0.05), [float(v) for v in shift]
+
+
+def fit_factor(actual: Doubles, expected: Doubles) -> float:
+    """Return what puts a total right, as far as the amounts can tell.
+
+    A few buyers of a great deal tell little of the others: there are as many buyers as would
+    scatter as much if all spent alike (Kish, "Survey sampling", 1965).
+
+    Args:
+        actual: (M,), amounts.
+        expected: (M,), of the same.
+
+    Returns:
+        Actual over expected total to a power from 0 (nobody bought) to 1; 1 where nothing is
+        expected.
+    """
+    total = float(actual.sum())
+    if total <= 0 or expected.sum() <= 0:
+        return 1.0
+    buyers = total**2 / float(np.square(actual).sum())
+    return float((total / expected.sum()) ** (buyers / (buyers + _DOUBT)))
 
 
 def choose_threshold(

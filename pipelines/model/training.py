@@ -28,7 +28,12 @@ from pipelines.features.store import Sequences
 from pipelines.io import progress
 from pipelines.model.batches import Collated, cut_pieces, iterate, sample_cuts
 from pipelines.model.boosting import TWEEDIE_POWER, Rows, collect_rows, grow_trees
-from pipelines.model.calibration import Calibration, choose_threshold, fit_probability
+from pipelines.model.calibration import (
+    Calibration,
+    choose_threshold,
+    fit_factor,
+    fit_probability,
+)
 from pipelines.model.checkpoint import (
     Checkpoint,
     pack_chance,
@@ -406,9 +411,7 @@ def calibrate(
             thresholds[target.name] = choose_threshold(values, _label(target, heads, labels)[known])
             continue
         amount = labels.amount[known, heads.amounts.index(target.horizon_days)]
-        actual, total = float(amount.sum(dtype=np.float64)), float(values.sum())
-        if actual > 0 and total > 0:
-            factor[str(target.horizon_days)] = actual / total
+        factor[str(target.horizon_days)] = fit_factor(amount.astype(np.float64), values)
     return predictor.calibrated(Calibration(slope=slope, shift=shift, factor=factor), thresholds)
 
 

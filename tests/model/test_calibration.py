@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipelines.model.calibration import Calibration, choose_threshold, fit_probability
+from pipelines.model.calibration import (
+    Calibration,
+    choose_threshold,
+    fit_factor,
+    fit_probability,
+)
 
 
 def test_recovers_a_distortion() -> None:
@@ -28,6 +33,31 @@ def test_labels_all_alike_stay_finite(value: bool) -> None:
     slope, shift = fit_probability(predicted, np.full((50, 1), value), known)
     assert np.isfinite([slope, *shift]).all()
     assert slope > 0
+
+
+def test_few_rows_correct_little() -> None:
+    rng = np.random.default_rng(3)
+    predicted = np.full((40_000, 1), 0.2)
+    label = rng.random(predicted.shape) < 0.4
+    known = np.full(predicted.shape, True)
+    moved = []
+    for rows in (50, 1_000, 40_000):
+        slope, shift = fit_probability(predicted[:rows], label[:rows], known[:rows])
+        moved.append(Calibration(slope={"x": slope}, shift={"x": shift}))
+    few, some, many = (float(c.probability("x", predicted[:1])[0, 0]) for c in moved)
+    assert 0.2 < few < some < many
+    assert few < 0.25
+    assert many == pytest.approx(0.4, abs=0.01)
+
+
+def test_a_factor_trusts_a_total_as_far_as_it_has_buyers() -> None:
+    alike = np.repeat([0.0, 3.0], 10_000)
+    assert fit_factor(alike, np.ones(20_000)) == pytest.approx(1.5, rel=0.01)
+    # As much in all, nearly all of it by one of them.
+    one = np.append(np.full(9_999, 0.1), 29_000.0)
+    assert 1.0 < fit_factor(one, np.full(10_000, 2.0)) < 1.01
+    assert fit_factor(np.zeros(5), np.ones(5)) == 1.0
+    assert fit_factor(np.ones(5), np.zeros(5)) == 1.0
 
 
 def test_open_windows_do_not_count() -> None:
