@@ -9,7 +9,8 @@ models, and the paired difference with its 95 % interval (bootstrap over users).
 Sets (files of these names in --folder; none is part of this project):
 
     online_retail      UCI Online Retail II: purchases of a British wholesaler, 2009 to 2011
-    completejourney    dunnhumby The Complete Journey: baskets of households, a year
+    completejourney    dunnhumby The Complete Journey: baskets of households, a year, with tables
+                       of products and households
     taobao             Alibaba user behaviour: views, carts, wishes, purchases, nine days
     rees46             REES46 multi-category shop: the head of a month
     trivago            trivago RecSys 2019 sessions: searches, views and click-outs, a week
@@ -27,6 +28,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
+import pandas as pd
 import yaml
 
 from pipelines.config import parse_params
@@ -73,6 +75,17 @@ SETS: Final[dict[str, dict[str, Any]]] = {
             "price": "sales_value",
             "quantity": None,
             "session_id": "basket_id",
+        },
+        "tables": {
+            "items": (
+                "completejourney_products.csv.gz",
+                {"product_id": "item_id", "product_category": "category", "brand": "brand"},
+            ),
+            # Income stands in the one free column of groups that a shopper has.
+            "users": (
+                "completejourney_demographics.csv.gz",
+                {"household_id": "user_id", "age": "age", "income": "region"},
+            ),
         },
         "params": {},
     },
@@ -144,6 +157,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=list(SETS))
     parser.add_argument("--tests", type=int, default=1, help="test cuts")
+    parser.add_argument("--no-tables", action="store_true", help="of items and shoppers")
     given = parser.parse_args()
     settings = yaml.safe_load(Path("params.yaml").read_text())
     settings["cuts"]["test"] = given.tests
@@ -152,10 +166,33 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="forecart-bench-") as folder:
             root = Path(folder)
             (root / "expectations").symlink_to(expectations)
-            print(json.dumps({name: measure(name, settings, given.folder, root)}), flush=True)
+            tables = {} if given.no_tables else write_tables(name, given.folder, root)
+            found = measure(name, settings, given.folder, root, tables)
+            print(json.dumps({name: found}), flush=True)
 
 
-def measure(name: str, settings: dict[str, Any], folder: Path, root: Path) -> dict[str, Any]:
+def write_tables(name: str, folder: Path, root: Path) -> dict[str, str]:
+    """Write a set's tables of items and shoppers with the columns that ingest knows.
+
+    Ages come in bands, such as 45-54 or 65+, and become the lower end plus five.
+
+    Returns:
+        The files by the name of their setting.
+    """
+    written = {}
+    for kind, (file, columns) in SETS[name].get("tables", {}).items():
+        table = pd.read_csv(folder / file, dtype="string", usecols=list(columns))
+        table = table.rename(columns=columns)
+        if "age" in table:
+            table["age"] = table["age"].str[:2].astype("float64") + 5
+        table.to_parquet(root / f"{kind}.parquet")
+        written[kind] = str(root / f"{kind}.parquet")
+    return written
+
+
+def measure(
+    name: str, settings: dict[str, Any], folder: Path, root: Path, tables: dict[str, str]
+) -> dict[str, Any]:
     """Run the stages on one set and compare the two models."""
     entry = SETS[name]
     files = {
@@ -163,6 +200,7 @@ def measure(name: str, settings: dict[str, Any], folder: Path, root: Path) -> di
         "path": str((folder / entry["file"]).resolve()),
         "mapping": entry["mapping"],
         "keep_repeats": entry.get("keep_repeats", False),
+        **tables,
     }
     merged = dict(settings)
     merged["ingest"] = {**settings["ingest"], "source": "files", "files": files}
