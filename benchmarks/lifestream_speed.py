@@ -137,7 +137,7 @@ def measure_ours(root: Path, threads: int) -> float:
     params = load_params(root / "params.yaml")
     config = params.train
     sequences, periods, targets, vocabulary = load_inputs(root)
-    seed_everything(config.seed)
+    seed_everything(config.seed, threads)
     heads = Heads.for_targets(targets)
     fit = _Fit(Timeline(sequences), periods, heads, targets, config, vocabulary)
     close = periods.calibration

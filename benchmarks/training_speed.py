@@ -46,13 +46,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--width", type=int)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
     config = load_params(given.root / "params.yaml").train
-    sizes = {"width": given.width, "layers": given.layers}
+    sizes = {"width": given.width, "layers": given.layers, "threads": given.threads}
     config = config.model_copy(update={k: v for k, v in sizes.items() if v})
     sequences, periods, targets, vocabulary = load_inputs(given.root)
-    seed_everything(config.seed)
+    seed_everything(config.seed, config.threads)
     heads = Heads.for_targets(targets)
     fit = _Fit(Timeline(sequences), periods, heads, targets, config, vocabulary)
     close = periods.calibration

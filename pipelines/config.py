@@ -273,6 +273,7 @@ class Train(Section):
 
     backbone: Literal["gpt", "bert", "lstm", "cnn", "mlp"] = "gpt"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
     width: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 64
     layers: Annotated[int, Field(ge=1, le=64)] = 2
     heads: Annotated[int, Field(ge=1, le=64)] = 4

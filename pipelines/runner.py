@@ -83,18 +83,17 @@ def run(root: Path) -> None:
 
 
 def _run_block(root: Path, chains: Sequence[Chain]) -> None:
-    own = dict(os.environ)
-    if len(chains) > 1:
-        # Processes whose threads wait for each other on shared cores lose more than they gain.
-        own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(chains))))
     running: list[subprocess.Popen[bytes]] = []
     try:
         for place, chain in enumerate(chains):
             command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item"]
+            quiet = {}
             if place:
+                command = ["nice", "-n", str(_NICENESS), *command]
                 # One progress bar at a time can be read.
-                command, own = ["nice", "-n", str(_NICENESS), *command], own | {"TQDM_DISABLE": "1"}
-            running.append(subprocess.Popen([*command, *chain], cwd=root, env=own))
+                quiet = {"TQDM_DISABLE": "1"}
+            process = subprocess.Popen([*command, *chain], cwd=root, env=os.environ | quiet)
+            running.append(process)
         codes = [process.wait() for process in running]
     except BaseException:
         # Ctrl-C reaches them by themselves; what else ends this process is to end them.

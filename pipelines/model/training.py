@@ -151,7 +151,7 @@ def pretrain_model(
     """
     if not pretrain.epochs:
         return {}
-    seed_everything(config.seed)
+    seed_everything(config.seed, config.threads)
     heads = Heads.for_targets(targets)
     fit = _Fit(Timeline(sequences), periods, heads, targets, config, vocabulary)
     fit.resume(checkpoint, on_epoch)
@@ -199,7 +199,7 @@ def train_model(
         fits: list[_Fit] = []
         for member in range(config.members):
             own = config.model_copy(update={"seed": config.seed + member * _SEED_STEP})
-            seed_everything(own.seed)
+            seed_everything(own.seed, own.threads)
             fit = _Fit(timeline, periods, heads, targets, own, vocabulary)
             tell = _shift_epochs(on_epoch, fits)
             if not fit.resume(checkpoint.part(member) if checkpoint else None, tell):
@@ -251,24 +251,19 @@ def _join(predictors: Sequence[Predictor]) -> Predictor:
     return Predictor(replace(predictors[0].spec, members=len(networks)), Committee(networks))
 
 
-def seed_everything(seed: int) -> None:
-    """Make what follows repeatable: seeds, the number of threads, deterministic kernels."""
+def seed_everything(seed: int, threads: int = 1) -> None:
+    """Make what follows repeatable: seeds, the number of threads, deterministic kernels.
+
+    Sums split over another number of threads round differently, so that it is a setting and not the
+    machine's own.
+    """
     torch.manual_seed(seed)
-    torch.set_num_threads(_count_threads())
+    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Every buffer here is written before it is read; filling them first costs a tenth.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Moments of rarely met embeddings fade into denormal numbers, on which CPUs are slow.
     torch.set_flush_denormal(True)
-
-
-def _count_threads() -> int:
-    """Return the threads of one operation: two, or what OMP_NUM_THREADS says.
-
-    Small networks gain nothing from more; and sums split over another number round differently.
-    """
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdecimal() and int(given) else min(2, os.cpu_count() or 1)
 
 
 def population(timeline: Timeline, ts: int, active_days: float | None) -> Cuts:
@@ -334,7 +329,7 @@ class _Grower:
             config=config.trees,
             seed=config.seed,
         )
-        if choose_device(config.device).type != "cpu" or _count_threads() < (os.cpu_count() or 1):
+        if choose_device(config.device).type != "cpu" or config.threads < (os.cpu_count() or 1):
             self._growing = self._pool.submit(self._grow)
 
     def __enter__(self) -> _Grower:

@@ -192,9 +192,9 @@ def test_they_grow_the_same_beside_the_network(
     monkeypatch.setattr("pipelines.model.training.grow_trees", grow)
     monkeypatch.setattr("pipelines.model.training.os.cpu_count", lambda: 2)
     trees = []
-    for threads in ("2", "1"):
-        monkeypatch.setenv("OMP_NUM_THREADS", threads)
-        config = SOME.model_copy(update={"epochs": 1, "refit_epochs": 0})
+    for threads in (2, 1):
+        changes = {"epochs": 1, "refit_epochs": 0, "threads": threads}
+        config: Train = SOME.model_copy(update=changes)
         trees.append(train_model(shop, PERIODS, TARGETS, config, vocabulary).shipped.trees)
     assert [thread is threading.main_thread() for thread in grown_in] == [True, False]
     after, beside = (found.to_tensors() for found in trees)
