@@ -8,7 +8,7 @@ each with a training seed of its own. On the test cut, for ROC-AUC (spend: Gini)
     ahead                the lower end of the paired 95 % interval of model - lightgbm, by shop
     ece, total_ratio     beside the oracle's own, which is what chance leaves on one cut
 
-    python benchmarks/oracle_gap.py [--seeds 3] [--model ensemble] [--shoppers N]
+    python benchmarks/oracle_gap.py [--seeds 3] [--model ensemble] [--shoppers N] [--tests 1]
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--model", default="ensemble")
     parser.add_argument("--shoppers", type=int, help="registered in a shop; default: params.yaml")
+    parser.add_argument("--tests", type=int, help="test cuts; default: params.yaml")
     given = parser.parse_args()
     settings = yaml.safe_load(Path("params.yaml").read_text())
+    if given.tests is not None:
+        settings["cuts"]["test"] = given.tests
     if given.shoppers is not None:
         settings["ingest"]["simulator"]["users"] = given.shoppers
     shop = settings["ingest"]["simulator"]["seed"]
