@@ -95,9 +95,10 @@ def _run_block(root: Path, chains: Sequence[Chain]) -> None:
             process = subprocess.Popen([*command, *chain], cwd=root, env=os.environ | quiet)
             running.append(process)
         codes = [process.wait() for process in running]
-    except BaseException:
-        # Ctrl-C reaches them by themselves; what else ends this process is to end them.
-        for process in running:
+    except BaseException as error:
+        # Ctrl-C reaches them, too, and they put their things in order; what else ends this process
+        # is to end them.
+        for process in running if not isinstance(error, KeyboardInterrupt) else ():
             process.terminate()
         for process in running:
             process.wait()

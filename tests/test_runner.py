@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
 import random
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +102,34 @@ def test_what_failed_is_told_and_the_others_are_gone_on_with(project: Path) -> N
         run(project)
     assert set(yaml.safe_load((project / "dvc.lock").read_text())["stages"]) == {"good"}
     assert not (project / "end").exists()
+
+
+def test_an_interrupt_ends_all_of_it(project: Path) -> None:
+    """As Ctrl-C in a terminal, which reaches every process of the group."""
+    stages = {
+        name: {"cmd": f"touch {name}.began; sleep 60; touch {name}", "outs": [name]}
+        for name in ("a", "b")
+    }
+    stages["end"] = {"cmd": "touch end", "deps": ["a", "b"], "outs": ["end"]}
+    make(project, stages)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "run"],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 60
+    while not all((project / f"{name}.began").exists() for name in ("a", "b")):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=50)
+    assert process.returncode == 130
+    assert not (project / "a").exists()
+    assert not (project / "end").exists()
+    # Nothing holds the project: the next run begins at once.
+    make(project, {name: {"cmd": f"touch {name}", "outs": [name]} for name in ("a", "b")})
+    run(project)
+    assert (project / "b").exists()
