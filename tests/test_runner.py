@@ -113,7 +113,8 @@ def test_an_interrupt_ends_all_of_it(project: Path) -> None:
     stages["end"] = {"cmd": "touch end", "deps": ["a", "b"], "outs": ["end"]}
     make(project, stages)
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", "run"],
+        # What a shell starts in the background ignores interrupts, and so do its children.
+        ["env", "--default-signal=INT", sys.executable, "-m", "pipelines.cli", "run"],
         cwd=project,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
