@@ -3,8 +3,8 @@ SHELL := /bin/sh
 .SHELLFLAGS := -ec
 .DEFAULT_GOAL := help
 
-COMMA := ,
 VENV := .venv
+EXTRAS := orchestrate,serve,spark,dev
 BIN := $(CURDIR)/$(VENV)/bin
 PATH := $(BIN):$(PATH)
 export PATH
@@ -55,7 +55,7 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 
 $(VENV)/.installed: $(VENV)/.runs
 	@echo "Installing Airflow, Spark and the tools for tests into $(VENV)"
-	$(call install,orchestrate$(COMMA)serve$(COMMA)spark$(COMMA)dev)
+	$(call install,$(EXTRAS))
 
 run: $(VENV)/.runs ## events -> validated data, trained and compared models, verdict, Bento
 	@forecart run
