@@ -8,9 +8,12 @@ processes as there are chains that do not meet.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Final
@@ -23,6 +26,8 @@ GRAPH: Final = Path("dvc.yaml")
 _ALONE: Final = frozenset({"package"})
 # All but the longest chain yield to it: what is left at its end would run alone.
 _NICENESS: Final = 10
+
+_PATIENCE: Final = 0.2  # seconds until what DVC started meanwhile is ended, too
 
 Chain = tuple[str, ...]
 
@@ -78,8 +83,22 @@ def run(root: Path) -> None:
         UserError: dvc.yaml is missing or damaged, or a stage failed; the others of its block were
             gone on with, and DVC knows what they made.
     """
-    for block in split(load_graph(root / GRAPH)):
-        _run_block(root, block)
+    with _leave_on_sigterm():
+        for block in split(load_graph(root / GRAPH)):
+            _run_block(root, block)
+
+
+@contextmanager
+def _leave_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end this process as an exception does, so that what it started ends, too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run_block(root: Path, chains: Sequence[Chain]) -> None:
@@ -96,13 +115,25 @@ def _run_block(root: Path, chains: Sequence[Chain]) -> None:
             running.append(process)
         codes = [process.wait() for process in running]
     except BaseException as error:
-        # Ctrl-C reaches them, too, and they put their things in order; what else ends this process
-        # is to end them.
-        for process in running if not isinstance(error, KeyboardInterrupt) else ():
-            process.terminate()
+        # Ctrl-C reaches them, too; what else ends this process is to end them.
+        if not isinstance(error, KeyboardInterrupt):
+            _terminate(running)
         for process in running:
             process.wait()
         raise
     failed = [" ".join(chain) for chain, code in zip(chains, codes, strict=True) if code]
     if failed:
         raise UserError(f"not done: {', '.join(failed)}; see above")
+
+
+def _terminate(running: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End what DVC's processes started until they end themselves, with their locks in order."""
+    import psutil
+
+    while left := [process for process in running if process.poll() is None]:
+        for process in left:
+            with suppress(psutil.Error):
+                for stage in psutil.Process(process.pid).children(recursive=True):
+                    stage.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            left[0].wait(_PATIENCE)

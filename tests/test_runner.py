@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -104,8 +105,13 @@ def test_what_failed_is_told_and_the_others_are_gone_on_with(project: Path) -> N
     assert not (project / "end").exists()
 
 
-def test_an_interrupt_ends_all_of_it(project: Path) -> None:
-    """As Ctrl-C in a terminal, which reaches every process of the group."""
+@pytest.mark.parametrize(
+    ("number", "to_all", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)]
+)
+def test_a_signal_ends_all_of_it(
+    project: Path, number: signal.Signals, to_all: bool, code: int
+) -> None:
+    """Ctrl-C in a terminal reaches the whole group, what a service manager sends the first."""
     stages = {
         name: {"cmd": f"touch {name}.began; sleep 60; touch {name}", "outs": [name]}
         for name in ("a", "b")
@@ -125,9 +131,13 @@ def test_an_interrupt_ends_all_of_it(project: Path) -> None:
     while not all((project / f"{name}.began").exists() for name in ("a", "b")):
         assert time.monotonic() < until
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) >= 4  # of each stage DVC and its command
+    (os.killpg if to_all else os.kill)(process.pid, number)
     process.communicate(timeout=50)
-    assert process.returncode == 130
+    assert process.returncode == code
+    _, left = psutil.wait_procs(started, timeout=10)
+    assert not left
     assert not (project / "a").exists()
     assert not (project / "end").exists()
     # Nothing holds the project: the next run begins at once.
