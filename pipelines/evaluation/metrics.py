@@ -76,6 +76,36 @@ class Ranking:
     gain: Floats
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """Rows in the order of their score, best first.
+
+    Attributes:
+        rows: (N,) which.
+        outcome: (N,) of each, 0/1 or an amount.
+        last: (G,) positions that end a group of equal scores.
+    """
+
+    rows: NDArray[np.int64]
+    outcome: Floats
+    last: NDArray[np.int64]
+
+    @classmethod
+    def by(cls, score: Floats, outcome: Floats) -> _Order:
+        rows = np.argsort(-score, kind="stable")
+        last = np.flatnonzero(np.append(np.diff(score[rows]) != 0, True))
+        return cls(rows=rows, outcome=outcome[rows], last=last)
+
+    def rank(self, weights: Floats) -> Ranking:
+        """Sum up (B, N) weights."""
+        ordered = np.take(weights, self.rows, axis=1)
+        rows = np.cumsum(ordered, axis=1)
+        gain = np.cumsum(np.multiply(ordered, self.outcome, out=ordered), axis=1)
+        if len(self.last) < len(self.rows):
+            rows, gain = rows[:, self.last], gain[:, self.last]
+        return Ranking(rows=rows, gain=gain)
+
+
 def rank_rows(outcome: Floats, score: Floats, weights: Floats) -> Ranking:
     """Sort rows by score, best first; ties form one group.
 
@@ -84,18 +114,14 @@ def rank_rows(outcome: Floats, score: Floats, weights: Floats) -> Ranking:
         score: (N,).
         weights: (B, N).
     """
-    order = np.argsort(-score, kind="stable")
-    sorted_weights = np.take(weights, order, axis=1)
-    last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
-    rows = np.cumsum(sorted_weights, axis=1)
-    gain = np.cumsum(np.multiply(sorted_weights, outcome[order], out=sorted_weights), axis=1)
-    if len(last) < len(score):
-        rows, gain = rows[:, last], gain[:, last]
-    return Ranking(rows=rows, gain=gain)
+    return _Order.by(score, outcome).rank(weights)
 
 
-def _before(cumulative: Floats) -> Floats:
-    return np.concatenate([np.zeros((len(cumulative), 1)), cumulative[:, :-1]], axis=1)
+def _area(x: Floats, y: Floats) -> Floats:
+    """(B,) area under the line from the origin through (B, G) cumulative sums."""
+    steps, heights = x[:, 1:] - x[:, :-1], y[:, 1:] + y[:, :-1]
+    area: Floats = 0.5 * (np.einsum("bg,bg->b", steps, heights) + x[:, 0] * y[:, 0])
+    return area
 
 
 def _divide(a: Floats, b: Floats) -> Floats:
@@ -108,32 +134,38 @@ def roc_auc(ranking: Ranking) -> Floats:
     """Area under the ROC curve, ties counted half (Mann & Whitney, 1947)."""
     positives = ranking.gain
     negatives = ranking.rows - positives
-    step = negatives - _before(negatives)
-    area = (step * (_before(positives) + positives) / 2).sum(axis=1)
-    return _divide(area, positives[:, -1] * negatives[:, -1])
+    return _divide(_area(negatives, positives), positives[:, -1] * negatives[:, -1])
 
 
 def pr_auc(ranking: Ranking) -> Floats:
     """Average precision: the precision at each threshold, weighted by the recall gained."""
-    positives = ranking.gain
-    step = positives - _before(positives)
-    precision = _divide(positives, ranking.rows)
-    return _divide((step * np.nan_to_num(precision)).sum(axis=1), positives[:, -1])
+    positives, rows = ranking.gain, ranking.rows
+    # A sample may lack the best rows: precision of nobody is not looked at.
+    precision = np.divide(positives, rows, out=np.zeros_like(rows), where=rows > 0)
+    steps = positives[:, 1:] - positives[:, :-1]
+    area = np.einsum("bg,bg->b", steps, precision[:, 1:]) + positives[:, 0] * precision[:, 0]
+    return _divide(area, positives[:, -1])
 
 
-def _read_at(ranking: Ranking, column: Floats, share: float) -> Floats:
-    """(B,) a cumulative column where ``share`` of the rows are above, linear within a group."""
+def _read_gain(ranking: Ranking, share: float) -> Floats:
+    """(B,) gain where ``share`` of the rows are above, linear within a group."""
     wanted = share * ranking.rows[:, -1]
-    values = np.empty(len(wanted))
-    for b, (rows, total) in enumerate(zip(ranking.rows, column, strict=True)):
-        values[b] = np.interp(wanted[b], np.append(0, rows), np.append(0, total))
-    return values
+    column = np.count_nonzero(ranking.rows < wanted[:, None], axis=1)
+    sample = np.arange(len(wanted))
+    rows, gain = ranking.rows[sample, column], ranking.gain[sample, column]
+    before = np.maximum(column - 1, 0)
+    is_first = column == 0
+    rows_before = np.where(is_first, 0.0, ranking.rows[sample, before])
+    gain_before = np.where(is_first, 0.0, ranking.gain[sample, before])
+    read: Floats = gain_before + (gain - gain_before) * (wanted - rows_before) / (
+        rows - rows_before
+    )
+    return read
 
 
 def lift(ranking: Ranking, share: float = LIFT_SHARE) -> Floats:
     """Rate of outcomes among the best-scored share, over the rate among all."""
-    captured = _divide(_read_at(ranking, ranking.gain, share), ranking.gain[:, -1])
-    return captured / share
+    return _divide(_read_gain(ranking, share), ranking.gain[:, -1]) / share
 
 
 def binary_metrics(y: Floats, p: Floats, weights: Floats, *, threshold: float) -> dict[str, Floats]:
@@ -148,7 +180,38 @@ def binary_metrics(y: Floats, p: Floats, weights: Floats, *, threshold: float) -
     Returns:
         Metric name -> (B,).
     """
-    return _in_blocks(lambda block: _binary_metrics(y, p, block, threshold), weights)
+    safe = np.clip(p, _EPSILON, 1 - _EPSILON)
+    called = (p >= threshold).astype(float)
+    columns = [
+        np.ones_like(p),
+        y,
+        called,
+        called * y,
+        called == (y > 0),
+        -(y * np.log(safe) + (1 - y) * np.log1p(-safe)),
+        (p - y) ** 2,
+    ]
+    total, positives, calls, hits, right, loss, squares = (weights @ np.column_stack(columns)).T
+    precision, recall = _divide(hits, calls), _divide(hits, positives)
+    order = _Order.by(p, y)
+    ranked = _in_blocks(lambda block: _rank_binary(order.rank(block)), weights)
+    return {
+        "roc_auc": ranked["roc_auc"],
+        "pr_auc": ranked["pr_auc"],
+        "log_loss": loss / total,
+        "brier": squares / total,
+        "ece": calibration_error(y, p, weights),
+        "accuracy": right / total,
+        # Calling nobody is right about nobody: precision 0 keeps the row comparable.
+        "precision": np.nan_to_num(precision),
+        "recall": recall,
+        "f1": _divide(2 * hits, calls + positives),
+        "lift_at_10pct": ranked["lift"],
+    }
+
+
+def _rank_binary(ranking: Ranking) -> dict[str, Floats]:
+    return {"roc_auc": roc_auc(ranking), "pr_auc": pr_auc(ranking), "lift": lift(ranking)}
 
 
 def _in_blocks(
@@ -158,42 +221,15 @@ def _in_blocks(
     return {name: np.concatenate([block[name] for block in found]) for name in found[0]}
 
 
-def _binary_metrics(y: Floats, p: Floats, weights: Floats, threshold: float) -> dict[str, Floats]:
-    ranking = rank_rows(y, p, weights)
-    total = weights.sum(axis=1)
-    safe = np.clip(p, _EPSILON, 1 - _EPSILON)
-    loss = -(y * np.log(safe) + (1 - y) * np.log1p(-safe))
-    called = p >= threshold
-    hits = weights @ (called * y)
-    calls, positives = weights @ called.astype(float), weights @ y
-    right = weights @ (called == (y > 0)).astype(float)
-    precision, recall = _divide(hits, calls), _divide(hits, positives)
-    return {
-        "roc_auc": roc_auc(ranking),
-        "pr_auc": pr_auc(ranking),
-        "log_loss": (weights @ loss) / total,
-        "brier": (weights @ (p - y) ** 2) / total,
-        "ece": calibration_error(y, p, weights),
-        "accuracy": right / total,
-        # Calling nobody is right about nobody: precision 0 keeps the row comparable.
-        "precision": np.nan_to_num(precision),
-        "recall": recall,
-        "f1": _divide(2 * hits, calls + positives),
-        "lift_at_10pct": lift(ranking),
-    }
-
-
 def calibration_error(y: Floats, p: Floats, weights: Floats, bins: int = ECE_BINS) -> Floats:
     """Expected calibration error over bins of equal size.
 
     The bins are those of the whole sample (Naeini et al., AAAI 2015, with quantile bins), equal
     scores share a bin.
     """
-    member = _bin_rows(p, bins)
-    count = weights @ member
-    gap = np.abs(weights @ (member * (p - y)[:, None]))
-    total: Floats = gap.sum(axis=1) / count.sum(axis=1)
-    return total
+    gaps = np.abs(weights @ (_bin_rows(p, bins) * (p - y)[:, None]))
+    error: Floats = gaps.sum(axis=1) / weights.sum(axis=1)
+    return error
 
 
 def chance_of_calibration_error(
@@ -236,25 +272,32 @@ def amount_metrics(y: Floats, p: Floats, weights: Floats) -> dict[str, Floats]:
     2011). top_decile_capture is the share of all spend made by the best-scored tenth.
     total_ratio is predicted over actual total.
     """
-    return _in_blocks(lambda block: _amount_metrics(y, p, block), weights)
+    total, actual, predicted, errors = (
+        weights @ np.column_stack([np.ones_like(y), y, p, np.abs(p - y)])
+    ).T
+    by_score, by_truth = _Order.by(p, y), _Order.by(y, y)
 
+    def rank(block: Floats) -> dict[str, Floats]:
+        ranking = by_score.rank(block)
+        best = _gini(by_truth.rank(block))
+        return {
+            "gini": _divide(_gini(ranking), best),
+            "captured": _read_gain(ranking, LIFT_SHARE),
+        }
 
-def _amount_metrics(y: Floats, p: Floats, weights: Floats) -> dict[str, Floats]:
-    by_score, by_truth = rank_rows(y, p, weights), rank_rows(y, y, weights)
-    actual = weights @ y
+    ranked = _in_blocks(rank, weights)
     return {
-        "mae": (weights @ np.abs(p - y)) / weights.sum(axis=1),
-        "gini": _divide(_gini(by_score), _gini(by_truth)),
-        "top_decile_capture": _divide(_read_at(by_score, by_score.gain, LIFT_SHARE), actual),
-        "total_ratio": _divide(weights @ p, actual),
+        "mae": errors / total,
+        "gini": ranked["gini"],
+        "top_decile_capture": _divide(ranked["captured"], actual),
+        "total_ratio": _divide(predicted, actual),
     }
 
 
 def _gini(ranking: Ranking) -> Floats:
-    share = _divide(ranking.gain, ranking.gain[:, -1:])
-    width = (ranking.rows - _before(ranking.rows)) / ranking.rows[:, -1:]
-    area: Floats = (width * (_before(share) + share) / 2).sum(axis=1) - 0.5
-    return area
+    """(B,) area between the capture curve and the diagonal."""
+    rows, gain = ranking.rows, ranking.gain
+    return _divide(_area(rows, gain), rows[:, -1] * gain[:, -1]) - 0.5
 
 
 def choose_threshold(y: Floats, p: Floats, objective: str) -> float:
