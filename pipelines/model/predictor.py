@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -257,9 +259,8 @@ class Predictor:
         spend = np.where(known[events * bins :], np.exp(scores[:, events * bins :]), 0.0)
         return replace(raw, survival=stays, spend=spend)
 
-    @torch.inference_mode()
     def parts(
-        self, timeline: Timeline, cuts: Cuts, count: int = 0
+        self, timeline: Timeline, cuts: Cuts, count: int = 0, workers: int = 1
     ) -> tuple[Ahead, NDArray[np.float64]]:
         """Return what the networks say of M cuts, and what the trees say, (M, outputs).
 
@@ -267,6 +268,7 @@ class Predictor:
             timeline: all events.
             cuts: M cuts.
             count: K, of items a cut that come next; 0 = none.
+            workers: batches that are looked at side by side; the result does not depend on it.
         """
         config, heads = self.spec.network, self.spec.heads
         count = min(count, config.items)
@@ -283,7 +285,9 @@ class Predictor:
             recent = self.tokenizer.items(timeline.recent_items(cuts, RECENT))
         scores = np.zeros((len(cuts), self.trees.outputs))
         features = config.features > 0 or len(self.trees) > 0
-        for collated in self._iterate(timeline, cuts, features=features):
+
+        @torch.inference_mode()
+        def look(collated: Collated) -> None:
             if len(self.trees):
                 scores[collated.rows] = self.trees.score(collated.batch.now_features.numpy())
             batch = collated.batch.to(self._device)
@@ -296,7 +300,7 @@ class Predictor:
             ahead.raw.survival[collated.rows] = survival(outputs)
             ahead.raw.amount[collated.rows] = buyer_mean(outputs)
             if not count:
-                continue
+                return
             told = torch.from_numpy(recent[collated.rows]).to(self._device)
             chances = [
                 network.items.probabilities(now, told)
@@ -306,6 +310,8 @@ class Predictor:
             best = torch.stack(chances).mean(dim=0).topk(count, dim=1)
             ahead.items[collated.rows] = best.indices.cpu().numpy()
             ahead.chances[collated.rows] = best.values.cpu().numpy()
+
+        _do(look, self._iterate(timeline, cuts, features=features), workers)
         return ahead, scores
 
     @torch.inference_mode()
@@ -393,6 +399,22 @@ class Predictor:
                 value = happened[target.event][:, column]
             result[target.name] = value.astype(np.float32)
         return result
+
+
+def _do(work: Callable[[Collated], None], batches: Iterable[Collated], workers: int) -> None:
+    """Work on batches in so many threads; little more than one a thread are there at a time."""
+    if workers == 1:
+        for batch in batches:
+            work(batch)
+        return
+    going: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for batch in batches:
+            going.append(pool.submit(work, batch))
+            if len(going) > workers:
+                going.popleft().result()
+        while going:
+            going.popleft().result()
 
 
 def count_outputs(heads: Heads) -> int:

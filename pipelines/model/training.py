@@ -216,7 +216,7 @@ def train_model(
     cuts = _calibration_cuts(timeline, periods, targets)
     beside = joined.beside(grown[0], Mix()) if grown else joined
     # What the networks say is the same with the trees and without.
-    ahead, scores = beside.parts(timeline, cuts)
+    ahead, scores = beside.parts(timeline, cuts, workers=count_workers(config))
     first = alone_first = calibrate(joined, timeline, periods, cuts, ahead.raw, scores)
     shipped = alone = _correct(alone, alone_first)
     if grown:
@@ -264,6 +264,13 @@ def seed_everything(seed: int, threads: int = 1) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Moments of rarely met embeddings fade into denormal numbers, on which CPUs are slow.
     torch.set_flush_denormal(True)
+
+
+def count_workers(config: Train) -> int:
+    """Return how many batches may be predicted side by side, each by ``config.threads`` threads."""
+    if choose_device(config.device).type != "cpu":
+        return 1
+    return max(1, (os.cpu_count() or 1) // config.threads)
 
 
 def population(timeline: Timeline, ts: int, active_days: float | None) -> Cuts:
@@ -329,7 +336,7 @@ class _Grower:
             config=config.trees,
             seed=config.seed,
         )
-        if choose_device(config.device).type != "cpu" or config.threads < (os.cpu_count() or 1):
+        if choose_device(config.device).type != "cpu" or count_workers(config) > 1:
             self._growing = self._pool.submit(self._grow)
 
     def __enter__(self) -> _Grower:

@@ -1,4 +1,4 @@
-"""Stage: fit what the behaviour model must beat."""
+"""Stage: fit what the behaviour model must beat, and for a simulated shop what nothing can beat."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
@@ -21,14 +23,16 @@ from pipelines.baselines.density import Density
 from pipelines.baselines.linear import Linear
 from pipelines.baselines.protocol import fit_twice
 from pipelines.baselines.simple import Majority, Recency
-from pipelines.config import EnsembleTrees, LstmConfig, Params, Train
+from pipelines.config import EnsembleTrees, LstmConfig, Params, Source, Train
 from pipelines.events import to_us
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind, Target
 from pipelines.features.snapshot_table import Floats, SnapshotTable
 from pipelines.features.store import Sequences
 from pipelines.io import progress, read_json, replace_directory, write_json, write_table, write_text
-from pipelines.model.training import train_model
+from pipelines.model.training import count_workers, train_model
+from pipelines.sources.oracle import predict_oracle_table
+from pipelines.sources.simulator import SimulatorParams
 from pipelines.stages.train import load_inputs, predict
 
 FEATURES = Path("data/features")
@@ -41,7 +45,7 @@ def run(params: Params, root: Path = Path()) -> str:
     """Fit all baselines on all targets; write models and predictions.
 
     Raises:
-        UserError: data/features is missing.
+        UserError: an input is missing or does not fit the others.
     """
     table = SnapshotTable.load(root / FEATURES)
     sequences = Sequences.load(root / FEATURES / "sequences")
@@ -64,6 +68,8 @@ def run(params: Params, root: Path = Path()) -> str:
             for name, value in parameters.items():
                 fitted.setdefault(name, {})[target.name] = value
             texts[target.name] = text
+    if params.ingest.source is Source.SIMULATOR:
+        predictions["oracle"] = _predict_oracle(params, root, table)
     with replace_directory(root / ITEMS) as folder:
         for name, ranked in _rank_items(root, table, sequences, params.train.next_items).items():
             write_table(folder / f"{name}.parquet", ranked)
@@ -112,8 +118,42 @@ def _predict_lstm(root: Path, config: LstmConfig, seed: int) -> pa.Table:
     features = root / FEATURES
     trained = train_model(sequences, periods, targets, settings, vocabulary)
     cuts = read_json(features / "cuts.json")
-    (table,), _ = predict([(trained.first, trained.shipped)], sequences, features, cuts)
+    (table,), _ = predict(
+        [(trained.first, trained.shipped)],
+        sequences,
+        features,
+        cuts,
+        workers=count_workers(settings),
+    )
     return table
+
+
+def _predict_oracle(params: Params, root: Path, table: SnapshotTable) -> dict[str, Floats]:
+    """Say what is best to say of a simulated shop, on the calibration and test rows."""
+    simulator = SimulatorParams(**params.ingest.simulator.model_dump())
+    events = ds.dataset(root / "data/valid", format="parquet", exclude_invalid_files=True).to_table(
+        columns=["user_id", "ts", "event_type", "item_id", "category", "query"]
+    )
+    users = pq.read_table(root / "data/entities/users.parquet")
+    ids = pq.read_table(root / FEATURES / "users.parquet")["user_id"]
+    rows = np.flatnonzero(table.rows_of(Split.CALIBRATION, Split.TEST))
+    horizons = sorted({t.horizon_days for t in table.targets})
+    predicted = {t.name: np.full(len(rows), np.nan) for t in table.targets}
+    for cut in np.unique(table.cut[rows]):
+        here = table.cut[rows] == cut
+        found = predict_oracle_table(
+            simulator,
+            events=events,
+            users=users,
+            cut=datetime.fromisoformat(table.cut_times[int(cut)]),
+            user_ids=ids.take(pa.array(table.user[rows][here])).to_pylist(),
+            horizons_days=horizons,
+        )
+        for name, values in predicted.items():
+            if name in found:
+                values[here] = found[name]
+    # The oracle has a closed form for purchase, search, churn and spend only.
+    return {name: values for name, values in predicted.items() if np.isfinite(values).all()}
 
 
 def _rank_items(

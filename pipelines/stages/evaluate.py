@@ -5,16 +5,13 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from pipelines.config import Params, Source
+from pipelines.config import Params
 from pipelines.errors import UserError
 from pipelines.evaluation.comparison import (
     CANDIDATE,
@@ -40,8 +37,6 @@ from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind
 from pipelines.features.snapshot_table import SnapshotTable
 from pipelines.io import read_json, write_json, write_text
-from pipelines.sources.oracle import predict_oracle_table
-from pipelines.sources.simulator import SimulatorParams
 
 FEATURES = Path("data/features")
 MODEL = Path("models/gpt")
@@ -69,8 +64,6 @@ def run(params: Params, root: Path = Path()) -> str:
     champion = _predict_champion(params, root, table)
     if champion is not None:
         predictions["champion"] = champion
-    if params.ingest.source is Source.SIMULATOR:
-        predictions["oracle"] = _predict_oracle(params, root, table)
     test = collect_test_rows(table, predictions, params.evaluation)
     evaluation = compare(table, test, params.evaluation, data=_describe_data(params, root))
     evaluation["drift"] = measure_drift(table)
@@ -223,35 +216,6 @@ def _predict_champion(
             parts.setdefault(name, []).append(np.asarray(values, dtype=np.float64))
     known = {t.name for t in table.targets}
     return {name: np.concatenate(p) for name, p in parts.items() if name in known}
-
-
-def _predict_oracle(
-    params: Params, root: Path, table: SnapshotTable
-) -> dict[str, np.ndarray[Any, Any]]:
-    simulator = SimulatorParams(**params.ingest.simulator.model_dump())
-    events = ds.dataset(root / "data/valid", format="parquet", exclude_invalid_files=True).to_table(
-        columns=["user_id", "ts", "event_type", "item_id", "category", "query"]
-    )
-    users = pq.read_table(root / "data/entities/users.parquet")
-    ids = pq.read_table(root / FEATURES / "users.parquet")["user_id"]
-    rows = np.flatnonzero(table.rows_of(Split.CALIBRATION, Split.TEST))
-    horizons = sorted({t.horizon_days for t in table.targets})
-    predicted = {t.name: np.full(len(rows), np.nan) for t in table.targets}
-    for cut in np.unique(table.cut[rows]):
-        here = table.cut[rows] == cut
-        found = predict_oracle_table(
-            simulator,
-            events=events,
-            users=users,
-            cut=datetime.fromisoformat(table.cut_times[int(cut)]),
-            user_ids=ids.take(pa.array(table.user[rows][here])).to_pylist(),
-            horizons_days=horizons,
-        )
-        for name, values in predicted.items():
-            if name in found:
-                values[here] = found[name]
-    # The oracle has a closed form for purchase, search, churn and spend only.
-    return {name: values for name, values in predicted.items() if np.isfinite(values).all()}
 
 
 def _describe_data(params: Params, root: Path) -> dict[str, Any]:

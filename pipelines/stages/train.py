@@ -31,7 +31,7 @@ from pipelines.model.heads import Target
 from pipelines.model.predictor import WEIGHTS, Predictor
 from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import Periods, train_model
+from pipelines.model.training import Periods, count_workers, train_model
 from pipelines.registry.tracking import track
 
 FEATURES: Final = Path("data/features")
@@ -91,7 +91,14 @@ def run(params: Params, root: Path = Path()) -> str:
             PREDICTIONS: (trained.first, trained.shipped),
             ALONE: (trained.network_first, trained.network),
         }
-        tables, items = predict(list(pairs.values()), sequences, features, cuts, _NEXT_ITEMS)
+        tables, items = predict(
+            list(pairs.values()),
+            sequences,
+            features,
+            cuts,
+            next_items=_NEXT_ITEMS,
+            workers=count_workers(params.train),
+        )
         for path, table in zip([*pairs, NEXT_ITEMS], [*tables, items], strict=True):
             write_table(root / path, table)
         write_text(root / CURVES, format_curves(curves))
@@ -185,7 +192,9 @@ def predict(
     sequences: Sequences,
     features: Path,
     cuts: dict[str, Any],
+    *,
     next_items: int = 0,
+    workers: int = 1,
 ) -> tuple[list[pa.Table], pa.Table]:
     """Predict the calibration rows by the first fit, the test rows by the refitted model.
 
@@ -195,6 +204,7 @@ def predict(
         features: data/features.
         cuts: of its cuts.json.
         next_items: how many items are ranked at the test rows, by those that come next.
+        workers: batches that are looked at side by side.
 
     Returns:
         A table for every pair, and one of the items.
@@ -218,7 +228,10 @@ def predict(
             "cut": pa.array(np.full(len(users), entry["index"]), pa.int32()),
         }
         ahead, scores = models[0].parts(
-            timeline, timeline.cuts(users.astype(np.int64), ts), next_items if is_test else 0
+            timeline,
+            timeline.cuts(users.astype(np.int64), ts),
+            next_items if is_test else 0,
+            workers,
         )
         for model, parts in zip(models, tables, strict=True):
             parts.append(pa.table(rows | model.finish(model.join(ahead.raw, scores))))

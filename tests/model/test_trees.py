@@ -144,6 +144,28 @@ def test_belief_leaves_one_half_for_a_reason_only(good: int | None, expected: fl
     assert _settle(losses, np.arange(400) // 2) == expected
 
 
+def test_batches_side_by_side_say_the_same(
+    shop: Sequences, model: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.model.predictor._TOKENS_PER_BATCH", 512)
+    timeline = Timeline(shop)
+    cuts = timeline.cuts(np.arange(shop.users), np.full(shop.users, START + 44 * DAY))
+    one, of_trees = model.first.parts(timeline, cuts, 5)
+    other, also_of_trees = model.first.parts(timeline, cuts, 5, workers=3)
+    np.testing.assert_array_equal(one.raw.survival, other.raw.survival)
+    np.testing.assert_array_equal(one.raw.amount, other.raw.amount)
+    np.testing.assert_array_equal(one.items, other.items)
+    np.testing.assert_array_equal(one.chances, other.chances)
+    np.testing.assert_array_equal(of_trees, also_of_trees)
+
+    def fail(_: Trees, features: np.ndarray) -> np.ndarray:
+        raise MemoryError
+
+    monkeypatch.setattr(Trees, "score", fail)
+    with pytest.raises(MemoryError):
+        model.first.parts(timeline, cuts, workers=3)
+
+
 def test_both_answer_as_one(shop: Sequences, model: TrainedModel) -> None:
     timeline = Timeline(shop)
     cuts = timeline.cuts(np.arange(shop.users), np.full(shop.users, START + 44 * DAY))
