@@ -1,7 +1,9 @@
 """Batches concurrent calls, and waits for more only where that pays.
 
-While batches run, calls queue up; the next batch takes what is there. Under no load a call runs at
-once and alone, under load batches grow by themselves.
+While batches run, calls queue up; the next batch takes what is there, but no more than its share of
+all that is open: of a long batch and a short one beside it the long one's callers wait, and the
+short one costs little less. Under no load a call runs at once and alone, under load batches grow by
+themselves.
 
 One wait there is. The callers of a batch get their answers together, and those that send again do
 so one after the other: the first of them would run alone and keep the others waiting. So the next
@@ -58,7 +60,9 @@ class Batcher(Generic[Item, Result]):
         self._weight = 0
         self._working = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        # Calls, and their weight, of the batches that run.
         self._running = 0
+        self._load = 0
         # The calls that were open at the ends of the last batches.
         self._open = deque([0], maxlen=_BATCHES)
         # From the batch that ended last, and until when: the seconds that the next one waits for a
@@ -106,10 +110,12 @@ class Batcher(Generic[Item, Result]):
     async def _run_all(self) -> None:
         while self._waiting:
             await self._wait_for_more()
-            if not (batch := self._take()):
+            batch, load = self._take()
+            if not batch:
                 break
             began = time.monotonic()
             self._running += len(batch)
+            self._load += load
             try:
                 results = await self._run([item for item, _ in batch])
             except Exception as error:
@@ -120,6 +126,7 @@ class Batcher(Generic[Item, Result]):
             finally:
                 self._plan(len(batch), time.monotonic() - began)
                 self._running -= len(batch)
+                self._load -= load
             for (_, future), result in zip(batch, results, strict=True):
                 # A caller that timed out or hung up has cancelled its future.
                 if not future.done():
@@ -143,9 +150,6 @@ class Batcher(Generic[Item, Result]):
                 came = bool((await asyncio.wait([self._more], timeout=self._patience))[0])
         finally:
             self._more = None
-        # Those that came meanwhile started nobody; what is more than a batch is for the others.
-        if self._weight > self._max_weight:
-            self._start()
 
     def _is_enough(self) -> bool:
         # The least that was open stands there all the time; of what comes and goes by chance no
@@ -153,12 +157,16 @@ class Batcher(Generic[Item, Result]):
         share = min(math.ceil(min(self._open) / self._parallel), max(self._open) - self._running)
         return len(self._waiting) >= share or self._weight >= self._max_weight
 
-    def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
+    def _take(self) -> tuple[list[tuple[Item, asyncio.Future[Result]]], int]:
+        """Return the next batch and its weight; the others get what is left."""
         batch: list[tuple[Item, asyncio.Future[Result]]] = []
         total = 0
+        share = math.ceil((self._weight + self._load) / self._parallel)
+        most = min(self._max_weight, share)
         while self._waiting:
             item, weight, future = self._waiting[0]
-            if batch and total + weight > self._max_weight:
+            if batch and total + weight > most:
+                self._start()
                 break
             self._waiting.popleft()
             self._weight -= weight
@@ -166,4 +174,4 @@ class Batcher(Generic[Item, Result]):
                 continue
             batch.append((item, future))
             total += weight
-        return batch
+        return batch, total

@@ -79,7 +79,38 @@ def test_as_many_batches_run_at_a_time_as_may() -> None:
     batcher = recorder.batcher(4, parallel=2)
     asyncio.run(scenario())
     assert recorder.most == 2
-    assert [len(batch) for batch in recorder.batches] == [1, 1, 2, 2]
+    assert [len(batch) for batch in recorder.batches[:3]] == [1, 1, 2]
+    assert sum(len(batch) for batch in recorder.batches) == 6
+
+
+def test_a_batch_is_no_more_than_its_share_of_what_is_open() -> None:
+    gates: list[asyncio.Event] = []
+    sizes: list[int] = []
+
+    async def run(calls: list[int]) -> list[int]:
+        sizes.append(len(calls))
+        gates.append(asyncio.Event())
+        await gates[-1].wait()
+        return calls
+
+    async def scenario() -> None:
+        batcher: Batcher[int, int] = Batcher(run, weigh=lambda _: 1, max_weight=16, parallel=2)
+        calls = []
+        for i in range(13):
+            calls.append(asyncio.create_task(batcher.submit(i)))
+            await settle()
+        # Two run by themselves, eleven wait.
+        gates[0].set()
+        await settle()
+        assert sizes == [1, 1, 6]
+        gates[1].set()
+        await settle()
+        assert sizes == [1, 1, 6, 5]
+        gates[2].set()
+        gates[3].set()
+        assert await asyncio.gather(*calls) == list(range(13))
+
+    asyncio.run(scenario())
 
 
 def test_a_call_that_comes_when_the_last_one_goes_is_run() -> None:
@@ -230,4 +261,5 @@ def test_no_wait_for_more_than_a_batch_may_hold() -> None:
     sleeper = Sleeper(0.01)
     batcher = sleeper.batcher(max_weight=4, parallel=2)
     asyncio.run(scenario())
-    assert max(sleeper.sizes) == 4
+    assert max(sleeper.sizes) <= 4
+    assert sum(sleeper.sizes) == 9
