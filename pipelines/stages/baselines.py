@@ -69,7 +69,9 @@ def run(params: Params, root: Path = Path()) -> str:
                 fitted.setdefault(name, {})[target.name] = value
             texts[target.name] = text
     if params.ingest.source is Source.SIMULATOR:
-        predictions["oracle"] = _predict_oracle(params, root, table)
+        # Two threads take twice the processor, and no less time.
+        with threadpool_limits(1):
+            predictions["oracle"] = _predict_oracle(params, root, table)
     with replace_directory(root / ITEMS) as folder:
         for name, ranked in _rank_items(root, table, sequences, params.train.next_items).items():
             write_table(folder / f"{name}.parquet", ranked)
