@@ -336,7 +336,7 @@ class _Grower:
             config=config.trees,
             seed=config.seed,
         )
-        if choose_device(config.device).type != "cpu" or count_workers(config) > 1:
+        if choose_device(config.device).type != "cpu" or config.threads < (os.cpu_count() or 1):
             self._growing = self._pool.submit(self._grow)
 
     def __enter__(self) -> _Grower:
