@@ -14,6 +14,7 @@ from pipelines.evaluation.conformal import PredictionSets, make_sets
 from pipelines.evaluation.metrics import (
     Floats,
     amount_metrics,
+    best_gini,
     binary_metrics,
     chance_of_calibration_error,
     choose_threshold,
@@ -136,12 +137,13 @@ def compare(
 def _score_models(part: TestRows, weights: Floats, config: Evaluation) -> dict[str, Any]:
     samples: dict[str, dict[str, Floats]] = {}
     models: dict[str, Any] = {}
+    best = best_gini(part.y, weights) if part.target.kind is Kind.AMOUNT else None
     for name, p in part.predictions.items():
         if part.target.kind is Kind.BINARY:
             threshold = part.thresholds[name]
             samples[name] = binary_metrics(part.y, p, weights, threshold=threshold)
         else:
-            samples[name] = amount_metrics(part.y, p, weights)
+            samples[name] = amount_metrics(part.y, p, weights, best)
         models[name] = {k: summarise(v, config.confidence) for k, v in samples[name].items()}
         if part.target.kind is Kind.BINARY:
             models[name]["threshold"] = clean(part.thresholds[name])

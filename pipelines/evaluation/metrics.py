@@ -264,34 +264,46 @@ def _bin_rows(p: Floats, bins: int) -> Floats:
     return np.asarray(np.eye(len(edges) + 1)[np.searchsorted(edges, p, side="right")])
 
 
-def amount_metrics(y: Floats, p: Floats, weights: Floats) -> dict[str, Floats]:
+def best_gini(y: Floats, weights: Floats) -> Floats:
+    """(B,) Gini coefficient of the true order: the most that a prediction can have."""
+    order = _Order.by(y, y)
+    return _in_blocks(lambda block: {"gini": _gini(order.rank(block))}, weights)["gini"]
+
+
+def amount_metrics(
+    y: Floats, p: Floats, weights: Floats, best: Floats | None = None
+) -> dict[str, Floats]:
     """All metrics of an amount.
 
     gini is the normalised Gini coefficient: the area between the capture curve of the predicted
     order and the diagonal, over that of the true order (Frees, Meyers & Cummings, JASA 106,
     2011). top_decile_capture is the share of all spend made by the best-scored tenth.
     total_ratio is predicted over actual total.
+
+    Args:
+        y: (N,) amounts.
+        p: (N,) predicted.
+        weights: (B, N).
+        best: of ``best_gini``, which is the same for all predictions; None = found here.
+
+    Returns:
+        Metric name -> (B,).
     """
     total, actual, predicted, errors = (
         weights @ np.column_stack([np.ones_like(y), y, p, np.abs(p - y)])
     ).T
-    by_score, by_truth = _Order.by(p, y), _Order.by(y, y)
-
-    def rank(block: Floats) -> dict[str, Floats]:
-        ranking = by_score.rank(block)
-        best = _gini(by_truth.rank(block))
-        return {
-            "gini": _divide(_gini(ranking), best),
-            "captured": _read_gain(ranking, LIFT_SHARE),
-        }
-
-    ranked = _in_blocks(rank, weights)
+    order = _Order.by(p, y)
+    ranked = _in_blocks(lambda block: _rank_amounts(order.rank(block)), weights)
     return {
         "mae": errors / total,
-        "gini": ranked["gini"],
+        "gini": _divide(ranked["gini"], best_gini(y, weights) if best is None else best),
         "top_decile_capture": _divide(ranked["captured"], actual),
         "total_ratio": _divide(predicted, actual),
     }
+
+
+def _rank_amounts(ranking: Ranking) -> dict[str, Floats]:
+    return {"gini": _gini(ranking), "captured": _read_gain(ranking, LIFT_SHARE)}
 
 
 def _gini(ranking: Ranking) -> Floats:
