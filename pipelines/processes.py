@@ -1,10 +1,13 @@
 """Commands of orchestrated tasks: their output is passed on, and none outlives its task.
 
+What a kill leaves behind, processes or a torn lock, is cleared away before the next one.
+
 Imports nothing heavy: DAG files load this module many times a minute.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -39,6 +42,7 @@ class Command:
             The exit code.
         """
         end_leftovers(self.mark)
+        mend_lock(folder)
         self._process = subprocess.Popen(
             command,
             cwd=folder,
@@ -78,6 +82,34 @@ def end_leftovers(mark: str) -> None:
                 process.kill()
                 leftovers.append(process)
     psutil.wait_procs(leftovers, timeout=10)
+
+
+def mend_lock(folder: Path) -> None:
+    """Remove DVC's table of who reads and writes what, where a kill has torn it.
+
+    DVC writes it in place, and refuses all work in a project where it cannot be read.
+    """
+    table = folder / ".dvc/tmp/rwlock"
+    if not _is_torn(table):
+        return
+    from dvc.lock import LockError, make_lock
+
+    # Torn, or being written: by nobody who does not hold this. Whoever holds it goes on.
+    guard = make_lock(str(table.with_name("rwlock.lock")), tmp_dir=str(table.parent))
+    with suppress(LockError), guard:
+        if _is_torn(table):
+            print(f"removing {table}, which a killed process left half written", flush=True)
+            table.unlink()
+
+
+def _is_torn(table: Path) -> bool:
+    try:
+        json.loads(table.read_bytes())
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+    return False
 
 
 def command_environment() -> dict[str, str]:

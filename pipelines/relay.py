@@ -26,7 +26,7 @@ import yaml
 from pipelines import workspace
 from pipelines.errors import UserError
 from pipelines.graph import Graph, load_graph
-from pipelines.processes import command_environment
+from pipelines.processes import command_environment, mend_lock
 from pipelines.workspace import BRANCHES, PARAMS, run_git
 
 REFS: Final = "refs/forecart/runs/"
@@ -295,6 +295,7 @@ def _run_dvc(home: Path, folder: Path, name: str, *arguments: str) -> None:
     Raises:
         UserError: it failed.
     """
+    mend_lock(folder)
     command: Sequence[str] = [sys.executable, "-m", "dvc", *arguments]
     done = subprocess.run(
         command,

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby
@@ -20,6 +19,7 @@ from typing import Final
 
 from pipelines.errors import UserError
 from pipelines.graph import Graph, load_graph
+from pipelines.processes import mend_lock
 
 GRAPH: Final = Path("dvc.yaml")
 # What measures how long something takes is disturbed by whatever runs beside it.
@@ -83,6 +83,7 @@ def run(root: Path) -> None:
         UserError: dvc.yaml is missing or damaged, or a stage failed; the others of its block were
             gone on with, and DVC knows what they made.
     """
+    mend_lock(root)
     with _leave_on_sigterm():
         for block in split(load_graph(root / GRAPH)):
             _run_block(root, block)
@@ -91,9 +92,6 @@ def run(root: Path) -> None:
 @contextmanager
 def _leave_on_sigterm() -> Iterator[None]:
     """Let SIGTERM end this process as an exception does, so that what it started ends, too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield

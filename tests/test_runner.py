@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ import yaml
 
 from pipelines.errors import UserError
 from pipelines.graph import Graph, load_graph
+from pipelines.processes import mend_lock
 from pipelines.runner import run, split
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +90,31 @@ def test_what_does_not_wait_runs_side_by_side(project: Path) -> None:
     assert (project / "end").exists()
     lock = yaml.safe_load((project / "dvc.lock").read_text())
     assert set(lock["stages"]) == {"a", "b", "end"}
+
+
+def test_a_lock_torn_by_a_kill_is_mended(project: Path) -> None:
+    make(project, {"a": {"cmd": "touch a", "outs": ["a"]}})
+    run(project)
+    table = project / ".dvc/tmp/rwlock"
+    assert table.exists()
+    for torn in ("", '{"read": {"a"'):
+        table.write_text(torn)
+        (project / "a").unlink()
+        run(project)
+        assert (project / "a").exists()
+        json.loads(table.read_text())
+
+
+def test_a_lock_that_is_being_written_is_left_alone(project: Path) -> None:
+    from dvc.lock import make_lock
+
+    table = project / ".dvc/tmp/rwlock"
+    table.write_text("")
+    with make_lock(str(project / ".dvc/tmp/rwlock.lock"), tmp_dir=str(table.parent)):
+        mend_lock(project)
+    assert table.exists()
+    mend_lock(project)
+    assert not table.exists()
 
 
 def test_what_failed_is_told_and_the_others_are_gone_on_with(project: Path) -> None:

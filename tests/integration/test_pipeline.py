@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from pipelines.processes import mend_lock
 from tests.integration.conftest import Project, clone_project
 
 TakeProject = Callable[[], Project]
@@ -80,22 +81,10 @@ def test_a_run_killed_in_every_stage_ends_in_the_same_bytes(
     while killed != stages:
         killed.add(kill_in_stage(project, stages - killed, moments.uniform(0.1, 2.5)))
     # What had ended before a kill is not run again.
-    mend_lock(project)
+    mend_lock(project.path)
     unfinished = stages - digests(project).keys()
     assert set(ran(project.run("dvc", "repro").stdout)) <= {"fingerprint", *unfinished}
     assert digests(project) == digests(finished)
-
-
-def mend_lock(project: Project) -> None:
-    """Remove DVC's lock file where a kill has torn it, as DVC's message has people do.
-
-    DVC writes it in place; it holds nothing but which process reads and writes what.
-    """
-    path = project.path / ".dvc/tmp/rwlock"
-    try:
-        json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        path.unlink(missing_ok=True)
 
 
 def kill_in_stage(project: Project, stages: set[str], delay: float) -> str:
@@ -104,7 +93,7 @@ def kill_in_stage(project: Project, stages: set[str], delay: float) -> str:
     The kill comes some seconds into the stage, or with the start of the next one. DVC orders
     stages that don't wait for each other anew in every run, so which one it is, it has to tell.
     """
-    mend_lock(project)
+    mend_lock(project.path)
     process = subprocess.Popen(
         ["dvc", "repro"],
         cwd=project.path,
