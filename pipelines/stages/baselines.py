@@ -24,6 +24,7 @@ from pipelines.baselines.linear import Linear
 from pipelines.baselines.protocol import fit_twice
 from pipelines.baselines.simple import Majority, Recency
 from pipelines.config import EnsembleTrees, LstmConfig, Params, Source, Train
+from pipelines.errors import UserError
 from pipelines.events import to_us
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind, Target
@@ -36,6 +37,8 @@ from pipelines.sources.simulator import SimulatorParams
 from pipelines.stages.train import load_inputs, predict
 
 FEATURES = Path("data/features")
+EVENTS = Path("data/valid")
+USERS = Path("data/entities/users.parquet")
 MODELS = Path("models/baselines")
 PREDICTIONS = Path("data/predictions/baselines")
 ITEMS = Path("data/predictions/items")
@@ -51,6 +54,11 @@ def run(params: Params, root: Path = Path()) -> str:
     sequences = Sequences.load(root / FEATURES / "sequences")
     events = dict.fromkeys(_find_event(target) for target in table.targets)
     known = {event: histories.with_histories(table, sequences, event) for event in events}
+    oracle: dict[str, Floats] = {}
+    if params.ingest.source is Source.SIMULATOR:
+        # Two threads take twice the processor, and no less time.
+        with threadpool_limits(1):
+            oracle = _predict_oracle(params, root, table)
     predictions: dict[str, dict[str, Floats]] = {}
     fitted: dict[str, dict[str, Any]] = {}
     texts: dict[str, str] = {}
@@ -68,10 +76,8 @@ def run(params: Params, root: Path = Path()) -> str:
             for name, value in parameters.items():
                 fitted.setdefault(name, {})[target.name] = value
             texts[target.name] = text
-    if params.ingest.source is Source.SIMULATOR:
-        # Two threads take twice the processor, and no less time.
-        with threadpool_limits(1):
-            predictions["oracle"] = _predict_oracle(params, root, table)
+    if oracle:
+        predictions["oracle"] = oracle
     with replace_directory(root / ITEMS) as folder:
         for name, ranked in _rank_items(root, table, sequences, params.train.next_items).items():
             write_table(folder / f"{name}.parquet", ranked)
@@ -131,13 +137,20 @@ def _predict_lstm(root: Path, config: LstmConfig, seed: int) -> pa.Table:
 
 
 def _predict_oracle(params: Params, root: Path, table: SnapshotTable) -> dict[str, Floats]:
-    """Say what is best to say of a simulated shop, on the calibration and test rows."""
+    """Say what is best to say of a simulated shop, on the calibration and test rows.
+
+    Raises:
+        UserError: an input is missing or damaged.
+    """
     simulator = SimulatorParams(**params.ingest.simulator.model_dump())
-    events = ds.dataset(root / "data/valid", format="parquet", exclude_invalid_files=True).to_table(
-        columns=["user_id", "ts", "event_type", "item_id", "category", "query"]
-    )
-    users = pq.read_table(root / "data/entities/users.parquet")
-    ids = pq.read_table(root / FEATURES / "users.parquet")["user_id"]
+    try:
+        events = ds.dataset(root / EVENTS, format="parquet", exclude_invalid_files=True).to_table(
+            columns=["user_id", "ts", "event_type", "item_id", "category", "query"]
+        )
+        users = pq.read_table(root / USERS)
+        ids = pq.read_table(root / FEATURES / "users.parquet")["user_id"]
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise UserError(f"not readable: {error}; run the stages before") from None
     rows = np.flatnonzero(table.rows_of(Split.CALIBRATION, Split.TEST))
     horizons = sorted({t.horizon_days for t in table.targets})
     predicted = {t.name: np.full(len(rows), np.nan) for t in table.targets}

@@ -107,7 +107,10 @@ def run(params: Params, root: Path = Path()) -> str:
 def _read_predictions(root: Path, table: SnapshotTable) -> Predictions:
     folder = root / "data/predictions"
     files = {name: folder / f"{name}.parquet" for name in (CANDIDATE, NETWORK)}
-    files |= {f.stem: f for f in sorted((folder / "baselines").glob("*.parquet"))}
+    baselines = {f.stem: f for f in sorted((folder / "baselines").glob("*.parquet"))}
+    if not baselines:
+        raise UserError(f"{folder / 'baselines'}: no predictions; run the stages before")
+    files |= baselines
     rows = table.rows_of(Split.CALIBRATION, Split.TEST)
     predictions: Predictions = {}
     for model, file in files.items():

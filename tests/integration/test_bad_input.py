@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,22 @@ def test_a_corrupt_parquet_file(project: Project) -> None:
     project.change({"ingest": {"files": {"path": "shop.parquet"}}})
     project.run("forecart", "fingerprint")
     refused(project, "ingest", "shop.parquet")
+
+
+def test_what_a_stage_reads_is_missing(take_finished: Callable[[], Project]) -> None:
+    project = take_finished()
+    for stage, missing in (
+        ("features", "data/valid"),
+        ("baselines", "data/valid"),
+        ("baselines", "data/entities"),
+        ("evaluate", "data/predictions/baselines"),
+        ("package", "models/gpt"),
+        ("gate", "reports/package.json"),
+    ):
+        kept = project.path / "kept"
+        (project.path / missing).rename(kept)
+        refused(project, stage, missing)
+        kept.rename(project.path / missing)
 
 
 def test_an_unknown_key(project: Project) -> None:
