@@ -154,9 +154,10 @@ def pin_requirements(root: Path) -> list[str]:
     path = root / "pyproject.toml"
     try:
         project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
-        waiting = [Requirement(text) for text in project["optional-dependencies"][EXTRA]]
+        needs = [Requirement(text) for text in project["optional-dependencies"][EXTRA]]
     except (FileNotFoundError, KeyError, tomllib.TOMLDecodeError):
         raise UserError(f"{path}: no optional dependencies named {EXTRA}") from None
+    waiting = [need for need in needs if need.marker is None or need.marker.evaluate()]
     for requirement in waiting:
         if canonicalize_name(requirement.name) not in pins:
             raise UserError(f"{root / 'constraints.txt'}: {requirement.name} is not pinned")

@@ -31,12 +31,19 @@ def test_requirements_are_the_pinned_closure_of_the_serve_extra() -> None:
     assert len(names) == len(lines)
     # Needed directly, and by what is needed.
     assert {"torch", "pydantic", "pydantic-core", "starlette"} <= names
+    # uvicorn does without them, at half the speed.
+    assert {"httptools", "uvloop"} <= names
     assert not names & {"mlflow", "dvc", "duckdb", "pandas", "pytest", "apache-airflow-core"}
 
 
 def test_only_what_is_needed_is_pinned(tmp_path: Path) -> None:
     write_project(tmp_path, "'pydantic>=2'", "pydantic==2.0\npydantic-core==2.1\nnumpy==2.0\n")
     assert pin_requirements(tmp_path) == ["pydantic==2.0", "pydantic-core==2.1"]
+
+
+def test_what_another_system_needs_is_left_out(tmp_path: Path) -> None:
+    write_project(tmp_path, "'pydantic>=2', \"numpy; sys_platform == 'none'\"", "pydantic==2.0\n")
+    assert pin_requirements(tmp_path) == ["pydantic==2.0"]
 
 
 def test_a_missing_pin_is_named(tmp_path: Path) -> None:
