@@ -88,7 +88,7 @@ def main() -> None:
         sampler.start()
         began = time.perf_counter()
         while (left := options.minutes * 60 - (time.perf_counter() - began)) > 0:
-            seen = asyncio.run(send_at_rate(port, payloads, rate, min(60.0, max(1.0, left))))
+            seen, _ = send_at_rate(port, payloads, rate, min(60.0, max(1.0, left)))
             whole.statuses += seen.statuses
             for status, seconds in seen.seconds.items():
                 whole.seconds.setdefault(status, []).extend(seconds)

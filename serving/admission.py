@@ -7,7 +7,8 @@ requests alone is right for one machine and one size of calls only.
 
 Requests come in bursts, and every machine stalls for a moment at times: such a queue is gone again
 soon, and nothing is refused for it. What counts is a queue that stands (as in CoDel, Nichols and
-Jacobson, "Controlling queue delay", 2012).
+Jacobson, "Controlling queue delay", 2012). And where more is asked than can be done there is always
+a queue, however short or long: then it is the shortest one that keeps the service busy.
 """
 
 from __future__ import annotations
@@ -25,12 +26,19 @@ from serving.middleware import App, Receive, Send, refuse
 MAX_WAIT_SECONDS: Final = 0.05
 MIN_OPEN: Final = 32
 
-# A queue stands if the wait has not been short for so long. Until then more may wait, unless
-# something was refused a moment ago: a flood that a short lull interrupts is no burst.
+# A queue stands if the wait has not been short for so long. Until then more may wait.
 BURST_SECONDS: Final = 0.25
 MAX_BURST_WAIT_SECONDS: Final = 0.2
-CALM_SECONDS: Final = 2.0
 _SHORT_WAIT_SECONDS: Final = 0.5 * MAX_WAIT_SECONDS
+
+# What was asked in the last half second, in what can be done in it: where something was refused a
+# moment ago and it is more than can be done, no queue is a burst's; and by so much more, it is a
+# flood. What comes in bursts with pauses, or waits for its answers, asks for less.
+CALM_SECONDS: Final = 2.0
+FLOOD_LOAD: Final = 1.25
+FLOOD_WAIT_SECONDS: Final = 0.015
+FLOOD_OPEN: Final = 12
+_ASKED_SECONDS: Final = 0.5
 
 # Work of a request that tells no length, or next to none: its head is work as well.
 _UNKNOWN_BYTES: Final = 16_384
@@ -60,6 +68,9 @@ class Admit:
         self._seconds = 0.0
         self._done = 0.0
         self._since = 0.0
+        # What was asked, refused or not: a sum that fades, and when it was right.
+        self._asked = 0.0
+        self._asked_at = clock()
         # When the wait was short last, and when something was refused.
         self._short = clock()
         self._refused = -math.inf
@@ -69,14 +80,15 @@ class Admit:
         if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
             await self.app(scope, receive, send)
             return
-        limit = self._find_limit()
-        if self._requests >= MIN_OPEN and self.wait > limit:
+        work = _measure(scope)
+        self._note_asked(work)
+        most, limit = self._find_limits()
+        if self._requests >= most and self.wait > limit:
             self._refused = self._clock()
             text = f"{self._requests} requests wait already; send again in a moment"
             retry = [(b"retry-after", b"1")]
             await refuse(send, HTTPStatus.TOO_MANY_REQUESTS, text, retry)
             return
-        work = _measure(scope)
         if not self._requests:
             self._since = self._clock()
         self._requests += 1
@@ -94,12 +106,20 @@ class Admit:
             self._since = now
             self._note_wait(now)
 
-    def _find_limit(self) -> float:
-        """Return the seconds that a request may wait now."""
+    def _find_limits(self) -> tuple[int, float]:
+        """Return how many may be open in any case, and the seconds that a request may wait."""
         now = self._clock()
         self._note_wait(now)
-        stands = now - self._short > BURST_SECONDS or now - self._refused < CALM_SECONDS
-        return MAX_WAIT_SECONDS if stands else MAX_BURST_WAIT_SECONDS
+        load = self.load if now - self._refused < CALM_SECONDS else 0.0
+        if load > FLOOD_LOAD:
+            return FLOOD_OPEN, FLOOD_WAIT_SECONDS
+        stands = load > 1.0 or now - self._short > BURST_SECONDS
+        return MIN_OPEN, MAX_WAIT_SECONDS if stands else MAX_BURST_WAIT_SECONDS
+
+    def _note_asked(self, work: int) -> None:
+        now = self._clock()
+        self._asked = self._asked * math.exp((self._asked_at - now) / _ASKED_SECONDS) + work
+        self._asked_at = now
 
     def _note_wait(self, now: float) -> None:
         if self.wait <= _SHORT_WAIT_SECONDS:
@@ -109,6 +129,11 @@ class Admit:
     def wait(self) -> float:
         """Seconds that a request would wait now, as far as is known."""
         return self._work * self._seconds / self._done if self._done else 0.0
+
+    @property
+    def load(self) -> float:
+        """How many times what can be done was asked of late, refused or not."""
+        return self._asked / _ASKED_SECONDS * self._seconds / self._done if self._done else 0.0
 
 
 def _measure(scope: MutableMapping[str, Any]) -> int:

@@ -9,6 +9,8 @@ import pytest
 
 from serving.admission import (
     CALM_SECONDS,
+    FLOOD_OPEN,
+    FLOOD_WAIT_SECONDS,
     MAX_BURST_WAIT_SECONDS,
     MAX_WAIT_SECONDS,
     MIN_OPEN,
@@ -82,27 +84,79 @@ def test_as_many_are_let_in_as_are_answered_in_time(milliseconds: float) -> None
     assert asyncio.run(flood(Server(milliseconds / 1000))) == pytest.approx(expected, rel=0.2)
 
 
-def test_a_queue_that_stands_is_kept_short() -> None:
-    """Two requests come in the time that one takes, for two seconds."""
+async def offer(server: Server, load: float, seconds: float) -> list[int]:
+    """Ask ``load`` times what can be answered; return how many were open at every answer."""
+    tasks: list[asyncio.Task[int]] = []
+    lengths = []
+    for i in range(1, round(seconds / server.seconds) + 1):
+        tasks += [server.ask() for _ in range(int(i * load) - int((i - 1) * load))]
+        await asyncio.sleep(0)
+        lengths.append(len(server.waiting))
+        if not server.waiting:
+            server.now += server.seconds
+        await server.answer(1)
+    while server.waiting:
+        await server.answer(1)
+    statuses = [await task for task in tasks]
+    assert statuses.count(200) + statuses.count(429) == len(tasks)
+    return lengths
 
-    async def run() -> tuple[list[int], list[int]]:
+
+def test_a_queue_that_stands_is_kept_short() -> None:
+    """A little more comes than can be answered."""
+
+    async def run() -> list[int]:
         server = Server(0.001)
         await learn(server)
-        tasks, lengths = [], []
-        for _ in range(2000):
-            tasks += [server.ask(), server.ask()]
-            await asyncio.sleep(0)
-            lengths.append(len(server.waiting))
-            await server.answer(1)
-        while server.waiting:
-            await server.answer(1)
-        return lengths, [await task for task in tasks]
+        return await offer(server, 1.1, 6.0)
 
-    lengths, statuses = asyncio.run(run())
+    lengths = asyncio.run(run())
     assert max(lengths) <= 1.2 * 1000 * MAX_BURST_WAIT_SECONDS
-    assert max(lengths[1000:]) <= 1.2 * 1000 * MAX_WAIT_SECONDS
-    assert statuses.count(200) == pytest.approx(2000, rel=0.1)
-    assert statuses.count(429) == 4000 - statuses.count(200)
+    assert max(lengths[4000:]) <= 1.2 * 1000 * MAX_WAIT_SECONDS
+    assert min(lengths[4000:]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "most"), [(0.0005, 2000 * FLOOD_WAIT_SECONDS), (0.002, FLOOD_OPEN)]
+)
+@pytest.mark.parametrize("load", [1.5, 3.0])
+def test_in_a_flood_next_to_no_queue_is_left(seconds: float, most: float, load: float) -> None:
+    async def run() -> list[int]:
+        server = Server(seconds)
+        await learn(server)
+        return await offer(server, load, 3.0)
+
+    lengths = asyncio.run(run())
+    known = round(1.5 / seconds)
+    assert max(lengths) <= 1.2 * MAX_BURST_WAIT_SECONDS / seconds
+    assert max(lengths[known:]) <= 1.2 * most
+    # It is never idle.
+    assert min(lengths[known:]) >= 1
+
+
+def test_a_lull_of_a_moment_does_not_end_a_flood() -> None:
+    async def run() -> list[int]:
+        server = Server(0.001)
+        await learn(server)
+        await offer(server, 3.0, 3.0)
+        server.now += 0.2
+        return await offer(server, 3.0, 1.0)
+
+    assert max(asyncio.run(run())) <= 1.2 * max(FLOOD_OPEN, 1000 * FLOOD_WAIT_SECONDS)
+
+
+def test_a_burst_after_a_flood_is_let_in() -> None:
+    async def run() -> list[int]:
+        server = Server(0.001)
+        await learn(server)
+        await offer(server, 3.0, 3.0)
+        await offer(server, 0.5, 2.0)
+        tasks = [server.ask() for _ in range(150)]
+        await asyncio.sleep(0)
+        await server.answer(150)
+        return [await task for task in tasks]
+
+    assert set(asyncio.run(run())) == {200}
 
 
 def test_of_a_burst_nothing_is_refused() -> None:
@@ -120,21 +174,23 @@ def test_of_a_burst_nothing_is_refused() -> None:
     assert set(asyncio.run(run())) == {200}
 
 
-def test_a_flood_with_lulls_is_no_burst() -> None:
-    async def run() -> tuple[int, int]:
-        server = Server(0.001)
-        first = await flood(server)
-        server.now += CALM_SECONDS / 2
-        tasks = [server.ask() for _ in range(1000)]
-        await asyncio.sleep(0)
-        again = len(server.waiting)
-        await server.answer(again)
-        await asyncio.gather(*tasks)
-        return first, again
+def test_bursts_are_let_in_though_the_last_one_was_too_long() -> None:
+    """Less comes than can be answered, but all at once: what was refused is no sign of a flood."""
 
-    first, again = asyncio.run(run())
-    assert first == pytest.approx(1000 * MAX_BURST_WAIT_SECONDS, rel=0.2)
-    assert again == pytest.approx(1000 * MAX_WAIT_SECONDS, rel=0.2)
+    async def run() -> list[int]:
+        server = Server(0.001)
+        await learn(server)
+        let_in = []
+        for _ in range(5):
+            server.now += 1.0
+            tasks = [server.ask() for _ in range(300)]
+            await asyncio.sleep(0)
+            let_in.append(len(server.waiting))
+            await server.answer(let_in[-1])
+            await asyncio.gather(*tasks)
+        return let_in
+
+    assert asyncio.run(run()) == [pytest.approx(1000 * MAX_BURST_WAIT_SECONDS, rel=0.1)] * 5
 
 
 def test_a_stall_is_not_taken_for_a_slow_service() -> None:
