@@ -40,12 +40,22 @@ def listening(ports: dict[str, int]) -> list[int]:
     return found
 
 
-def everybody() -> Iterator[psutil.Process]:
+def bound(project: Project) -> list[Any]:
+    """Addresses that the project's processes listen on; some processes end while they are asked."""
+    found = []
+    for process in marked(project):
+        with suppress(psutil.NoSuchProcess):
+            connections = process.net_connections("inet")
+            found += [c.laddr for c in connections if c.status == psutil.CONN_LISTEN]
+    return found
+
+
+def everybody() -> Iterator[str]:
+    """Command lines of all processes."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.status() != psutil.STATUS_ZOMBIE:
-                process.cmdline()
-                yield process
+                yield " ".join(process.cmdline())
 
 
 @pytest.fixture
@@ -87,16 +97,16 @@ def test_up_shows_the_dag_and_down_leaves_nothing(
         "access_token"
     ]
     assert call(f"{airflow}/api/v2/pools/gpu", token=token)["slots"] == 1
-    for connection in (c for p in marked(project) for c in p.net_connections("inet")):
-        if connection.status == psutil.CONN_LISTEN:
-            assert connection.laddr.ip in ("127.0.0.1", "::1"), connection
+    addresses = bound(project)
+    assert {ports["airflow"], ports["mlflow"]} <= {address.port for address in addresses}
+    assert {address.ip for address in addresses} <= {"127.0.0.1", "::1"}
     again = project.run("forecart", "up", check=False)
     assert again.returncode == 2
     assert "running already" in again.stderr
     assert "stopped" in project.run("forecart", "down").stdout
     assert marked(project) == []
     assert listening(ports) == []
-    assert not any(str(project.path) in " ".join(p.cmdline()) for p in everybody())
+    assert not any(str(project.path) in line for line in everybody())
     assert "nothing was running" in project.run("forecart", "down").stdout
 
 
