@@ -89,9 +89,7 @@ def main() -> None:
         began = time.perf_counter()
         while (left := options.minutes * 60 - (time.perf_counter() - began)) > 0:
             seen, _ = send_at_rate(port, payloads, rate, min(60.0, max(1.0, left)))
-            whole.statuses += seen.statuses
-            for status, seconds in seen.seconds.items():
-                whole.seconds.setdefault(status, []).extend(seconds)
+            whole.join(seen)
         wall = time.perf_counter() - began
         stop.set()
         sampler.join()

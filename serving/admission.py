@@ -80,17 +80,17 @@ class Admit:
         if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
             await self.app(scope, receive, send)
             return
-        work = _measure(scope)
-        self._note_asked(work)
-        most, limit = self._find_limits()
+        now, work = self._clock(), _measure(scope)
+        self._note_asked(now, work)
+        most, limit = self._find_limits(now)
         if self._requests >= most and self.wait > limit:
-            self._refused = self._clock()
+            self._refused = now
             text = f"{self._requests} requests wait already; send again in a moment"
             retry = [(b"retry-after", b"1")]
             await refuse(send, HTTPStatus.TOO_MANY_REQUESTS, text, retry)
             return
         if not self._requests:
-            self._since = self._clock()
+            self._since = now
         self._requests += 1
         self._work += work
         try:
@@ -106,9 +106,8 @@ class Admit:
             self._since = now
             self._note_wait(now)
 
-    def _find_limits(self) -> tuple[int, float]:
+    def _find_limits(self, now: float) -> tuple[int, float]:
         """Return how many may be open in any case, and the seconds that a request may wait."""
-        now = self._clock()
         self._note_wait(now)
         load = self.load if now - self._refused < CALM_SECONDS else 0.0
         if load > FLOOD_LOAD:
@@ -116,8 +115,7 @@ class Admit:
         stands = load > 1.0 or now - self._short > BURST_SECONDS
         return MIN_OPEN, MAX_WAIT_SECONDS if stands else MAX_BURST_WAIT_SECONDS
 
-    def _note_asked(self, work: int) -> None:
-        now = self._clock()
+    def _note_asked(self, now: float, work: int) -> None:
         self._asked = self._asked * math.exp((self._asked_at - now) / _ASKED_SECONDS) + work
         self._asked_at = now
 
