@@ -7,6 +7,7 @@ input gets one line on standard error and exit code 2.
 from __future__ import annotations
 
 import errno
+import faulthandler
 import os
 import sys
 import time
@@ -307,6 +308,8 @@ def main() -> None:
     """Run the command line; mistakes of the user end with one line and exit code 2."""
     for name, value in (TELEMETRY_OFF | THREADS | QUIET).items():
         os.environ.setdefault(name, value)
+    # A crash in compiled code, of ours or of a library, says which call it was.
+    faulthandler.enable()
     try:
         app()
     except UserError as error:

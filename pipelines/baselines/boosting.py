@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import lightgbm as lgb
 import numpy as np
@@ -14,6 +14,10 @@ from pipelines.features.snapshot_table import Floats, SnapshotTable
 
 # Between Poisson (1) and gamma (2): many zeros and a long tail.
 _TWEEDIE_POWER = 1.4
+
+# Of every call: LightGBM keeps one count of threads for the whole process. A call that names none
+# raises it under the trees that another thread grows, whose buffers are for one (a crash).
+_THREADS: Final = {"num_threads": 1}
 
 
 class Boosting:
@@ -32,7 +36,7 @@ class Boosting:
         self._calibration = table.rows_of(Split.CALIBRATION)
         self._test = table.rows_of(Split.TEST)
         self._known = self._train | self._calibration
-        parameters = {"feature_pre_filter": False, "num_threads": 1, "verbose": -1}
+        parameters = {"feature_pre_filter": False, "verbose": -1} | _THREADS
         x, names = table.features, table.feature_names
         self._fit_data = lgb.Dataset(
             x[self._train], feature_name=names, params=parameters, free_raw_data=False
@@ -64,8 +68,8 @@ class Boosting:
         )
         x = self._table.features
         predictions = np.empty(len(y))
-        predictions[self._calibration] = first.predict(x[self._calibration])
-        predictions[self._test] = second.predict(x[self._test])
+        predictions[self._calibration] = first.predict(x[self._calibration], **_THREADS)
+        predictions[self._test] = second.predict(x[self._test], **_THREADS)
         return predictions[self._calibration | self._test], second.model_to_string()
 
     def _list_settings(self) -> list[TreeSettings]:
@@ -101,7 +105,7 @@ class Boosting:
             "lambda_l2": 1.0,
             "seed": self._config.seed,
             "deterministic": True,
-            "num_threads": 1,
+            **_THREADS,
             "force_row_wise": True,
             "feature_pre_filter": False,
             "verbose": -1,

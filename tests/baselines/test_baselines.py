@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+import psutil
 import pytest
 from sklearn.metrics import roc_auc_score
+from threadpoolctl import threadpool_limits
 
 from pipelines.baselines.boosting import Boosting
 from pipelines.baselines.linear import Linear
@@ -95,6 +99,21 @@ def test_calibration_rows_are_predicted_without_their_labels(table: SnapshotTabl
     b = fit_twice(other, BUY, Linear(Kind.BINARY), Linear(Kind.BINARY))
     np.testing.assert_array_equal(a[first], b[first])
     assert not np.array_equal(a, b)
+
+
+def test_trees_never_take_threads_of_their_own(table: SnapshotTable) -> None:
+    # LightGBM's count of threads is the process's: raised by one caller, others crash.
+    def count_threads() -> tuple[int, int]:
+        with threadpool_limits(4):
+            before = psutil.Process().num_threads()
+            config = LightGBMConfig(rounds=3)
+            Boosting(table, Baselines(lightgbm=config)).fit_target(BUY)
+            return before, psutil.Process().num_threads()
+
+    # A new thread has no team of workers left over from what ran before.
+    with ThreadPoolExecutor(1) as pool:
+        before, after = pool.submit(count_threads).result()
+    assert after == before
 
 
 def test_a_single_class_gives_its_rate() -> None:
