@@ -224,14 +224,17 @@ class Transformer(nn.Module):
         turn = self.rotary(layout.time, layout.position)
         for block in self.blocks[:-1]:
             x = block(x, mask, turn)
-        row = places // length
+        last = self.blocks[-1]
+        assert isinstance(last, Block)  # noqa: S101 - what a list of modules does not tell
+        row, slot = places // length, places % length
+        if torch.equal(row, torch.arange(rows, device=x.device)):
+            # One a row, as where single histories are asked about: nothing to be laid out.
+            return last.at(x, mask, turn, slot[:, None])[:, 0]
         counts = torch.bincount(row, minlength=rows)
         number = torch.arange(len(places), device=x.device) - (counts.cumsum(0) - counts)[row]
         # Rows with fewer places ask at their first one for nothing.
         slots = places.new_zeros(rows, int(counts.max()))
-        slots[row, number] = places % length
-        last = self.blocks[-1]
-        assert isinstance(last, Block)  # noqa: S101 - what a list of modules does not tell
+        slots[row, number] = slot
         return last.at(x, mask, turn, slots)[row, number]
 
 

@@ -41,13 +41,18 @@ class Calibration:
             "factor": dict(self.factor),
         }
 
-    def probability(self, name: str, happened: Doubles) -> Doubles:
-        """Correct P(event until the end of each interval), (M, bins)."""
-        if name not in self.slope:
+    def probability(self, names: Sequence[str], happened: Doubles) -> Doubles:
+        """Correct P(event until the end of each interval), (M, names, bins)."""
+        own = [place for place, name in enumerate(names) if name in self.slope]
+        if not own:
             return happened
-        odds = self.slope[name] * log_odds(happened) + np.asarray(self.shift[name])
+        slope = np.array([self.slope[names[place]] for place in own])
+        shift = np.array([self.shift[names[place]] for place in own])
+        odds = slope[:, None] * log_odds(happened[:, own]) + shift
+        result = happened.copy()
         # Two shifts may disagree by more than the predictions of near-certain users differ.
-        return np.asarray(np.maximum.accumulate(sigmoid(odds), axis=1))
+        result[:, own] = np.maximum.accumulate(sigmoid(odds), axis=2)
+        return result
 
     def amount(self, days: int, expected: Doubles) -> Doubles:
         """Correct an expected amount."""

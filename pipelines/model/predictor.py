@@ -244,19 +244,21 @@ class Predictor:
         """
         if not len(self.trees):
             return raw
-        heads, mix = self.spec.heads, self.spec.mix
-        bins, events = len(heads.grid), len(heads.events)
-        known, stays = self.trees.known, raw.survival.copy()
-        for place, name in enumerate(heads.events):
-            weight = mix.events.get(name, 1.0)
-            own = slice(place * bins, (place + 1) * bins)
-            if weight == 1.0 or not known[own].any():
-                continue
-            said = log_odds(1.0 - raw.survival[:, place])
-            odds = np.where(known[own], weight * said + (1.0 - weight) * scores[:, own], said)
+        heads = self.spec.heads
+        events, bins = len(heads.events), len(heads.grid)
+        known = self.trees.known[: events * bins].reshape(events, bins)
+        weight = np.array([self.spec.mix.events.get(name, 1.0) for name in heads.events])
+        own = np.flatnonzero((weight != 1.0) & known.any(axis=1))
+        stays = raw.survival.copy()
+        if len(own):
+            said = log_odds(1.0 - raw.survival[:, own])
+            grown = scores[:, : events * bins].reshape(-1, events, bins)[:, own]
+            share = weight[own, None]
+            odds = np.where(known[own], share * said + (1.0 - share) * grown, said)
             # The trees of two intervals may disagree.
-            stays[:, place] = 1.0 - np.maximum.accumulate(sigmoid(odds), axis=1)
-        spend = np.where(known[events * bins :], np.exp(scores[:, events * bins :]), 0.0)
+            stays[:, own] = 1.0 - np.maximum.accumulate(sigmoid(odds), axis=2)
+        told = self.trees.known[events * bins :]
+        spend = np.where(told, np.exp(scores[:, events * bins :]), 0.0)
         return replace(raw, survival=stays, spend=spend)
 
     def parts(
@@ -285,29 +287,30 @@ class Predictor:
             recent = self.tokenizer.items(timeline.recent_items(cuts, RECENT))
         scores = np.zeros((len(cuts), self.trees.outputs))
         features = config.features > 0 or len(self.trees) > 0
+        networks, device = self.networks, self._device
 
         @torch.inference_mode()
         def look(collated: Collated) -> None:
             if len(self.trees):
                 scores[collated.rows] = self.trees.score(collated.batch.now_features.numpy())
-            batch = collated.batch.to(self._device)
-            nows = [network.encode_now(batch) for network in self.networks]
+            batch = collated.batch.to(device)
+            nows = [network.encode_now(batch) for network in networks]
             said = [
-                network.read_now(batch, now)
-                for network, now in zip(self.networks, nows, strict=True)
+                network.read_now(batch, now) for network, now in zip(networks, nows, strict=True)
             ]
             outputs = said[0] if len(said) == 1 else join(said)
             ahead.raw.survival[collated.rows] = survival(outputs)
             ahead.raw.amount[collated.rows] = buyer_mean(outputs)
             if not count:
                 return
-            told = torch.from_numpy(recent[collated.rows]).to(self._device)
+            told = torch.from_numpy(recent[collated.rows]).to(device)
             chances = [
                 network.items.probabilities(now, told)
-                for network, now in zip(self.networks, nows, strict=True)
+                for network, now in zip(networks, nows, strict=True)
                 if network.items is not None
             ]
-            best = torch.stack(chances).mean(dim=0).topk(count, dim=1)
+            mean = chances[0] if len(chances) == 1 else torch.stack(chances).mean(dim=0)
+            best = mean.topk(count, dim=1)
             ahead.items[collated.rows] = best.indices.cpu().numpy()
             ahead.chances[collated.rows] = best.values.cpu().numpy()
 
@@ -363,7 +366,7 @@ class Predictor:
         if event not in heads.events:
             raise UserError(f"{event}: the model does not predict it")
         column = heads.events.index(event)
-        happened = self.spec.calibration.probability(event, 1.0 - raw.survival[:, column])
+        happened = self.spec.calibration.probability([event], 1.0 - raw.survival[:, [column]])[:, 0]
         stay = np.log(np.clip(1.0 - np.asarray(happened, dtype=np.float64), _FLOOR, 1.0))
         stay = np.concatenate([np.zeros((len(stay), 1)), np.minimum.accumulate(stay, axis=1)], 1)
         grid = np.array([0, *heads.grid], dtype=np.float64)
@@ -379,10 +382,8 @@ class Predictor:
     def finish(self, raw: Raw) -> dict[str, NDArray[np.float32]]:
         """Calibrate raw predictions and read every target off them."""
         heads, calibration = self.spec.heads, self.spec.calibration
-        happened = {
-            name: calibration.probability(name, 1.0 - raw.survival[:, i])
-            for i, name in enumerate(heads.events)
-        }
+        corrected = calibration.probability(heads.events, 1.0 - raw.survival)
+        happened = {name: corrected[:, i] for i, name in enumerate(heads.events)}
         result: dict[str, NDArray[np.float32]] = {}
         for target in self.spec.targets:
             column = heads.grid.index(target.horizon_days)

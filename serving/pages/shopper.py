@@ -157,16 +157,11 @@ class Storyteller:
         """Read the probability of every event by every day of the model's grid."""
         heads, calibration = self._predictor.spec.heads, self._predictor.spec.calibration
         raw = self._predictor.raw(timeline, cuts)
+        (corrected,) = calibration.probability(heads.events, 1.0 - raw.survival)
+        days = [0.0, *map(float, heads.grid)]
         return {
-            name: [
-                (0.0, 0.0),
-                *zip(
-                    map(float, heads.grid),
-                    calibration.probability(name, 1.0 - raw.survival[:, i])[0].tolist(),
-                    strict=True,
-                ),
-            ]
-            for i, name in enumerate(heads.events)
+            name: list(zip(days, [0.0, *curve.tolist()], strict=True))
+            for name, curve in zip(heads.events, corrected, strict=True)
         }
 
     def _read_events(

@@ -23,7 +23,7 @@ def test_recovers_a_distortion() -> None:
     assert slope == pytest.approx(0.5, abs=0.03)
     assert shift[0] == pytest.approx(0.6, abs=0.05)
     fixed = Calibration(slope={"purchase": slope}, shift={"purchase": shift})
-    assert np.abs(fixed.probability("purchase", distorted) - truth).mean() < 0.01
+    assert np.abs(fixed.probability(["purchase"], distorted[:, None])[:, 0] - truth).mean() < 0.01
 
 
 @pytest.mark.parametrize("value", [False, True])
@@ -44,7 +44,7 @@ def test_few_rows_correct_little() -> None:
     for rows in (50, 1_000, 40_000):
         slope, shift = fit_probability(predicted[:rows], label[:rows], known[:rows])
         moved.append(Calibration(slope={"x": slope}, shift={"x": shift}))
-    few, some, many = (float(c.probability("x", predicted[:1])[0, 0]) for c in moved)
+    few, some, many = (float(c.probability(["x"], predicted[:1, None])[0, 0, 0]) for c in moved)
     assert 0.2 < few < some < many
     assert few < 0.25
     assert many == pytest.approx(0.4, abs=0.01)
@@ -71,8 +71,12 @@ def test_open_windows_do_not_count() -> None:
 
 def test_order_of_horizons_stays() -> None:
     calibration = Calibration(slope={"x": 1.2}, shift={"x": [0.5, -0.5]})
-    result = calibration.probability("x", np.array([[0.30, 0.31], [0.1, 0.9]]))
-    assert (np.diff(result, axis=1) >= 0).all()
+    said = np.array([[[0.30, 0.31], [0.1, 0.9]]])
+    result = calibration.probability(["other", "x"], said)
+    assert (np.diff(result[:, 1]) >= 0).all()
+    assert result[0, 1, 0] != said[0, 1, 0]
+    # Of what no correction is known of, nothing changes.
+    assert (result[:, 0] == said[:, 0]).all()
 
 
 def test_threshold_maximises_f1() -> None:
