@@ -8,7 +8,8 @@ themselves.
 One wait there is. The callers of a batch get their answers together, and those that send again do
 so one after the other: the first of them would run alone and keep the others waiting. So the next
 batch waits, while one comes right after the other, for its share of the calls that were open
-whenever one of the last batches ended. With callers who come by chance that is none or few.
+whenever one of the last batches ended, callers on their way back from the batch before among them.
+With callers who come by chance that is none or few.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class Batcher(Generic[Item, Result]):
         # Calls, and their weight, of the batches that run.
         self._running = 0
         self._load = 0
-        # The calls that were open at the ends of the last batches.
+        # Callers who were answered and are on their way back, as far as is known.
+        self._away = 0
+        # The calls that were open at the ends of the last batches, those away among them.
         self._open = deque([0], maxlen=_BATCHES)
         # From the batch that ended last, and until when: the seconds that the next one waits for a
         # call.
@@ -86,6 +89,7 @@ class Batcher(Generic[Item, Result]):
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, weight, future))
         self._weight += weight
+        self._away = max(0, self._away - 1)
         if self._more is None:
             self._start()
         elif not self._more.done():
@@ -133,7 +137,10 @@ class Batcher(Generic[Item, Result]):
                     future.set_result(result)
 
     def _plan(self, calls: int, seconds: float) -> None:
-        self._open.append(len(self._waiting) + self._running)
+        if time.monotonic() > self._until:
+            self._away = 0
+        self._open.append(len(self._waiting) + self._running + self._away)
+        self._away += calls
         # What a call took: that is less than what it costs to run alone. After a stall nobody is
         # to wait for those who gave up.
         self._patience = min(seconds / calls, _PATIENCE)
@@ -148,6 +155,8 @@ class Batcher(Generic[Item, Result]):
             while came and not self._is_enough():
                 self._more = loop.create_future()
                 came = bool((await asyncio.wait([self._more], timeout=self._patience))[0])
+            if not came:
+                self._away = 0
         finally:
             self._more = None
 

@@ -209,6 +209,22 @@ def test_callers_that_send_again_one_after_the_other_share_batches() -> None:
     assert sum(settled) / len(settled) > 5
 
 
+def test_callers_on_their_way_back_are_counted_until_they_are_waited_for_in_vain() -> None:
+    async def scenario() -> None:
+        for _ in range(2):
+            await asyncio.gather(*(batcher.submit(i) for i in range(8)))
+        # Where two batches end one after the other, the first one's callers are on their way.
+        assert list(batcher._open)[-4:] == [8, 8, 8, 8]
+        # One alone comes again, and waits for the others a little while.
+        batcher._open.extend([8] * _BATCHES)
+        batcher._patience, batcher._until = 0.001, float("inf")
+        await batcher.submit(1)
+        assert batcher._open[-1] == 1
+
+    batcher = Sleeper(0.01).batcher(parallel=2)
+    asyncio.run(scenario())
+
+
 def test_a_call_waits_for_others_for_a_moment_and_only_after_a_batch() -> None:
     async def scenario() -> list[float]:
         times = []
