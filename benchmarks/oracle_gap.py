@@ -7,6 +7,8 @@ each with a training seed of its own. On the test cut, for ROC-AUC (spend: Gini)
     lightgbm to oracle   (model - lightgbm) / (oracle - lightgbm)
     ahead                the lower end of the paired 95 % interval of model - lightgbm, by shop
     ece, total_ratio     beside the oracle's own, which is what chance leaves on one cut
+    ece_to_oracle        the ece where the oracle's probabilities stand for what happened, which
+                         leaves nothing to chance; the same of LightGBM
 
     python benchmarks/oracle_gap.py [--seeds 3] [--model ensemble] [--shoppers N] [--tests 1]
 """
@@ -94,6 +96,11 @@ def run_shop(settings: dict[str, Any], model: str) -> dict[str, dict[str, float]
             error: entry["models"][model][error]["value"],
             f"{error}_of_oracle": entry["models"]["oracle"][error]["value"],
         }
+        if entry["kind"] == "binary":
+            result[target] |= {
+                "ece_to_oracle": entry["models"][model]["ece_to_oracle"],
+                "ece_to_oracle_of_lightgbm": entry["models"]["lightgbm"]["ece_to_oracle"],
+            }
     return result
 
 

@@ -16,6 +16,7 @@ from pipelines.evaluation.metrics import (
     amount_metrics,
     best_gini,
     binary_metrics,
+    calibration_error,
     chance_of_calibration_error,
     choose_threshold,
     clean,
@@ -30,6 +31,7 @@ from pipelines.io import progress
 
 CANDIDATE: Final = "ensemble"  # what ships: the network with the trees beside it
 NETWORK: Final = "gpt"  # the network alone
+ORACLE: Final = "oracle"  # what is best to say of a simulated shop
 # Who is compared with everybody; the others are compared with these.
 _PIVOTS: Final = (CANDIDATE, NETWORK, "lightgbm")
 
@@ -138,6 +140,7 @@ def _score_models(part: TestRows, weights: Floats, config: Evaluation) -> dict[s
     samples: dict[str, dict[str, Floats]] = {}
     models: dict[str, Any] = {}
     best = best_gini(part.y, weights) if part.target.kind is Kind.AMOUNT else None
+    exact = part.predictions.get(ORACLE)
     for name, p in part.predictions.items():
         if part.target.kind is Kind.BINARY:
             threshold = part.thresholds[name]
@@ -153,6 +156,10 @@ def _score_models(part: TestRows, weights: Floats, config: Evaluation) -> dict[s
                 confidence=config.confidence,
                 seed=config.seed,
             )
+            if exact is not None:
+                # The oracle's probabilities in place of what happened: nothing is left to chance.
+                error = calibration_error(exact, p, weights[:1])
+                models[name]["ece_to_oracle"] = clean(error[0])
     pairs = [(a, b) for a in _PIVOTS for b in samples if a in samples and a != b]
     paired = {}
     for a, b in pairs:

@@ -92,6 +92,7 @@ def test_the_report_has_the_agreed_keys(compared: tuple[dict[str, Any], Any]) ->
         "brier",
         "ece",
         "ece_by_chance",
+        "ece_to_oracle",
         "accuracy",
         "precision",
         "recall",
@@ -108,6 +109,25 @@ def test_the_report_has_the_agreed_keys(compared: tuple[dict[str, Any], Any]) ->
     assert target["cuts"] == ["2025-03-01T00:00:00+00:00"]
     auc = target["models"]["ensemble"]["roc_auc"]
     assert auc["low"] < auc["value"] < auc["high"]
+
+
+def test_the_oracle_in_place_of_outcomes_tells_calibration_without_chance(
+    compared: tuple[dict[str, Any], Any],
+) -> None:
+    evaluation, test = compared
+    models = evaluation["targets"]["purchase_14d"]["models"]
+    exact = {name: model["ece_to_oracle"] for name, model in models.items()}
+    assert exact["oracle"] == 0
+    assert models["oracle"]["ece"]["value"] > 0.01
+    assert 0 < exact["ensemble"] < exact["lightgbm"]
+    said = test[0].predictions
+    # One probability for all is one bin.
+    off = abs((said["majority"] - said["oracle"]).mean())
+    assert exact["majority"] == pytest.approx(off, abs=1e-6)
+    table, predictions = make_table()
+    del predictions["oracle"]
+    other = compare(table, collect_test_rows(table, predictions, CONFIG), CONFIG, data=DATA)
+    assert "ece_to_oracle" not in other["targets"]["purchase_14d"]["models"]["ensemble"]
 
 
 def test_the_better_model_is_ahead_and_nobody_beats_the_oracle(
