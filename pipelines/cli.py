@@ -309,7 +309,8 @@ def main() -> None:
     for name, value in (TELEMETRY_OFF | THREADS | QUIET).items():
         os.environ.setdefault(name, value)
     # A crash in compiled code, of ours or of a library, says which call it was.
-    faulthandler.enable()
+    if sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)
     try:
         app()
     except UserError as error:
