@@ -108,16 +108,6 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn).flatten(-2)
 
 
-def _normalise(x: Tensor) -> Tensor:
-    """Bring the numbers of each query or key, (..., head width), to mean 0 and variance 1."""
-    if torch.is_grad_enabled():
-        return functional.layer_norm(x, x.shape[-1:])
-    # The same in the shape of whole tensors: layer_norm takes twice as long for rows so short, but
-    # is the faster of the two where a gradient is wanted as well.
-    centred = x - x.mean(dim=-1, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + _EPSILON)
-
-
 class Block(nn.Module):
     """One pre-norm transformer block."""
 
@@ -137,17 +127,21 @@ class Block(nn.Module):
         nn.init.zeros_(self.attention_out.weight)
         nn.init.zeros_(self.mlp_out.weight)
 
-    def forward(self, x: Tensor, mask: Tensor, turn: Tensor) -> Tensor:
-        """Map (B, L, width) to the same; ``mask`` is (B, 1, L, L), True = may attend."""
+    def forward(self, x: Tensor, mask: Tensor | None, turn: Tensor) -> Tensor:
+        """Map (B, L, width) to the same.
+
+        Args:
+            x: (B, L, width).
+            mask: bool (B, 1, L, L), True = may attend; None = each place to those up to itself.
+            turn: (B, L, 1, heads, pairs).
+        """
         rows, places, width = x.shape
-        qkv = self.qkv(self.attention_norm(x))
-        both, value = qkv.split([2 * width, width], dim=-1)
-        both = both.reshape(rows, places, 2, self.heads, self.head_width)
-        both = rotate(_normalise(both), turn)
-        query, key = both.transpose(1, 3).unbind(dim=2)
+        qkv = functional.linear(self.attention_norm(x), self._projection)
+        both, value = qkv[..., : 2 * width], qkv[..., 2 * width :]
+        query, key = self._turn(both, turn).unbind(dim=2)
         value = value.view(rows, places, self.heads, self.head_width).transpose(1, 2)
         mixed = functional.scaled_dot_product_attention(
-            query * self.gain[:, :, None], key, value, attn_mask=mask
+            query * self.gain[:, :, None], key, value, attn_mask=mask, is_causal=mask is None
         )
         mixed = self.attention_out(mixed.transpose(1, 2).reshape(rows, places, width))
         return self._think(x + functional.dropout(mixed, self.dropout, self.training))
@@ -157,30 +151,46 @@ class Block(nn.Module):
 
         Args:
             x: (B, L, width).
-            mask: bool (B, 1, L, L).
+            mask: bool (B, K, L), True = may attend.
             turn: (B, L, 1, heads, pairs).
             slots: int64 (B, K), places of each row.
         """
         rows, places, width = x.shape
         row = torch.arange(rows, device=x.device)[:, None]
         normed = self.attention_norm(x)
-        asking, rest = self.qkv.weight[:width], self.qkv.weight[width:]
-        query = functional.linear(normed[row, slots], asking)
-        key, value = functional.linear(normed, rest).chunk(2, dim=-1)
-        query = self._turn(query, turn[row, slots])
-        key = self._turn(key, turn)
+        projection = self._projection
+        query = functional.linear(normed[row, slots], projection[:width])
+        key, value = functional.linear(normed, projection[width:]).chunk(2, dim=-1)
+        query = self._turn(query, turn[row, slots])[:, :, 0]
+        key = self._turn(key, turn)[:, :, 0]
         value = value.view(rows, places, self.heads, self.head_width).transpose(1, 2)
         mixed = functional.scaled_dot_product_attention(
-            query * self.gain[:, :, None], key, value, attn_mask=mask[:, 0][row, slots][:, None]
+            query * self.gain[:, :, None], key, value, attn_mask=mask[:, None]
         )
         mixed = self.attention_out(mixed.transpose(1, 2).flatten(2))
         return self._think(x[row, slots] + mixed)
 
+    @property
+    def _projection(self) -> Tensor:
+        """What makes queries, keys and values; without gradients the first two have mean 0."""
+        weight = self.qkv.weight
+        if torch.is_grad_enabled():
+            return weight
+        width = weight.shape[1]
+        asking = weight[: 2 * width].view(-1, self.head_width, width)
+        centred = asking - asking.mean(dim=1, keepdim=True)
+        return torch.cat([centred.flatten(0, 1), weight[2 * width :]])
+
     def _turn(self, x: Tensor, turn: Tensor) -> Tensor:
-        """Normalise and rotate queries or keys: (B, L, width) -> (B, heads, L, head width)."""
-        heads = x.reshape(*x.shape[:2], 1, self.heads, self.head_width)
-        heads = rotate(_normalise(heads), turn)
-        return heads[:, :, 0].transpose(1, 2)
+        """Normalise and rotate queries, keys or both: (B, L, C) -> (B, heads, kinds, L, width)."""
+        x = x.reshape(*x.shape[:2], -1, self.heads, self.head_width)
+        if torch.is_grad_enabled():
+            x = functional.layer_norm(x, x.shape[-1:])
+        else:
+            # The same, as ``_projection`` took their mean away: layer_norm takes twice as long for
+            # rows so short, but is the faster of the two where a gradient is wanted as well.
+            x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + _EPSILON)
+        return rotate(x, turn).transpose(1, 3)
 
     def _think(self, x: Tensor) -> Tensor:
         # In place: nothing else reads what it replaces.
@@ -220,22 +230,33 @@ class Transformer(nn.Module):
             places: int64 (M,), flat, ascending by row.
         """
         rows, length, _ = x.shape
-        mask = attention_mask(layout.segment, layout.is_now, causal=self.causal)
+        every = torch.arange(rows, device=x.device)
+        row, slot = places // length, places % length
+        single = torch.equal(row, every)
+        if single:
+            # One a row, as where single histories are asked about: nothing to be laid out.
+            slots, number = slot[:, None], slot.new_zeros(rows)
+        else:
+            counts = torch.bincount(row, minlength=rows)
+            number = torch.arange(len(places), device=x.device) - (counts.cumsum(0) - counts)[row]
+            # Rows with fewer places ask at their first one for nothing.
+            slots = places.new_zeros(rows, int(counts.max()))
+            slots[row, number] = slot
+        mask = None
+        seen = torch.arange(length, device=x.device) <= slot[:, None] if single else None
+        own = layout.segment == layout.segment[:, :1]
+        if seen is not None and self.causal and torch.equal(own, seen):
+            # A row is one history up to its NOW: who sees what need not be written down.
+            seen = seen[:, None]
+        else:
+            mask = attention_mask(layout.segment, layout.is_now, causal=self.causal)
+            seen = mask[:, 0][every[:, None], slots]
         turn = self.rotary(layout.time, layout.position)
         for block in self.blocks[:-1]:
             x = block(x, mask, turn)
         last = self.blocks[-1]
         assert isinstance(last, Block)  # noqa: S101 - what a list of modules does not tell
-        row, slot = places // length, places % length
-        if torch.equal(row, torch.arange(rows, device=x.device)):
-            # One a row, as where single histories are asked about: nothing to be laid out.
-            return last.at(x, mask, turn, slot[:, None])[:, 0]
-        counts = torch.bincount(row, minlength=rows)
-        number = torch.arange(len(places), device=x.device) - (counts.cumsum(0) - counts)[row]
-        # Rows with fewer places ask at their first one for nothing.
-        slots = places.new_zeros(rows, int(counts.max()))
-        slots[row, number] = slot
-        return last.at(x, mask, turn, slots)[row, number]
+        return last.at(x, seen, turn, slots)[row, number]
 
 
 class Compacted(nn.Module):

@@ -213,13 +213,12 @@ class Network(nn.Module):
             + self.profile_numbers(batch.profile_numbers)
         )
         codes = batch.event_codes
-        events = (
-            self.event_type(codes[:, 0])
-            + self.category(codes[:, 1])
-            + self.brand(codes[:, 2])
-            + self.item(codes[:, 3])
-            + self.event_numbers(batch.event_numbers)
-        )
+        # In place: no gradient needs the sums on the way, and a batch's do not fit into a cache.
+        events = self.event_type(codes[:, 0])
+        events += self.category(codes[:, 1])
+        events += self.brand(codes[:, 2])
+        events += self.item(codes[:, 3])
+        events += self.event_numbers(batch.event_numbers)
         if len(batch.query_rows):
             texts = self.query(batch.query_tokens, batch.query_offsets)
             events = events.index_add(0, batch.query_rows, texts)

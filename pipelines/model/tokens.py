@@ -246,4 +246,4 @@ assert len(_GAP_EDGES) - 1 == GAP_BINS  # noqa: S101
 
 def _standardise(x: NDArray[np.floating[Any]], scale: Scale) -> NDArray[np.float32]:
     scaled = np.clip((x - scale.mean) / max(scale.std, 1e-6), -5.0, 5.0)
-    return np.asarray(np.nan_to_num(scaled, nan=0.0), dtype=np.float32)
+    return np.where(np.isnan(scaled), np.float32(0.0), scaled).astype(np.float32)
