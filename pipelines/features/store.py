@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from itertools import chain, pairwise
 from operator import lt
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -25,6 +26,11 @@ from pipelines.events import EPOCH, EVENT_CODES, MICROSECOND, SESSION_GAP_SECOND
 
 MISSING_TIME: Final = int(np.iinfo(np.int64).min)
 MICROSECONDS: Final = 1_000_000
+
+# What an event has where it says nothing.
+_NOTHING: Final = dict.fromkeys(
+    ("item_id", "category", "brand", "price", "quantity", "query", "session_id")
+)
 
 _WORD: Final = re.compile(r"\w+")
 
@@ -234,33 +240,29 @@ def encode_events(
     Returns:
         Sequences of ``len(users)`` users; events are sorted by time and event id.
     """
-    ts: list[int] = []
-    parts: list[tuple[list[Any], ...]] = []
-    for events in users:
-        times, part = _read_events(events)
-        ts += times
-        parts.append(part)
-    lengths = [len(events) for events in users]
-    kinds, items, categories, brands, prices, quantities, texts, sessions = (
-        list(chain.from_iterable(column)) for column in zip(_NO_EVENTS, *parts, strict=True)
-    )
+    ordered = [_order(events) for events in users]
+    lengths = [len(times) for times, _ in ordered]
+    ts = list(chain.from_iterable(times for times, _ in ordered))
+    events = list(chain.from_iterable(events for _, events in ordered))
+    kinds, items, categories, brands, prices, quantities, texts, sessions = _read(events)
     hashes, queries, names = _Hashes(), _Queries(), _Names()
-    columns: dict[str, Sequence[Any]] = {
+    columns: dict[str, Iterable[Any]] = {
         "ts": ts,
-        "type": [EVENT_CODES[kind] for kind in kinds],
-        "item": [hashes[text] for text in items],
-        "category": [hashes[text] for text in categories],
-        "brand": [hashes[text] for text in brands],
-        # NumPy reads None as NaN in a column of floats.
-        "price": prices,
-        "quantity": quantities,
-        "query": [queries[text] for text in texts],
+        "type": map(EVENT_CODES.__getitem__, kinds),
+        "item": map(hashes.__getitem__, items),
+        "category": map(hashes.__getitem__, categories),
+        "brand": map(hashes.__getitem__, brands),
+        "query": map(queries.__getitem__, texts),
     }
     arrays: dict[str, Any] = {
-        name: np.array(values, dtype=_DTYPES[name]) for name, values in columns.items()
+        name: np.fromiter(values, dtype=_DTYPES[name], count=len(ts))
+        for name, values in columns.items()
     }
+    # NumPy reads None as NaN in a column of floats.
+    arrays["price"] = np.array(prices, dtype=_DTYPES["price"])
+    arrays["quantity"] = np.array(quantities, dtype=_DTYPES["quantity"])
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
-    session = np.array([names[text] for text in sessions], dtype=np.int64)
+    session = np.fromiter(map(names.__getitem__, sessions), dtype=np.int64, count=len(ts))
     arrays["session_start"] = _start_sessions(offsets, arrays["ts"], session)
     grams = queries.grams
     people = [p or {} for p in profiles] if profiles is not None else [{} for _ in users]
@@ -281,16 +283,30 @@ def encode_events(
     )
 
 
-_NO_EVENTS: Final[tuple[list[Any], ...]] = ([],) * 8
-
-
-def _read_events(events: Sequence[Any]) -> tuple[list[int], tuple[list[Any], ...]]:
-    """Return the times of a user's events in microseconds, and the columns, by time and id."""
-    # By name and by attribute, one column after the other: what takes a name as an argument, or
-    # all fields of an event at once, takes twice as long.
+def _order(events: Sequence[Any]) -> tuple[list[int], Sequence[Any]]:
+    """Return the times of a user's events in microseconds, and the events, by time and id."""
     if events and isinstance(events[0], dict):
         told = [event["ts"] for event in events]
-        columns: tuple[list[Any], ...] = (
+    else:
+        told = [event.ts for event in events]
+    # As ``to_us`` does, without a call for each.
+    ts = [
+        (time - EPOCH) // MICROSECOND if isinstance(time, datetime) else int(time) for time in told
+    ]
+    # Most come in order.
+    if not all(map(lt, ts, ts[1:])):
+        order = sorted(range(len(ts)), key=lambda i: (ts[i], _tell_id(events[i])))
+        return [ts[i] for i in order], [events[i] for i in order]
+    return ts, events
+
+
+def _read(events: list[Any]) -> tuple[list[Any], ...]:
+    """Return the columns of some events."""
+    dicts = {isinstance(event, dict) for event in events}
+    # By name and by attribute, one column after the other: what takes a name as an argument, or
+    # all fields of an event at once, takes twice as long.
+    if dicts == {True}:
+        return (
             [event["event_type"] for event in events],
             [event.get("item_id") for event in events],
             [event.get("category") for event in events],
@@ -300,28 +316,21 @@ def _read_events(events: Sequence[Any]) -> tuple[list[int], tuple[list[Any], ...
             [event.get("query") for event in events],
             [event.get("session_id") for event in events],
         )
-    else:
-        told = [event.ts for event in events]
-        columns = (
-            [event.event_type for event in events],
-            [event.item_id for event in events],
-            [event.category for event in events],
-            [event.brand for event in events],
-            [event.price for event in events],
-            [event.quantity for event in events],
-            [event.query for event in events],
-            [event.session_id for event in events],
-        )
-    # As ``to_us`` does, without a call for each.
-    ts = [
-        (time - EPOCH) // MICROSECOND if isinstance(time, datetime) else int(time) for time in told
-    ]
-    # Most come in order.
-    if not all(map(lt, ts, ts[1:])):
-        order = sorted(range(len(ts)), key=lambda i: (ts[i], _tell_id(events[i])))
-        ts = [ts[i] for i in order]
-        columns = tuple([column[i] for i in order] for column in columns)
-    return ts, columns
+    if dicts == {True, False}:
+        events = [
+            SimpleNamespace(**_NOTHING | event) if isinstance(event, dict) else event
+            for event in events
+        ]
+    return (
+        [event.event_type for event in events],
+        [event.item_id for event in events],
+        [event.category for event in events],
+        [event.brand for event in events],
+        [event.price for event in events],
+        [event.quantity for event in events],
+        [event.query for event in events],
+        [event.session_id for event in events],
+    )
 
 
 def _tell_id(event: Any) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -277,6 +279,25 @@ def test_the_service_encodes_a_history_as_the_stage_does(built: tuple[Path, list
             stored.query_tokens[stored.query_offsets[a] : stored.query_offsets[a + 1]],
             encoded.query_tokens[encoded.query_offsets[b] : encoded.query_offsets[b + 1]],
         )
+
+
+def test_events_may_be_objects_or_dicts_or_some_of_each() -> None:
+    def make(user: str, number: int) -> dict[str, Any]:
+        ts = START + timedelta(hours=1) * (number * 7 % 5)
+        event = {"event_id": f"{user}{number}", "event_type": "view", "ts": ts}
+        return event | ({"item_id": f"i{number}", "query": "red shoes"} if number % 2 else {})
+
+    dicts = [[make(user, number) for number in range(6)] for user in "abc"]
+    nothing = dict.fromkeys(EVENT_SCHEMA.names)
+    objects = [[SimpleNamespace(**nothing | event) for event in events] for events in dicts]
+    expected = encode_events(dicts)
+    assert expected.ts[0] == min(expected.ts) and expected.item.any()
+    for users in (objects, [dicts[0], objects[1], dicts[2]], [objects[0], dicts[1], dicts[2]]):
+        encoded = encode_events(users)
+        for field in fields(Sequences):
+            np.testing.assert_array_equal(
+                getattr(expected, field.name), getattr(encoded, field.name), field.name
+            )
 
 
 def test_twice_gives_the_same_bytes(
