@@ -11,7 +11,6 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from datetime import datetime
 from itertools import chain, pairwise
 from operator import lt
 from pathlib import Path
@@ -29,8 +28,8 @@ MICROSECONDS: Final = 1_000_000
 
 # What an event has where it says nothing.
 _NOTHING: Final = dict.fromkeys(
-    ("item_id", "category", "brand", "price", "quantity", "query", "session_id")
-)
+    ("item_id", "category", "brand", "price", "quantity", "query", "session_id"), None
+) | {"event_id": ""}
 
 _WORD: Final = re.compile(r"\w+")
 
@@ -240,29 +239,34 @@ def encode_events(
     Returns:
         Sequences of ``len(users)`` users; events are sorted by time and event id.
     """
+    if any(events and isinstance(events[0], dict) for events in users):
+        users = [[_to_record(event) for event in events] for events in users]
     ordered = [_order(events) for events in users]
     lengths = [len(times) for times, _ in ordered]
     ts = list(chain.from_iterable(times for times, _ in ordered))
     events = list(chain.from_iterable(events for _, events in ordered))
-    kinds, items, categories, brands, prices, quantities, texts, sessions = _read(events)
     hashes, queries, names = _Hashes(), _Queries(), _Names()
     columns: dict[str, Iterable[Any]] = {
         "ts": ts,
-        "type": map(EVENT_CODES.__getitem__, kinds),
-        "item": map(hashes.__getitem__, items),
-        "category": map(hashes.__getitem__, categories),
-        "brand": map(hashes.__getitem__, brands),
-        "query": map(queries.__getitem__, texts),
+        "type": map(EVENT_CODES.__getitem__, [event.event_type for event in events]),
+        "item": map(hashes.__getitem__, [event.item_id for event in events]),
+        "category": map(hashes.__getitem__, [event.category for event in events]),
+        "brand": map(hashes.__getitem__, [event.brand for event in events]),
+        "query": map(queries.__getitem__, [event.query for event in events]),
     }
     arrays: dict[str, Any] = {
         name: np.fromiter(values, dtype=_DTYPES[name], count=len(ts))
         for name, values in columns.items()
     }
     # NumPy reads None as NaN in a column of floats.
-    arrays["price"] = np.array(prices, dtype=_DTYPES["price"])
-    arrays["quantity"] = np.array(quantities, dtype=_DTYPES["quantity"])
+    for name, numbers in (
+        ("price", [event.price for event in events]),
+        ("quantity", [event.quantity for event in events]),
+    ):
+        arrays[name] = np.array(numbers, dtype=_DTYPES[name])
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
-    session = np.fromiter(map(names.__getitem__, sessions), dtype=np.int64, count=len(ts))
+    sessions = map(names.__getitem__, [event.session_id for event in events])
+    session = np.fromiter(sessions, dtype=np.int64, count=len(ts))
     arrays["session_start"] = _start_sessions(offsets, arrays["ts"], session)
     grams = queries.grams
     people = [p or {} for p in profiles] if profiles is not None else [{} for _ in users]
@@ -283,58 +287,24 @@ def encode_events(
     )
 
 
+def _to_record(event: Any) -> Any:
+    """Return an object with the attributes of an event, whatever it is."""
+    return SimpleNamespace(**_NOTHING | event) if isinstance(event, dict) else event
+
+
 def _order(events: Sequence[Any]) -> tuple[list[int], Sequence[Any]]:
     """Return the times of a user's events in microseconds, and the events, by time and id."""
-    if events and isinstance(events[0], dict):
-        told = [event["ts"] for event in events]
-    else:
-        told = [event.ts for event in events]
-    # As ``to_us`` does, without a call for each.
-    ts = [
-        (time - EPOCH) // MICROSECOND if isinstance(time, datetime) else int(time) for time in told
-    ]
+    told = [event.ts for event in events]
+    try:
+        # As ``to_us`` does, without a call for each.
+        ts = [(time - EPOCH) // MICROSECOND for time in told]
+    except TypeError:
+        ts = [to_us(time) for time in told]
     # Most come in order.
     if not all(map(lt, ts, ts[1:])):
-        order = sorted(range(len(ts)), key=lambda i: (ts[i], _tell_id(events[i])))
+        order = sorted(range(len(ts)), key=lambda i: (ts[i], str(events[i].event_id)))
         return [ts[i] for i in order], [events[i] for i in order]
     return ts, events
-
-
-def _read(events: list[Any]) -> tuple[list[Any], ...]:
-    """Return the columns of some events."""
-    dicts = {isinstance(event, dict) for event in events}
-    # By name and by attribute, one column after the other: what takes a name as an argument, or
-    # all fields of an event at once, takes twice as long.
-    if dicts == {True}:
-        return (
-            [event["event_type"] for event in events],
-            [event.get("item_id") for event in events],
-            [event.get("category") for event in events],
-            [event.get("brand") for event in events],
-            [event.get("price") for event in events],
-            [event.get("quantity") for event in events],
-            [event.get("query") for event in events],
-            [event.get("session_id") for event in events],
-        )
-    if dicts == {True, False}:
-        events = [
-            SimpleNamespace(**_NOTHING | event) if isinstance(event, dict) else event
-            for event in events
-        ]
-    return (
-        [event.event_type for event in events],
-        [event.item_id for event in events],
-        [event.category for event in events],
-        [event.brand for event in events],
-        [event.price for event in events],
-        [event.quantity for event in events],
-        [event.query for event in events],
-        [event.session_id for event in events],
-    )
-
-
-def _tell_id(event: Any) -> str:
-    return str(event.get("event_id", "") if isinstance(event, dict) else event.event_id)
 
 
 class _Hashes(dict[str | None, int]):

@@ -126,6 +126,8 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width, bias=False)
         nn.init.zeros_(self.attention_out.weight)
         nn.init.zeros_(self.mlp_out.weight)
+        # Of the weights in a state of theirs.
+        self._centred: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor, mask: Tensor | None, turn: Tensor) -> Tensor:
         """Map (B, L, width) to the same.
@@ -176,10 +178,13 @@ class Block(nn.Module):
         weight = self.qkv.weight
         if torch.is_grad_enabled():
             return weight
-        width = weight.shape[1]
-        asking = weight[: 2 * width].view(-1, self.head_width, width)
-        centred = asking - asking.mean(dim=1, keepdim=True)
-        return torch.cat([centred.flatten(0, 1), weight[2 * width :]])
+        state = (weight.data_ptr(), weight._version)
+        if self._centred is None or self._centred[0] != state:
+            width = weight.shape[1]
+            asking = weight[: 2 * width].view(-1, self.head_width, width)
+            asking = asking - asking.mean(dim=1, keepdim=True)
+            self._centred = state, torch.cat([asking.flatten(0, 1), weight[2 * width :]])
+        return self._centred[1]
 
     def _turn(self, x: Tensor, turn: Tensor) -> Tensor:
         """Normalise and rotate queries, keys or both: (B, L, C) -> (B, heads, kinds, L, width)."""

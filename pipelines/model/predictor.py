@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -244,22 +245,29 @@ class Predictor:
         """
         if not len(self.trees):
             return raw
-        heads = self.spec.heads
-        events, bins = len(heads.events), len(heads.grid)
-        known = self.trees.known[: events * bins].reshape(events, bins)
-        weight = np.array([self.spec.mix.events.get(name, 1.0) for name in heads.events])
-        own = np.flatnonzero((weight != 1.0) & known.any(axis=1))
-        stays = raw.survival.copy()
+        events, bins = len(self.spec.heads.events), len(self.spec.heads.grid)
+        own, share = self._believed
+        stays = raw.survival
         if len(own):
+            stays = stays.copy()
             said = log_odds(1.0 - raw.survival[:, own])
             grown = scores[:, : events * bins].reshape(-1, events, bins)[:, own]
-            share = weight[own, None]
-            odds = np.where(known[own], share * said + (1.0 - share) * grown, said)
+            odds = share * said + (1.0 - share) * grown
             # The trees of two intervals may disagree.
             stays[:, own] = 1.0 - np.maximum.accumulate(sigmoid(odds), axis=2)
         told = self.trees.known[events * bins :]
         spend = np.where(told, np.exp(scores[:, events * bins :]), 0.0)
         return replace(raw, survival=stays, spend=spend)
+
+    @cached_property
+    def _believed(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Events of which trees are believed, (E,), and the network's share of them, (E, bins)."""
+        heads = self.spec.heads
+        events, bins = len(heads.events), len(heads.grid)
+        known = self.trees.known[: events * bins].reshape(events, bins)
+        weight = np.array([self.spec.mix.events.get(name, 1.0) for name in heads.events])
+        own = np.flatnonzero((weight != 1.0) & known.any(axis=1))
+        return own, np.where(known[own], weight[own, None], 1.0)
 
     def parts(
         self, timeline: Timeline, cuts: Cuts, count: int = 0, workers: int = 1
