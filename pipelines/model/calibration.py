@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _CLIP: Final = 1e-6
+_MOST_SHIFT: Final = 32.0  # of log odds
 # What speaks against every correction, in rows, or in buyers as if all spent alike: a window is one
 # draw of a shop's better and worse weeks, and the refit has learnt a part of it by itself. A slope
 # or shift of the log odds is then .1 before anything is seen, give or take.
@@ -100,6 +101,30 @@ def fit_probability(
         if float(np.abs(step).max()) < 1e-9:
             break
     return max(slope, 0.05), [float(v) for v in shift]
+
+
+def fit_level(happened: Doubles, expected: Doubles, slope: float) -> list[float]:
+    """Return the shift per interval that brings mean predictions to those expected.
+
+    Args:
+        happened: (M, bins), predicted, of at least one row.
+        expected: (M, bins), of the same rows by another model, growing with the interval.
+        slope: of the log odds.
+    """
+    shift = []
+    before = np.zeros(len(happened))
+    for odds, mean in zip(slope * log_odds(happened).T, expected.mean(axis=0), strict=True):
+        low, high = -_MOST_SHIFT, _MOST_SHIFT
+        while high - low > _CLIP:
+            middle = (low + high) / 2
+            # As ``Calibration.probability`` does: never less than until the interval before.
+            if np.maximum(before, sigmoid(odds + middle)).mean() < mean:
+                low = middle
+            else:
+                high = middle
+        shift.append((low + high) / 2)
+        before = np.maximum(before, sigmoid(odds + shift[-1]))
+    return shift
 
 
 def fit_factor(actual: Doubles, expected: Doubles) -> float:

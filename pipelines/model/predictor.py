@@ -109,6 +109,10 @@ class Raw:
     amount: NDArray[np.float64]
     spend: NDArray[np.float64]
 
+    def take(self, rows: NDArray[np.int64]) -> Raw:
+        """Return those of some cuts."""
+        return Raw(survival=self.survival[rows], amount=self.amount[rows], spend=self.spend[rows])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ahead:

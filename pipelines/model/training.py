@@ -32,6 +32,7 @@ from pipelines.model.calibration import (
     Calibration,
     choose_threshold,
     fit_factor,
+    fit_level,
     fit_probability,
 )
 from pipelines.model.checkpoint import (
@@ -45,7 +46,7 @@ from pipelines.model.committee import Committee
 from pipelines.model.heads import Heads, Target, amount_loss, encode_labels, hazard_loss
 from pipelines.model.items import RECENT, start_bias
 from pipelines.model.network import Network, NetworkConfig
-from pipelines.model.predictor import ModelSpec, Predictor, Raw, choose_device
+from pipelines.model.predictor import ModelSpec, Predictor, Raw, choose_device, select
 from pipelines.model.timeline import ANY_EVENT, DAY, Cuts, Labels, Timeline, feature_names
 from pipelines.model.tokens import Tokenizer, Vocabulary
 from pipelines.model.trees import Mix, Trees
@@ -64,6 +65,7 @@ _WARM_UP: Final = 0.05  # of all steps
 _MAX_NORM: Final = 1.0
 _FLOOR: Final = 1e-6  # of a probability in a loss
 _NICENESS: Final = 10  # of what runs beside the steps
+_LEVEL_CUTS: Final = 4096  # that tell the level of a refit from that of the first fit
 _SHARES: Final = np.linspace(0.0, 1.0, 21)  # of belief, tried
 
 
@@ -218,10 +220,21 @@ def train_model(
     # What the networks say is the same with the trees and without.
     ahead, scores = beside.parts(timeline, cuts, workers=count_workers(config))
     first = alone_first = calibrate(joined, timeline, periods, cuts, ahead.raw, scores)
-    shipped = alone = _correct(alone, alone_first)
+    shipped = alone
     if grown:
         first = calibrate(beside, timeline, periods, cuts, ahead.raw, scores)
-        shipped = _correct(alone.beside(grown[1], first.spec.mix), first)
+        shipped = alone.beside(grown[1], first.spec.mix)
+    few = np.unique(np.linspace(0, len(cuts) - 1, min(len(cuts), _LEVEL_CUTS)).astype(np.int64))
+    later, later_scores = shipped.parts(timeline, cuts.take(few), workers=count_workers(config))
+    alone, shipped = (
+        _correct(
+            predictor,
+            predictor.join(later.raw, later_scores),
+            model,
+            model.join(ahead.raw.take(few), scores[few]),
+        )
+        for predictor, model in ((alone, alone_first), (shipped, first))
+    )
     return TrainedModel(
         first=first,
         shipped=shipped,
@@ -360,9 +373,36 @@ def _yield_to_others() -> None:
         os.setpriority(os.PRIO_PROCESS, this, max(now, _NICENESS))
 
 
-def _correct(predictor: Predictor, first: Predictor) -> Predictor:
-    """Give a refitted model the corrections of the first fit."""
-    return predictor.calibrated(first.spec.calibration, first.spec.thresholds)
+def _correct(predictor: Predictor, raw: Raw, first: Predictor, first_raw: Raw) -> Predictor:
+    """Give a refitted model the corrections of the first fit, and the level that they made.
+
+    The last steps of a fit leave its predictions a few hundredths of log odds too high or too low,
+    all shoppers alike. Of the first fit the calibration windows put that right; of the refit, which
+    has learnt from them, they cannot tell as well. So its mean predictions there become those of
+    the corrected first fit, and no outcome is looked at again.
+
+    Args:
+        predictor: refitted, not calibrated.
+        raw: of some cuts.
+        first: calibrated.
+        first_raw: of the same cuts.
+    """
+    heads, calibration = predictor.spec.heads, first.spec.calibration
+    if not len(raw.survival):
+        return predictor.calibrated(calibration, first.spec.thresholds)
+    expected = calibration.probability(heads.events, 1.0 - first_raw.survival)
+    shift = {
+        name: fit_level(1.0 - raw.survival[:, i], expected[:, i], calibration.slope[name])
+        for i, name in enumerate(heads.events)
+    }
+    level = Calibration(slope=calibration.slope, shift=shift)
+    told, wanted = predictor.calibrated(level, {}).finish(raw), first.finish(first_raw)
+    factor = {}
+    for target in select(predictor.targets, "amount"):
+        total = float(told[target.name].sum(dtype=np.float64))
+        ratio = float(wanted[target.name].sum(dtype=np.float64)) / total if total > 0 else 1.0
+        factor[str(target.horizon_days)] = ratio
+    return predictor.calibrated(replace(level, factor=factor), first.spec.thresholds)
 
 
 def calibrate(

@@ -9,6 +9,7 @@ from pipelines.model.calibration import (
     Calibration,
     choose_threshold,
     fit_factor,
+    fit_level,
     fit_probability,
 )
 
@@ -58,6 +59,18 @@ def test_a_factor_trusts_a_total_as_far_as_it_has_buyers() -> None:
     assert 1.0 < fit_factor(one, np.full(10_000, 2.0)) < 1.01
     assert fit_factor(np.zeros(5), np.ones(5)) == 1.0
     assert fit_factor(np.ones(5), np.zeros(5)) == 1.0
+
+
+@pytest.mark.parametrize("moved", [-6.0, -0.05, 0.0, 2.0, 12.0])
+def test_a_level_is_that_of_the_other_model(moved: float) -> None:
+    rng = np.random.default_rng(5)
+    odds = rng.normal(-2.0, 1.5, size=(3_000, 1)) + np.array([0.0, 1.5])
+    expected = 1 / (1 + np.exp(-odds))
+    # Another order of the shoppers, and as much too high or too low for all of them.
+    predicted = 1 / (1 + np.exp(-(rng.permutation(odds) - moved) / 0.8))
+    fixed = Calibration(slope={"x": 0.8}, shift={"x": fit_level(predicted, expected, 0.8)})
+    told = fixed.probability(["x"], predicted[:, None])[:, 0]
+    assert told.mean(axis=0) == pytest.approx(expected.mean(axis=0), abs=1e-3)
 
 
 def test_open_windows_do_not_count() -> None:

@@ -16,9 +16,9 @@ from pipelines.features.store import Sequences, encode_events
 from pipelines.model.batches import collate, cut_pieces
 from pipelines.model.heads import survival
 from pipelines.model.predictor import CONFIG, WEIGHTS, Predictor
-from pipelines.model.timeline import DAY, Timeline
+from pipelines.model.timeline import DAY, Cuts, Timeline
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import TrainedModel, pretrain_model, train_model
+from pipelines.model.training import TrainedModel, population, pretrain_model, train_model
 from tests.model.conftest import PERIODS, START, TARGETS, TINY
 
 
@@ -163,6 +163,26 @@ def test_nothing_after_the_bound_reaches_the_first_fit(
     one = train_model(shop, PERIODS, TARGETS, config, vocabulary).first.network.state_dict()
     two = train_model(other, PERIODS, TARGETS, config, vocabulary).first.network.state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_refit_keeps_the_level_of_the_corrected_first_fit(
+    shop: Sequences, vocabulary: Vocabulary
+) -> None:
+    config = TINY.model_copy(update={"refit_epochs": 2, "refit_rate": 1.0})
+    trained = train_model(shop, PERIODS, TARGETS, config, vocabulary)
+    shortest = min(target.horizon_days for target in TARGETS) * DAY
+    times = range(PERIODS.calibration, PERIODS.test - shortest + 1, shortest)
+    timeline = Timeline(shop)
+    cuts = Cuts.join([population(timeline, ts, PERIODS.active_days) for ts in times])
+    assert len(cuts) > 50
+    for first, refit in (
+        (trained.first, trained.shipped),
+        (trained.network_first, trained.network),
+    ):
+        before, after = (p.predict_cuts(timeline, cuts.user, cuts.ts) for p in (first, refit))
+        for name, values in after.items():
+            assert values.mean() == pytest.approx(before[name].mean(), rel=1e-3), name
+            assert np.abs(values - before[name]).max() > 1e-5
 
 
 def auc(score: np.ndarray[Any, Any], label: np.ndarray[Any, Any]) -> float:
