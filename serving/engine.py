@@ -77,18 +77,33 @@ def find_count() -> int:
     """
     text = os.environ.get(COUNT_VARIABLE)
     if not text:
-        # Those that this process may use, where the system tells them.
-        usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-        return min(len(usable(0)), _MOST_BY_DEFAULT)
+        return min(len(_find_cores()), _MOST_BY_DEFAULT)
     if not text.isdecimal() or not 1 <= int(text) <= _MOST:
         raise UserError(f"{COUNT_VARIABLE}: {text!r} is not a number from 1 to {_MOST}")
     return int(text)
+
+
+def _find_cores() -> list[int]:
+    """Return the cores that this process may use, as far as the system tells them."""
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return sorted(usable(0))
+
+
+def assign_cores(count: int) -> list[int | None]:
+    """Return the core that each of some processes is to stay on; None = any.
+
+    A process that stays finds in the core's cache what it left there. But only where every core
+    has one: many services on one large machine must not all choose the same cores.
+    """
+    cores = _find_cores()
+    return list(cores) if len(cores) == count else [None] * count
 
 
 class _Process:
     """One process, and the way to ask it; of one caller at a time.
 
     Attributes:
+        core: that it stays on; None = any.
         digest: of the model that it holds.
         since: when it was ready, in seconds.
     """
@@ -98,7 +113,9 @@ class _Process:
         process: subprocess.Popen[bytes],
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        core: int | None,
     ) -> None:
+        self.core = core
         self._process = process
         self._reader = reader
         self._writer = writer
@@ -106,22 +123,27 @@ class _Process:
         self.since = 0.0
 
     @classmethod
-    async def start(cls, start: Start) -> _Process:
+    async def start(cls, start: Start, core: int | None) -> _Process:
         """Start a process and wait until it holds the model.
+
+        Args:
+            start: the model.
+            core: that it is to stay on; None = any.
 
         Raises:
             UserError: the model is refused, or the process ended.
         """
         ours, theirs = socket.socketpair()
         with theirs:
+            arguments = [theirs.fileno()] if core is None else [theirs.fileno(), core]
             process = subprocess.Popen(
-                [sys.executable, "-m", "serving.predicting", str(theirs.fileno())],
+                [sys.executable, "-m", "serving.predicting", *map(str, arguments)],
                 cwd=_SOURCES,
                 env=os.environ | _ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
-        made = cls(process, *await asyncio.open_unix_connection(sock=ours))
+        made = cls(process, *await asyncio.open_unix_connection(sock=ours), core)
         try:
             async with asyncio.timeout(_START_SECONDS):
                 reply = await made.ask(start)
@@ -207,7 +229,7 @@ class Engine:
             UserError: the model is refused; the one before goes on.
         """
         first = Start(model=str(model.resolve()), digest=digest, check=check)
-        starts = [_Process.start(first) for _ in range(self.count)]
+        starts = [_Process.start(first, core) for core in assign_cores(self.count)]
         started = await asyncio.gather(*starts, return_exceptions=True)
         processes = [process for process in started if isinstance(process, _Process)]
         errors = [error for error in started if isinstance(error, BaseException)]
@@ -282,19 +304,20 @@ class Engine:
         if process in self._serving:
             self._serving.discard(process)
             early = time.monotonic() - process.since < _LONGEST_PAUSE
-            self._spawn(self._replace(process.digest, _LEAST_PAUSE if early else 0.0))
+            self._spawn(self._replace(process, _LEAST_PAUSE if early else 0.0))
 
     def _end(self, process: _Process, *, kill: bool = False) -> None:
         self._spawn(process.end(kill=kill))
 
-    async def _replace(self, digest: str, pause: float) -> None:
+    async def _replace(self, lost: _Process, pause: float) -> None:
         """Start a process like one that was lost, as long as its model serves."""
+        digest = lost.digest
         while digest == self.digest:
             await asyncio.sleep(pause)
             pause = min(max(2 * pause, _LEAST_PAUSE), _LONGEST_PAUSE)
             start = Start(model=str(self._model.resolve()), digest=digest, check=False)
             try:
-                process = await _Process.start(start)
+                process = await _Process.start(start, lost.core)
             except UserError as error:
                 _LOG.error("no process that predicts: %s", error)
                 continue

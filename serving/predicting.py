@@ -1,8 +1,9 @@
-"""A process that predicts: `python -m serving.predicting FD`, started by ``serving.engine``.
+"""A process that predicts: `python -m serving.predicting FD [CORE]`, started by ``serving.engine``.
 
 It talks over the socket that it inherits as file descriptor FD, and ends when the other end closes
-it, however that comes about. Model and PyTorch live here, so that the service's own process, which
-talks to the network, never waits for the interpreter while a batch is predicted.
+it, however that comes about; it stays on the core CORE. Model and PyTorch live here, so that the
+service's own process, which talks to the network, never waits for the interpreter while a batch is
+predicted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from io import BufferedRWPair
 from pathlib import Path
@@ -293,6 +295,10 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(_NICE)
+    if len(sys.argv) > 2 and sys.platform == "linux":
+        # A core that was there a moment ago may be gone.
+        with suppress(OSError):
+            os.sched_setaffinity(0, {int(sys.argv[2])})
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     with (
         socket.socket(fileno=int(sys.argv[1])) as connection,

@@ -39,7 +39,7 @@ from pipelines.model.predictor import ModelSpec, Predictor
 from pipelines.model.timeline import feature_names
 from pipelines.model.tokens import Vocabulary
 from pipelines.stages import package
-from serving.engine import find_count
+from serving.engine import assign_cores, find_count
 from serving.limits import MAX_EVENTS, MAX_USERS
 from serving.loading import load
 from serving.metrics import Metrics
@@ -820,6 +820,11 @@ def list_predictors(service: Service) -> list[psutil.Process]:
     return [child for child in children if "serving.predicting" in child.cmdline()]
 
 
+def list_cores(service: Service) -> list[list[int]]:
+    """The cores that each process that predicts may use."""
+    return sorted(process.cpu_affinity() for process in list_predictors(service))
+
+
 def test_processes_that_predict_are_replaced_when_they_die(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -828,6 +833,9 @@ def test_processes_that_predict_are_replaced_when_they_die(
     with start(project / "models/gpt", tmp_path) as service:
         expected = service.predict(request)
         assert expected[0] == 200
+        cores = list_cores(service)
+        own = psutil.Process().cpu_affinity()
+        assert cores == ([[core] for core in own] if len(own) == 2 else [own, own])
         stuck, _ = list_predictors(service)
         stuck.suspend()
         # They take turns: one of two calls waits in vain, and says so in time.
@@ -853,6 +861,19 @@ def test_processes_that_predict_are_replaced_when_they_die(
             assert time.monotonic() < deadline, service.log.read_text()
             time.sleep(0.1)
         assert service.predict(request) == expected
+        while len(list_cores(service)) < 2:
+            assert time.monotonic() < deadline, service.log.read_text()
+            time.sleep(0.1)
+        assert list_cores(service) == cores
+
+
+def test_a_core_is_given_only_where_every_core_has_a_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 2})
+    assert assign_cores(2) == [2, 5]
+    assert assign_cores(1) == [None]
+    assert assign_cores(3) == [None] * 3
 
 
 @pytest.mark.parametrize("text", ["0", "two", "65"])
