@@ -2,11 +2,12 @@
 
     python benchmarks/serving_load.py --model models/gpt
 
-A shopper a request, with 100 events. First as many requests as a few connections can send, one
+A shopper a request, with 100 events. First as many requests as so many connections can send, one
 after the other, to both endpoints in turn for two seconds each, in an order drawn by chance: a
-machine that is lent in slices changes its speed within a minute. Then requests at a share of that
-rate, whatever is answered (the rated load); then at three times the rated load, all of it and what
-came after the first second, in which a flood is not told from a burst yet.
+machine that is lent in slices changes its speed within a minute. The throughput of either is the
+most it answers, with however many connections. Then requests at a share of the service's, whatever
+is answered (the rated load); then at three times the rated load, all of it and what came after the
+first second, in which a flood is not told from a burst yet.
 """
 
 from __future__ import annotations
@@ -267,12 +268,37 @@ def _wait(port: int, process: subprocess.Popen[bytes]) -> None:
     raise SystemExit("the server did not start")
 
 
+def compare(ends: dict[str, tuple[int, bytes]], connections: int, rounds: int) -> dict[str, float]:
+    """Ask both endpoints in turn; print what they answered, and return how many a second."""
+    seen = {name: Seen() for name in ends}
+    ratios = []
+    rng = np.random.default_rng(connections)
+    for _ in range(rounds):
+        slices = {}
+        for name in rng.permutation(list(ends)):
+            slices[name] = asyncio.run(send_steadily(*ends[name], connections, _SLICE))
+            seen[name].join(slices[name])
+        ratios.append(slices["forecart"].statuses[200] / slices["empty"].statuses[200])
+    seconds = rounds * _SLICE
+    rate = {name: part.statuses[200] / seconds for name, part in seen.items()}
+    print(f"{connections} connections")
+    for name, part in seen.items():
+        print(f"  {name:<8}        {part.describe(seconds)}")
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    print(
+        f"  ratio           {rate['forecart'] / rate['empty']:.3f}; of single slices: median "
+        f"{middle:.3f}, quartiles {low:.3f} and {high:.3f}",
+        flush=True,
+    )
+    return rate
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="a model's folder")
     parser.add_argument("--events", type=int, default=100, help="of the shopper")
-    parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--connections", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--seconds", type=float, default=16.0, help="of every measurement")
     parser.add_argument("--share", type=float, default=0.7, help="of the most: the rated load")
     options = parser.parse_args()
@@ -285,27 +311,17 @@ def main() -> None:
         payload = make_payload("/predict", make_body(options.events))
         ends = {"empty": (empty, make_payload("/empty", {})), "forecart": (port, payload)}
         for end in ends.values():
-            asyncio.run(send_steadily(*end, options.connections, _SLICE))
-        seen = {name: Seen() for name in ends}
-        ratios = []
-        rng = np.random.default_rng(1)
+            asyncio.run(send_steadily(*end, max(options.connections), _SLICE))
         rounds = max(1, round(options.seconds / _SLICE))
-        for _ in range(rounds):
-            slices = {}
-            for name in rng.permutation(list(ends)):
-                slices[name] = asyncio.run(send_steadily(*ends[name], options.connections, _SLICE))
-                seen[name].join(slices[name])
-            ratios.append(slices["forecart"].statuses[200] / slices["empty"].statuses[200])
-        seconds = rounds * _SLICE
-        print(f"empty endpoint     {seen['empty'].describe(seconds)}")
-        print(f"{options.events} events         {seen['forecart'].describe(seconds)}")
-        most, none = seen["forecart"].statuses[200], seen["empty"].statuses[200]
-        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        rates = {
+            connections: compare(ends, connections, rounds) for connections in options.connections
+        }
+        most = {name: max(rate[name] for rate in rates.values()) for name in ends}
         print(
-            f"ratio              {most / none:.3f}; of single slices: median {middle:.3f}, "
-            f"quartiles {low:.3f} and {high:.3f}"
+            f"the most: empty {most['empty']:.0f}/s, forecart {most['forecart']:.0f}/s, "
+            f"ratio {most['forecart'] / most['empty']:.3f}"
         )
-        rated = options.share * most / seconds
+        rated, seconds = options.share * most["forecart"], rounds * _SLICE
         for rate in (rated, 3 * rated):
             began = time.perf_counter()
             answered, late = send_at_rate(port, [payload], rate, seconds)
