@@ -28,7 +28,7 @@ MICROSECONDS: Final = 1_000_000
 
 # What an event has where it says nothing.
 _NOTHING: Final = dict.fromkeys(
-    ("item_id", "category", "brand", "price", "quantity", "query", "session_id"), None
+    ("item_id", "category", "brand", "price", "quantity", "query", "session_id")
 ) | {"event_id": ""}
 
 _WORD: Final = re.compile(r"\w+")
@@ -259,11 +259,8 @@ def encode_events(
         for name, values in columns.items()
     }
     # NumPy reads None as NaN in a column of floats.
-    for name, numbers in (
-        ("price", [event.price for event in events]),
-        ("quantity", [event.quantity for event in events]),
-    ):
-        arrays[name] = np.array(numbers, dtype=_DTYPES[name])
+    arrays["price"] = np.array([event.price for event in events], dtype=np.float32)
+    arrays["quantity"] = np.array([event.quantity for event in events], dtype=np.float32)
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     sessions = map(names.__getitem__, [event.session_id for event in events])
     session = np.fromiter(sessions, dtype=np.int64, count=len(ts))

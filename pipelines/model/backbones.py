@@ -126,7 +126,7 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width, bias=False)
         nn.init.zeros_(self.attention_out.weight)
         nn.init.zeros_(self.mlp_out.weight)
-        # Of the weights in a state of theirs.
+        # ``_projection`` without gradients, and the state of the weights that it is of.
         self._centred: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor, mask: Tensor | None, turn: Tensor) -> Tensor:
@@ -237,8 +237,7 @@ class Transformer(nn.Module):
         rows, length, _ = x.shape
         every = torch.arange(rows, device=x.device)
         row, slot = places // length, places % length
-        single = torch.equal(row, every)
-        if single:
+        if torch.equal(row, every):
             # One a row, as where single histories are asked about: nothing to be laid out.
             slots, number = slot[:, None], slot.new_zeros(rows)
         else:
@@ -247,12 +246,11 @@ class Transformer(nn.Module):
             # Rows with fewer places ask at their first one for nothing.
             slots = places.new_zeros(rows, int(counts.max()))
             slots[row, number] = slot
-        mask = None
-        seen = torch.arange(length, device=x.device) <= slot[:, None] if single else None
+        before = torch.arange(length, device=x.device) <= slots[:, :, None]
         own = layout.segment == layout.segment[:, :1]
-        if seen is not None and self.causal and torch.equal(own, seen):
+        if self.causal and slots.shape[1] == 1 and torch.equal(own, before[:, 0]):
             # A row is one history up to its NOW: who sees what need not be written down.
-            seen = seen[:, None]
+            mask, seen = None, before
         else:
             mask = attention_mask(layout.segment, layout.is_now, causal=self.causal)
             seen = mask[:, 0][every[:, None], slots]
