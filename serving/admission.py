@@ -27,7 +27,7 @@ MAX_WAIT_SECONDS: Final = 0.05
 MIN_OPEN: Final = 32
 
 # A queue stands if the wait has not been short for so long. Until then more may wait.
-BURST_SECONDS: Final = 0.25
+BURST_SECONDS: Final = 1.0
 MAX_BURST_WAIT_SECONDS: Final = 0.2
 _SHORT_WAIT_SECONDS: Final = 0.5 * MAX_WAIT_SECONDS
 

@@ -193,6 +193,31 @@ def test_bursts_are_let_in_though_the_last_one_was_too_long() -> None:
     assert asyncio.run(run()) == [pytest.approx(1000 * MAX_BURST_WAIT_SECONDS, rel=0.1)] * 5
 
 
+def test_of_what_comes_in_a_slow_moment_nothing_is_refused() -> None:
+    """The machine does half as much for a while: a queue stands, and is gone again soon."""
+
+    async def run() -> list[int]:
+        server = Server(0.001)
+        await learn(server)
+        tasks: list[asyncio.Task[int]] = []
+        lengths = []
+        began = server.now
+        for answered in range(2000):
+            server.seconds = 0.002 if answered < 175 else 0.001
+            due = int((server.now - began) / 0.00143)
+            tasks += [server.ask() for _ in range(due - len(tasks))]
+            await asyncio.sleep(0)
+            lengths.append(len(server.waiting))
+            if not server.waiting:
+                server.now += server.seconds
+            await server.answer(1)
+        assert max(lengths) > 1000 * MAX_WAIT_SECONDS
+        await server.answer(len(server.waiting))
+        return [await task for task in tasks]
+
+    assert set(asyncio.run(run())) == {200}
+
+
 def test_a_stall_is_not_taken_for_a_slow_service() -> None:
     """The machine stalls for a fifth of a second; what came meanwhile is let in."""
 
