@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.serving_load import NOW, make_body
+from benchmarks.generators import NOW, make_body
 from pipelines.features.store import encode_events
 from pipelines.model.backbones import Block, Transformer, attention_mask
 from pipelines.model.network import Batch, Network, _lay_out

@@ -27,7 +27,8 @@ from urllib.parse import quote
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from benchmarks.serving_load import NOW, make_body, serve
+from benchmarks.generators import NOW, make_body
+from benchmarks.serving_load import serve
 
 TIMEOUT_SECONDS = 20.0
 _COUNT = re.compile(

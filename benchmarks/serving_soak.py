@@ -10,7 +10,6 @@ five seconds; the slope is that of a straight line through the samples after the
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import threading
 import time
@@ -20,14 +19,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.serving_load import (
-    Seen,
-    make_body,
-    make_payload,
-    send_at_rate,
-    send_steadily,
-    serve,
-)
+from benchmarks.generators import Seen, make_body, make_payload, send_at_rate, send_steadily
+from benchmarks.serving_load import serve
 
 EVERY_SECONDS = 5.0
 PAYLOADS = 64
@@ -67,8 +60,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="a model's folder")
     parser.add_argument("--minutes", type=float, default=15.0)
-    parser.add_argument("--connections", type=int, default=16, help="that find the rate")
-    parser.add_argument("--share", type=float, default=0.7, help="of what they are answered")
+    parser.add_argument("--connections", type=int, default=32, help="that find the rate")
+    parser.add_argument("--share", type=float, default=0.5, help="of what they are answered")
     options = parser.parse_args()
     rng = np.random.default_rng(7)
     payloads = [
@@ -80,10 +73,10 @@ def main() -> None:
     whole = Seen()
     environment = {"FORECART_MODEL": str(options.model.resolve())}
     with serve("serving.service:Forecart", environment) as port:
-        payload = make_payload("/predict", make_body(100))
-        asyncio.run(send_steadily(port, payload, options.connections, 3))
-        found = asyncio.run(send_steadily(port, payload, options.connections, 10))
-        rate = options.share * found.statuses[200] / 10
+        body = json.dumps(make_body(100)).encode()
+        for seconds in (3, 10):
+            found = send_steadily(port, "/predict", body, options.connections, seconds)
+        rate = options.share * found.rate
         sampler = threading.Thread(target=sample_memory, args=(stop, samples))
         sampler.start()
         began = time.perf_counter()
@@ -94,8 +87,14 @@ def main() -> None:
         stop.set()
         sampler.join()
     found_memory = describe_memory(samples)
-    load = {"minutes": round(wall / 60, 1), "offered_per_second": round(rate, 1)}
-    print(json.dumps(load | {"answers": whole.describe(wall)} | found_memory, indent=2))
+    told = {
+        "minutes": round(wall / 60, 1),
+        "offered_per_second": round(rate, 1),
+        "answers": dict(whole.statuses),
+        "times": whole.describe(wall),
+        **found_memory,
+    }
+    print(json.dumps(told, indent=2))
 
 
 if __name__ == "__main__":
