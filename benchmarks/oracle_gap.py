@@ -10,7 +10,8 @@ each with a training seed of its own. On the test cut, for ROC-AUC (spend: Gini)
     ece_to_oracle        the ece where the oracle's probabilities stand for what happened, which
                          leaves nothing to chance; the same of LightGBM
 
-    python benchmarks/oracle_gap.py [--seeds 3] [--model ensemble] [--shoppers N] [--tests 1]
+    python benchmarks/oracle_gap.py [--seeds 3] [--shop SEED] [--model ensemble] [--shoppers N]
+        [--tests 1]
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def main() -> None:
     """Run the shops and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shop", type=int, help="seed of the first shop; default: params.yaml")
     parser.add_argument("--model", default="ensemble")
     parser.add_argument("--shoppers", type=int, help="registered in a shop; default: params.yaml")
     parser.add_argument("--tests", type=int, help="test cuts; default: params.yaml")
@@ -54,7 +56,7 @@ def main() -> None:
         settings["cuts"]["test"] = given.tests
     if given.shoppers is not None:
         settings["ingest"]["simulator"]["users"] = given.shoppers
-    shop = settings["ingest"]["simulator"]["seed"]
+    shop = settings["ingest"]["simulator"]["seed"] if given.shop is None else given.shop
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(given.seeds):
         settings["ingest"]["simulator"]["seed"] = shop + number

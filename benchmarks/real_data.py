@@ -16,6 +16,7 @@ Sets (files of these names in --folder; none is part of this project):
     trivago            trivago RecSys 2019 sessions: searches, views and click-outs, a week
 
     python benchmarks/real_data.py --folder DIR [--only online_retail taobao] [--tests 4]
+        [--members 1] [--no-tables]
 """
 
 from __future__ import annotations
@@ -157,10 +158,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=list(SETS))
     parser.add_argument("--tests", type=int, default=1, help="test cuts")
+    parser.add_argument("--members", type=int, help="networks that answer together")
     parser.add_argument("--no-tables", action="store_true", help="of items and shoppers")
     given = parser.parse_args()
     settings = yaml.safe_load(Path("params.yaml").read_text())
     settings["cuts"]["test"] = given.tests
+    if given.members is not None:
+        settings["train"]["members"] = given.members
     expectations = Path("expectations").resolve()
     for name in given.only or SETS:
         with tempfile.TemporaryDirectory(prefix="forecart-bench-") as folder:
