@@ -140,6 +140,15 @@ class Outputs:
     amount_scale: Tensor
 
 
+class _ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero; drawing numbers for one without outputs would warn."""
+
+    def reset_parameters(self) -> None:
+        """Set weights and biases to zero."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class Network(nn.Module):
     """Event tokens in, hazards and amounts at NOW out."""
 
@@ -175,10 +184,7 @@ class Network(nn.Module):
             joined += config.fusion_width
         self.join = nn.Linear(joined, config.fusion_width)
         self.hazard = nn.Linear(config.fusion_width, config.events * config.bins)
-        # Zero below; drawing numbers for no amounts at all would warn.
-        self.amount = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-            nn.Linear, config.fusion_width, 2 * config.amounts
-        )
+        self.amount = _ZeroLinear(config.fusion_width, 2 * config.amounts)
         self.items = ItemHead(config.items, width) if config.items else None
         self.next = nn.Linear(width, config.types + NEXT_GAP_BINS + config.next_codes + 1)
         for table in (
@@ -191,7 +197,7 @@ class Network(nn.Module):
         ):
             nn.init.normal_(table.weight, std=0.3 if table is self.event_type else 0.1)
         nn.init.normal_(self.query.weight, std=0.2)
-        for head in (self.hazard, self.amount, self.next):
+        for head in (self.hazard, self.next):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 

@@ -25,6 +25,22 @@ def encode(network: Network, batch: Batch) -> tuple[Tensor, int]:
         return network.encode_now(batch), mask.call_count
 
 
+def make_config(backbone: str, heads: Heads) -> NetworkConfig:
+    return NetworkConfig(
+        backbone=backbone, width=16, layers=2, heads=2, dropout=0.0, types=10, categories=4,
+        brands=2, genders=2, regions=2, item_buckets=16, query_buckets=16, next_codes=8,
+        features=len(feature_names()), fusion_width=16, events=len(heads.events),
+        bins=len(heads.grid), amounts=len(heads.amounts), items=0,
+    )  # fmt: skip
+
+
+def test_a_log_without_prices_makes_no_noise(recwarn: pytest.WarningsRecorder) -> None:
+    heads = Heads.for_targets([target for target in TARGETS if target.kind == "binary"])
+    network = Network(make_config("gpt", heads))
+    assert network.amount.weight.shape == (0, 16)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("backbone", ["gpt", "bert", "lstm"])
 @pytest.mark.parametrize(
     ("row", "days"),
@@ -34,12 +50,7 @@ def test_now_alone_is_now_of_the_whole(backbone: str, row: int, days: tuple[int,
     rng = np.random.default_rng(3)
     timeline = Timeline(encode_events([make_user(rng, days=d) for d in days]))
     heads = Heads.for_targets(TARGETS)
-    config = NetworkConfig(
-        backbone=backbone, width=16, layers=2, heads=2, dropout=0.0, types=10, categories=4,
-        brands=2, genders=2, regions=2, item_buckets=16, query_buckets=16, next_codes=8,
-        features=len(feature_names()), fusion_width=16, events=len(heads.events),
-        bins=len(heads.grid), amounts=len(heads.amounts), items=0,
-    )  # fmt: skip
+    config = make_config(backbone, heads)
     torch.manual_seed(1)
     network = Network(config).eval()
     # Blocks begin as the identity, which would hide what they do.
