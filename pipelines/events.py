@@ -64,6 +64,10 @@ USER_SCHEMA: Final = pa.schema(
     ]
 )
 
+# Beyond these an amount is a mistake: events are put aside, and refused by the service.
+MAX_PRICE: Final = 1e7
+MAX_QUANTITY: Final = 1e6
+
 ITEM_SCHEMA: Final = pa.schema(
     [
         pa.field("item_id", pa.string(), nullable=False),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, Field, ValidationError
 
 from pipelines.events import to_us
-from serving.schema import Event, Identifier, Strict
+from serving.limits import MAX_CLOCK_SKEW
+from serving.schema import Event, StoredId, Strict
 
 MAX_COLLECTED: Final = 1000
 
@@ -18,7 +20,8 @@ MAX_COLLECTED: Final = 1000
 class CollectedEvent(Event):
     """An event with the shopper who did it."""
 
-    user_id: Identifier
+    user_id: StoredId
+    event_id: StoredId | None = None
 
 
 class Outcome(StrEnum):
@@ -53,8 +56,14 @@ class CollectResponse(BaseModel):
     results: list[CollectResult]
 
 
-def parse_event(raw: dict[str, Any]) -> tuple[dict[str, Any] | None, CollectResult]:
+def parse_event(
+    raw: dict[str, Any], clock: datetime
+) -> tuple[dict[str, Any] | None, CollectResult]:
     """Check one event.
+
+    Args:
+        raw: as it was sent.
+        clock: the service's time, UTC; what lies further ahead than clocks differ is refused.
 
     Returns:
         A row for the store, None when it is refused, and the result so far.
@@ -67,6 +76,9 @@ def parse_event(raw: dict[str, Any]) -> tuple[dict[str, Any] | None, CollectResu
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or None
         return None, CollectResult(outcome=Outcome.REJECTED, reason=first["msg"], field=field)
+    if event.ts > clock + MAX_CLOCK_SKEW:
+        reason = "Event must not lie in the future"
+        return None, CollectResult(outcome=Outcome.REJECTED, reason=reason, field="ts")
     row = event.model_dump(mode="python") | {
         "ts": to_us(event.ts),
         "event_type": event.event_type.value,

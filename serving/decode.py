@@ -14,7 +14,13 @@ from typing import Annotated, Any, Final
 from msgspec import Meta, MsgspecError, Struct, json
 from msgspec.structs import asdict
 
-from pipelines.events import MAX_ID_LENGTH, MAX_QUERY_LENGTH, EventType
+from pipelines.events import (
+    MAX_ID_LENGTH,
+    MAX_PRICE,
+    MAX_QUANTITY,
+    MAX_QUERY_LENGTH,
+    EventType,
+)
 from serving.limits import EARLIEST, LATEST, MAX_EVENTS, MAX_ITEMS, MAX_USERS
 
 # A NUL in a JSON text; and more digits of a second than a microsecond has, where rounding differs.
@@ -38,8 +44,8 @@ class FastEvent(Struct, forbid_unknown_fields=True, gc=False):
     item_id: _Text | None = None
     category: _Text | None = None
     brand: _Text | None = None
-    price: Annotated[float, Meta(ge=0)] | None = None
-    quantity: float | None = None
+    price: Annotated[float, Meta(ge=0, le=MAX_PRICE)] | None = None
+    quantity: Annotated[float, Meta(ge=-MAX_QUANTITY, le=MAX_QUANTITY)] | None = None
     query: Annotated[str, Meta(max_length=MAX_QUERY_LENGTH)] | None = None
     session_id: _Text | None = None
 

@@ -154,7 +154,10 @@ def _predict_all(loaded: Loaded, calls: list[Asked]) -> tuple[list[bytes], dict[
     cuts = timeline.cuts(np.arange(sum(counts)), nows)
     # Who wants fewer items than another gets the first of theirs.
     ahead = predictor.look_ahead(timeline, cuts, max(call.next_items for call in calls))
-    predicted = {name: values.tolist() for name, values in predictor.finish(ahead.raw).items()}
+    finished = predictor.finish(ahead.raw)
+    if not all(np.isfinite(values).all() for values in finished.values()):
+        raise FloatingPointError("a prediction is no number")
+    predicted = {name: values.tolist() for name, values in finished.items()}
     days = [float("nan")] * len(cuts)
     if "purchase" in predictor.spec.heads.events:
         days = predictor.days_until(ahead.raw, "purchase").tolist()

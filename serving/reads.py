@@ -24,10 +24,10 @@ from serving.schema import (
     EraseResponse,
     ExplainResponse,
     ExplanationQuestion,
-    Identifier,
     ItemsQuestion,
     PredictionQuestion,
     Profile,
+    StoredId,
     StoredItems,
     StoredPrediction,
     StoredProfile,
@@ -48,18 +48,20 @@ _PROFILE: Final = {
 
 
 def read_user_id(
-    request: Request, user_id: Annotated[Identifier, Path(description="Percent-encoded.")]
+    request: Request, user_id: Annotated[StoredId, Path(description="Percent-encoded.")]
 ) -> str:
     """Return the id in the path.
 
     Raises:
-        HTTPException: its bytes are no UTF-8; the server has put a mark in their place, which
-            might be another shopper's id.
+        HTTPException: its bytes are no UTF-8, in whose place the server has put a mark, or end with
+            a new line, which the framework has left out: it might be another shopper's id.
     """
     try:
-        unquote_to_bytes(request.scope.get("raw_path", b"")).decode()
+        path = unquote_to_bytes(request.scope.get("raw_path", b"")).decode()
     except UnicodeDecodeError:
         raise HTTPException(HTTPStatus.BAD_REQUEST, "the address is not UTF-8") from None
+    if "\n" in path:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "an id must not hold control characters")
     return user_id
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from datetime import datetime
 from typing import Annotated, Final
 
@@ -16,7 +17,13 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from pipelines.events import MAX_ID_LENGTH, MAX_QUERY_LENGTH, EventType
+from pipelines.events import (
+    MAX_ID_LENGTH,
+    MAX_PRICE,
+    MAX_QUANTITY,
+    MAX_QUERY_LENGTH,
+    EventType,
+)
 from serving.limits import EARLIEST, LATEST, MAX_EVENTS, MAX_ITEMS, MAX_USERS, settle_now
 
 # A body beyond this is refused unread.
@@ -40,6 +47,17 @@ Time = Annotated[AwareDatetime, AfterValidator(_check_time)]
 Identifier = Annotated[
     str, Field(min_length=1, max_length=MAX_ID_LENGTH), AfterValidator(_check_text)
 ]
+
+
+def _check_id(value: str) -> str:
+    # Some databases take "ann " for "ann", and some frameworks end an address at a new line.
+    if value != value.strip(" ") or any(unicodedata.category(mark) == "Cc" for mark in value):
+        raise ValueError("an id must not begin or end with a blank, nor hold control characters")
+    return value
+
+
+# Of what is kept.
+StoredId = Annotated[Identifier, AfterValidator(_check_id)]
 Text = Annotated[str, Field(max_length=MAX_ID_LENGTH), AfterValidator(_check_text)]
 Target = Annotated[Text, Field(description="A probability's name, such as purchase_14d.")]
 
@@ -59,8 +77,10 @@ class Event(Strict):
     item_id: Text | None = None
     category: Text | None = None
     brand: Text | None = None
-    price: Annotated[float, Field(ge=0)] | None = Field(default=None, description="Unit price.")
-    quantity: float | None = None
+    price: Annotated[float, Field(ge=0, le=MAX_PRICE)] | None = Field(
+        default=None, description="Unit price."
+    )
+    quantity: Annotated[float, Field(ge=-MAX_QUANTITY, le=MAX_QUANTITY)] | None = None
     query: (
         Annotated[str, Field(max_length=MAX_QUERY_LENGTH), AfterValidator(_check_text)] | None
     ) = Field(default=None, description="The search text.")
@@ -130,7 +150,7 @@ class PredictResponse(BaseModel):
 class StoredRequest(Strict):
     """Shoppers to predict from what was collected of them, and from when on."""
 
-    user_ids: Annotated[list[Identifier], Field(min_length=1, max_length=MAX_USERS)]
+    user_ids: Annotated[list[StoredId], Field(min_length=1, max_length=MAX_USERS)]
     now: Time | None = Field(default=None, description="Default: the service's clock.")
     next_items: Annotated[int, Field(ge=0, le=MAX_ITEMS)] = 0
 
@@ -138,7 +158,7 @@ class StoredRequest(Strict):
 class EraseRequest(Strict):
     """A shopper who wants to be forgotten."""
 
-    user_id: Identifier
+    user_id: StoredId
 
 
 class EraseResponse(BaseModel):
@@ -154,7 +174,7 @@ class ExplainRequest(Strict):
     """A prediction to explain: of a shopper in the request, or of one who was collected."""
 
     user: User | None = None
-    user_id: Identifier | None = Field(
+    user_id: StoredId | None = Field(
         default=None, description="Instead of `user`: whose collected events are explained."
     )
     target: Target

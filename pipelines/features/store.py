@@ -21,7 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import UserError
-from pipelines.events import EPOCH, EVENT_CODES, MICROSECOND, SESSION_GAP_SECONDS, to_us
+from pipelines.events import (
+    EPOCH,
+    EVENT_CODES,
+    MAX_PRICE,
+    MAX_QUANTITY,
+    MICROSECOND,
+    SESSION_GAP_SECONDS,
+    to_us,
+)
 
 MISSING_TIME: Final = int(np.iinfo(np.int64).min)
 MICROSECONDS: Final = 1_000_000
@@ -258,9 +266,12 @@ def encode_events(
         name: np.fromiter(values, dtype=_DTYPES[name], count=len(ts))
         for name, values in columns.items()
     }
-    # NumPy reads None as NaN in a column of floats.
-    arrays["price"] = np.array([event.price for event in events], dtype=np.float32)
-    arrays["quantity"] = np.array([event.quantity for event in events], dtype=np.float32)
+    # NumPy reads None as NaN in a column of floats. What was stored when more was accepted counts
+    # as the most that is.
+    price = np.array([event.price for event in events], dtype=np.float64)
+    quantity = np.array([event.quantity for event in events], dtype=np.float64)
+    arrays["price"] = np.clip(price, -MAX_PRICE, MAX_PRICE).astype(np.float32)
+    arrays["quantity"] = np.clip(quantity, -MAX_QUANTITY, MAX_QUANTITY).astype(np.float32)
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     sessions = map(names.__getitem__, [event.session_id for event in events])
     session = np.fromiter(sessions, dtype=np.int64, count=len(ts))

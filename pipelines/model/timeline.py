@@ -23,6 +23,9 @@ ANY_EVENT: Final = "any"
 
 _WINDOWS: Final = (0.25, 1.0, 3.0, 7.0, 14.0, 28.0, 90.0)  # days
 _FOCUS_WINDOWS: Final = (0.25, 1.0, 3.0, 7.0, 28.0)  # days
+# The smallest amount that is told apart, and the largest that an event may add.
+_MONEY: Final = 1e-4
+_MOST_SPENT: Final = 1e11
 _SPANS: Final = np.array([[int(w * DAY)] for w in _WINDOWS])
 _FOCUS_SPANS: Final = np.array([[int(w * DAY)] for w in _FOCUS_WINDOWS])
 _COUNTED: Final = (*EVENT_TYPES, "session")
@@ -120,12 +123,19 @@ class Timeline:
         return flags.cumsum(axis=0)
 
     @cached_property
-    def _spent(self) -> NDArray[np.float64]:
-        """Money spent before every flat index, (N + 1,)."""
+    def _spent(self) -> Ints:
+        """Money spent before every flat index, (N + 1,), in ``_MONEY``.
+
+        Whole numbers, whose differences are exact: what one shopper spends, however much, changes
+        nothing of the others.
+        """
         price = np.nan_to_num(np.asarray(self.sequences.price, dtype=np.float64))
         quantity = np.nan_to_num(np.asarray(self.sequences.quantity, dtype=np.float64), nan=1.0)
         bought = self.type == EVENT_CODES[EventType.PURCHASE]
-        return np.concatenate([[0.0], np.cumsum(np.where(bought, price * quantity, 0.0))])
+        spent = np.where(bought, np.clip(price * quantity, -_MOST_SPENT, _MOST_SPENT), 0.0)
+        before = np.zeros(len(spent) + 1, dtype=np.int64)
+        np.cumsum(np.rint(spent / _MONEY).astype(np.int64), out=before[1:])
+        return before
 
     @cached_property
     def _last(self) -> NDArray[np.int64]:
@@ -168,7 +178,7 @@ class Timeline:
         tenure = self.tenure(cuts)
         low = np.concatenate([bisect(self.ts, start, position, now - _SPANS), start[None]])
         counts = self._counts[position] - self._counts[low]  # (windows, M, counted)
-        spent = np.maximum(self._spent[position] - self._spent[low], 0.0)
+        spent = np.maximum(self._spent[position] - self._spent[low], 0) * _MONEY
         by_window = np.log1p(np.concatenate([counts, spent[..., None]], axis=2))
         columns: list[NDArray[Any]] = [_flatten(by_window)]
         last = self._last[position]
@@ -280,7 +290,7 @@ class Timeline:
         amount = np.zeros((len(cuts), len(horizons)), dtype=np.float32)
         for column, days in enumerate(horizons):
             until = bisect(self.ts, cuts.position, end, cuts.ts + days * DAY)
-            amount[:, column] = self._spent[until] - self._spent[cuts.position]
+            amount[:, column] = (self._spent[until] - self._spent[cuts.position]) * _MONEY
         observed = (close - cuts.ts) / DAY
         return Labels(delay=delay, observed_days=observed, amount=amount)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from datetime import UTC, datetime
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_thousands_of_users_are_the_same_in_training_and_serving(
     store.create()
     rows = []
     for event in read_log(shop):
-        row, result = parse_event(event)
+        row, result = parse_event(event, datetime.now(UTC))
         assert row is not None, result
         rows.append(row)
     for low in range(0, len(rows), 5000):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipelines.events import EVENT_CODES
 from pipelines.features.store import Sequences, encode_events
 from pipelines.model.timeline import DAY, Cuts, Timeline, bisect, feature_names
-from tests.model.conftest import START
+from tests.model.conftest import START, make_user
 
 
 @settings(max_examples=50, deadline=None)
@@ -85,3 +85,17 @@ def test_a_user_without_events_has_features() -> None:
     timeline = Timeline(encode_events([[], []]))
     cuts = timeline.cuts(np.array([0, 1]), np.array([START, START]))
     assert np.isfinite(timeline.features(cuts)).all()
+
+
+def test_what_one_user_spends_changes_nothing_of_another() -> None:
+    """Whatever is beside them in a batch, to the last bit."""
+    rng = np.random.default_rng(5)
+    ann = make_user(rng)
+    rich = [dict(event, event_type="purchase", price=1e300, quantity=1e300) for event in ann]
+    alone = Timeline(encode_events([ann]))
+    beside = Timeline(encode_events([rich, ann, rich]))
+    when = START + 61 * DAY
+    told = beside.features(beside.cuts(np.arange(3), np.full(3, when)))
+    expected = alone.features(alone.cuts(np.zeros(1, dtype=np.int64), np.array([when])))
+    np.testing.assert_array_equal(told[1], expected[0])
+    assert np.isfinite(told).all()

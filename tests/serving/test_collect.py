@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ from hypothesis import strategies as st
 
 from serving.collect import Outcome, parse_event
 
+CLOCK = datetime(2025, 3, 2, tzinfo=UTC)
 GOOD = {"user_id": "ann", "event_type": "view", "ts": "2025-03-01T12:00:00.5+01:00"}
 
 
 def test_a_good_event_becomes_a_row() -> None:
-    row, result = parse_event(GOOD | {"price": 12, "event_id": "e1"})
+    row, result = parse_event(GOOD | {"price": 12, "event_id": "e1"}, CLOCK)
     assert row is not None
     assert (row["ts"], row["price"], row["event_type"]) == (1_740_826_800_500_000, 12.0, "view")
     assert (result.outcome, result.event_id) == (Outcome.ACCEPTED, "e1")
@@ -23,7 +25,7 @@ def test_a_good_event_becomes_a_row() -> None:
 def test_without_an_id_the_content_is_the_id() -> None:
     ids = []
     for change in ({}, {"event_id": None}, {"price": 1.0}, {"ts": "2025-03-01T11:00:00.5Z"}):
-        row, _ = parse_event(GOOD | change)
+        row, _ = parse_event(GOOD | change, CLOCK)
         assert row is not None
         ids.append(row["event_id"])
     assert ids[0] == ids[1] == ids[3]
@@ -35,6 +37,14 @@ def test_without_an_id_the_content_is_the_id() -> None:
     [
         ({"user_id": ""}, "user_id"),
         ({"user_id": "a\0b"}, "user_id"),
+        ({"user_id": "ann "}, "user_id"),
+        ({"user_id": "ann\n"}, "user_id"),
+        ({"event_id": " e1"}, "event_id"),
+        ({"event_id": "e\t1"}, "event_id"),
+        ({"ts": "2025-03-02T00:05:01Z"}, "ts"),
+        ({"price": 1.1e7}, "price"),
+        ({"quantity": -1.1e6}, "quantity"),
+        ({"quantity": 1e308}, "quantity"),
         ({"ts": "yesterday"}, "ts"),
         ({"ts": "2025-03-01T12:00:00"}, "ts"),
         ({"event_type": "teleport"}, "event_type"),
@@ -46,7 +56,7 @@ def test_without_an_id_the_content_is_the_id() -> None:
     ],
 )
 def test_a_bad_event_is_refused_with_its_field(change: dict[str, Any], field: str) -> None:
-    row, result = parse_event(GOOD | change)
+    row, result = parse_event(GOOD | change, CLOCK)
     assert row is None
     assert (result.outcome, result.field) == (Outcome.REJECTED, field)
     assert result.reason
@@ -67,5 +77,5 @@ JSON = st.recursive(
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from([*GOOD, "price", "query", "odd"]), JSON))
 def test_nothing_makes_it_fail(change: dict[str, Any]) -> None:
-    row, result = parse_event(GOOD | change)
+    row, result = parse_event(GOOD | change, CLOCK)
     assert (row is None) == (result.outcome is Outcome.REJECTED)

@@ -16,6 +16,8 @@ from pipelines.sources.database import URL_VARIABLE, DatabaseSource
 from serving.collect import parse_event
 from serving.store import Store
 
+CLOCK = datetime(2025, 4, 1, tzinfo=UTC)
+
 EVENTS: list[dict[str, Any]] = [
     {"user_id": "ann", "event_type": "view", "ts": "2025-03-01T12:00:00.123456Z", "price": 1.5},
     {"user_id": "bob", "event_type": "search", "ts": "2025-03-02T00:00:00Z", "query": "red"},
@@ -27,7 +29,7 @@ def collect(path: Path, events: list[dict[str, Any]]) -> str:
     url = f"sqlite:///{path}"
     store = Store(url)
     store.create()
-    rows = [row for row, _ in map(parse_event, events) if row]
+    rows = [row for row, _ in (parse_event(event, CLOCK) for event in events) if row]
     assert all(store.append(rows))
     store.close()
     return url
