@@ -19,7 +19,7 @@ from collections.abc import Callable, MutableMapping
 from http import HTTPStatus
 from typing import Any, Final
 
-from serving.middleware import App, Receive, Send, refuse
+from serving.middleware import App, Message, Receive, Send, refuse
 
 # What waits longer is refused, but for so many requests that are open at any time: a service that
 # is slow by itself still answers, and a few clients that wait for their answers are never refused.
@@ -56,11 +56,15 @@ class Admit:
 
     Args:
         app: the application inside.
+        max_bytes: of a body; one that is announced to be longer is refused unread.
         clock: seconds.
     """
 
-    def __init__(self, app: App, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, app: App, *, max_bytes: int = 1 << 23, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.app = app
+        self._max_bytes = max_bytes
         self._clock = clock
         self._requests = 0
         self._work = 0
@@ -80,8 +84,8 @@ class Admit:
         if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
             await self.app(scope, receive, send)
             return
-        now, work = self._clock(), _measure(scope)
-        self._note_asked(now, work)
+        now = self._clock()
+        self._note_asked(now, _measure(scope, self._max_bytes))
         most, limit = self._find_limits(now)
         if self._requests >= most and self.wait > limit:
             self._refused = now
@@ -91,20 +95,41 @@ class Admit:
             return
         if not self._requests:
             self._since = now
+        # What is only announced keeps nobody waiting: a body is work when it has come.
+        work, status = _HEAD_BYTES, 0
         self._requests += 1
         self._work += work
+
+        async def count(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        async def read() -> Message:
+            nonlocal work
+            message = await receive()
+            part = len(message.get("body", b""))
+            work += part
+            self._work += part
+            return message
+
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, read, count)
         finally:
             self._requests -= 1
             self._work -= work
-            now = self._clock()
-            passed = now - self._since
+            self._learn(work if status < HTTPStatus.BAD_REQUEST else 0)
+
+    def _learn(self, work: int) -> None:
+        """Take an answer into account; of a refusal or an error (work 0) nothing is learnt."""
+        now = self._clock()
+        passed = now - self._since
+        self._since = now
+        if work:
             fade = 1 - min(passed / _SECONDS, 1 / _ANSWERS)
             self._seconds = self._seconds * fade + passed
             self._done = self._done * fade + work
-            self._since = now
-            self._note_wait(now)
+        self._note_wait(now)
 
     def _find_limits(self, now: float) -> tuple[int, float]:
         """Return how many may be open in any case, and the seconds that a request may wait."""
@@ -134,11 +159,11 @@ class Admit:
         return self._asked / _ASKED_SECONDS * self._seconds / self._done if self._done else 0.0
 
 
-def _measure(scope: MutableMapping[str, Any]) -> int:
-    """Return the work of a request, in bytes."""
+def _measure(scope: MutableMapping[str, Any], max_bytes: int) -> int:
+    """Return the work that a request announces, in bytes."""
     if scope["method"] in ("GET", "HEAD", "DELETE", "OPTIONS"):
         return _HEAD_BYTES
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit():
-            return _HEAD_BYTES + int(value)
+            return _HEAD_BYTES + (int(value) if int(value) <= max_bytes else 0)
     return _UNKNOWN_BYTES

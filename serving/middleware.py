@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -24,6 +25,7 @@ CODES: Final = {
     401: "unauthorized",
     404: "not_found",
     405: "method_not_allowed",
+    408: "request_timeout",
     413: "too_large",
     415: "unsupported_media_type",
     429: "too_many_requests",
@@ -42,11 +44,13 @@ class LimitBody:
     Args:
         app: the application inside.
         max_bytes: largest body.
+        seconds: until it has to be there.
     """
 
-    def __init__(self, app: App, max_bytes: int) -> None:
+    def __init__(self, app: App, max_bytes: int, seconds: float = 10.0) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.seconds = seconds
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -54,26 +58,39 @@ class LimitBody:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        media_type = headers.get(b"content-type", JSON.encode()).split(b";")[0].strip().lower()
-        if media_type != JSON.encode():
+        # All of them: who reads the body may look at another one than is looked at here.
+        told = [value for name, value in scope["headers"] if name == b"content-type"]
+        if any(value.split(b";")[0].strip().lower() != JSON.encode() for value in told):
             await refuse(send, HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"send {JSON}")
             return
         length = headers.get(b"content-length", b"0")
-        body = bytearray()
         too_large = length.isdigit() and int(length) > self.max_bytes
-        more = not too_large
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            too_large = len(body) > self.max_bytes
-            more = message.get("more_body", False) and not too_large
-        if too_large:
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.seconds):
+                gone = not too_large and not await self._read(receive, body)
+        except TimeoutError:
+            text = f"the body did not come within {self.seconds:g} seconds"
+            await refuse(send, HTTPStatus.REQUEST_TIMEOUT, text)
+            return
+        if gone:
+            return
+        if too_large or len(body) > self.max_bytes:
             text = f"the body is larger than {self.max_bytes} bytes; send fewer users in a call"
             await refuse(send, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
             return
         await self.app(scope, replay(bytes(body), receive), send)
+
+    async def _read(self, receive: Receive, body: bytearray) -> bool:
+        """Read a body up to the limit; return whether the client is still there."""
+        more = True
+        while more and len(body) <= self.max_bytes:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return False
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        return True
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

@@ -28,6 +28,7 @@ class Server:
         self.admit = Admit(self.app, clock=lambda: self.now)
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
+        await receive()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting.append(future)
         await future
@@ -50,7 +51,11 @@ class Server:
 
             headers = [(b"content-length", str(size).encode())]
             scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
-            await self.admit(scope, send, send)  # type: ignore[arg-type]
+
+            async def receive() -> Any:
+                return {"type": "http.request", "body": bytes(min(size, 1 << 20))}
+
+            await self.admit(scope, receive, send)
             return int(sent[0]["status"])
 
         return asyncio.create_task(run())
@@ -132,6 +137,55 @@ def test_in_a_flood_next_to_no_queue_is_left(seconds: float, most: float, load: 
     assert max(lengths[known:]) <= 1.2 * most
     # It is never idle.
     assert min(lengths[known:]) >= 1
+
+
+def test_bodies_that_are_only_announced_keep_nobody_waiting() -> None:
+    async def run() -> int:
+        server = Server(0.001)
+        await learn(server)
+        never = asyncio.Event()
+
+        async def receive() -> Any:
+            await never.wait()
+
+        async def send(_: Any) -> None:
+            pass
+
+        headers = [(b"content-length", b"8000000")]
+        scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers}
+        slow = [
+            asyncio.create_task(server.admit(dict(scope), receive, send))
+            for _ in range(3 * MIN_OPEN)
+        ]
+        await asyncio.sleep(0)
+        good = server.ask()
+        await asyncio.sleep(0)
+        await server.answer(1)
+        for task in slow:
+            task.cancel()
+        return await good
+
+    assert asyncio.run(run()) == 200
+
+
+def test_what_is_refused_teaches_nothing() -> None:
+    """A huge length that is announced, and refused at once, is no work that was done."""
+
+    async def run() -> float:
+        server = Server(0.001)
+        await learn(server)
+        before = server.admit._seconds / server.admit._done
+
+        async def refuse(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 413, "headers": []})
+
+        serving, server.admit.app = server.admit.app, refuse
+        await server.ask(size=10**15)
+        server.admit.app = serving
+        await learn(server)
+        return server.admit._seconds / server.admit._done / before
+
+    assert asyncio.run(run()) == pytest.approx(1.0, rel=0.05)
 
 
 def test_a_lull_of_a_moment_does_not_end_a_flood() -> None:

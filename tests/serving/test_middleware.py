@@ -73,6 +73,36 @@ def test_a_larger_body_is_refused_whatever_length_it_announces(
     assert json.loads(body)["error"]["code"] == "too_large"
 
 
+def test_a_body_that_does_not_come_is_waited_for_no_longer() -> None:
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": []}
+    app = LimitBody(answer(200, b""), max_bytes=10, seconds=0.01)
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 408
+    assert json.loads(sent[1]["body"])["error"]["code"] == "request_timeout"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_several_media_types_all_have_to_be_json(order: tuple[int, int]) -> None:
+    types = [b"application/json", b"multipart/form-data; boundary=x"]
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", types[i]) for i in order]
+    scope = {"type": "http", "method": "POST", "path": "/events", "headers": headers}
+    asyncio.run(LimitBody(answer(200, b""), max_bytes=10)(scope, send, send))
+    assert sent[0]["status"] == 415
+
+
 def test_reading_stops_at_the_limit() -> None:
     chunks = [b"1" * 8] * 1000
     status, _, _ = call(LimitBody(answer(200, b""), max_bytes=10), chunks)
