@@ -131,7 +131,8 @@ class _Process:
             core: that it is to stay on; None = any.
 
         Raises:
-            UserError: the model is refused, or the process ended.
+            UserError: the model is refused.
+            Unavailable: the process ended, or took too long; that says nothing of the model.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -150,7 +151,7 @@ class _Process:
         except BaseException as error:
             await made.end(kill=True)
             if isinstance(error, (OSError, EOFError, TimeoutError, MsgspecError)):
-                raise UserError(f"the process that was to load {start.model} ended") from None
+                raise Unavailable(f"the process that was to load {start.model} ended") from None
             raise
         if not isinstance(reply, Ready):
             await made.end()
@@ -227,6 +228,7 @@ class Engine:
 
         Raises:
             UserError: the model is refused; the one before goes on.
+            Unavailable: a process ended before it could tell.
         """
         first = Start(model=str(model.resolve()), digest=digest, check=check)
         starts = [_Process.start(first, core) for core in assign_cores(self.count)]
@@ -318,7 +320,7 @@ class Engine:
             start = Start(model=str(self._model.resolve()), digest=digest, check=False)
             try:
                 process = await _Process.start(start, lost.core)
-            except UserError as error:
+            except (UserError, Unavailable) as error:
                 _LOG.error("no process that predicts: %s", error)
                 continue
             if digest == self.digest:

@@ -42,6 +42,16 @@ def decode_sequences(columns: dict[str, dict[str, Any]]) -> Sequences:
     )
 
 
+def locate_golden(model: Path) -> Path:
+    """Return where the golden predictions of a model's folder lie, if there are any.
+
+    In a Bento it is golden.json beside the folder; where many models lie side by side each has a
+    file of its own.
+    """
+    own = model.with_name(f"{model.name}.{GOLDEN_FILE}")
+    return own if own.is_file() else model.parent / GOLDEN_FILE
+
+
 def find_difference(folder: Path) -> str | None:
     """Compare a model's predictions with the golden ones.
 

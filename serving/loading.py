@@ -11,7 +11,7 @@ import numpy as np
 from pipelines.errors import UserError
 from pipelines.features.store import encode_events
 from pipelines.io import digest_directory, read_json
-from serving.golden import GOLDEN_FILE, compare_predictions
+from serving.golden import compare_predictions, locate_golden
 
 if TYPE_CHECKING:
     from pipelines.model.predictor import Predictor
@@ -36,7 +36,7 @@ def load(model: Path, *, digest: str | None = None, check: bool = False) -> Load
     Args:
         model: the folder.
         digest: that its files have to have; None = any.
-        check: whether it has to reproduce the golden predictions, which lie beside it in a Bento.
+        check: whether it has to reproduce the golden predictions, which lie beside it.
 
     Raises:
         UserError: it holds no model that this code can use, or not the one that was promoted, or
@@ -47,7 +47,7 @@ def load(model: Path, *, digest: str | None = None, check: bool = False) -> Load
     loaded = Loaded(predictor=Predictor.load(model), digest=digest_directory(model))
     if digest is not None and loaded.digest != digest:
         raise UserError(f"{model}: the files are {loaded.digest}, not {digest}")
-    golden = model.parent / GOLDEN_FILE
+    golden = locate_golden(model)
     if check and golden.is_file():
         problem = compare_predictions(loaded.predictor, read_json(golden), loaded.digest)
         if problem is not None:

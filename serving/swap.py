@@ -18,7 +18,7 @@ from typing import Final
 
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, read_json
-from serving.golden import GOLDEN_FILE, MODEL
+from serving.golden import MODEL, locate_golden
 from serving.metrics import Metrics
 
 CHAMPION_VARIABLE: Final = "FORECART_CHAMPION"
@@ -28,6 +28,8 @@ SECONDS_VARIABLE: Final = "FORECART_CHAMPION_SECONDS"
 _CACHE: Final = Path(".forecart") / "models"
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _DEFAULT_SECONDS: Final = 10.0
+# The longest time between two tries to take a model.
+_LONGEST_PAUSE: Final = 600.0
 _LOG: Final = logging.getLogger(__name__)
 
 # Name, time of change in ns and size of every file: what tells at no cost that nothing is new.
@@ -87,6 +89,7 @@ class Watcher:
         self._take = take
         self._metrics = metrics
         self._seconds = seconds
+        self._pause = seconds
         self._seen: State | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="champion", daemon=True)
@@ -100,7 +103,10 @@ class Watcher:
         self._stop.set()
 
     def look(self) -> None:
-        """Take or refuse what is new; a state of the files is judged once."""
+        """Take or refuse what is new; a state of the files is judged once.
+
+        What went wrong and says nothing of the model is tried again, ever more rarely.
+        """
         try:
             state = _observe(self._watched)
             if state == self._seen:
@@ -110,10 +116,17 @@ class Watcher:
             if found is None or self._serves(*found):
                 return
             digest = self._take(*found)
-        except Exception as error:  # whatever is wrong with the new one, the old one goes on
+        except UserError as error:
             self._metrics.count_swap(taken=False)
             _LOG.error("the new model is refused, the old one goes on: %s", error)
             return
+        except Exception as error:  # whatever it was, the old one goes on
+            self._seen = None
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            text = "the new model was not taken, the old one goes on; again in %g s: %s"
+            _LOG.error(text, self._pause, error or type(error).__name__)
+            return
+        self._pause = self._seconds
         before, self._current = self._current, digest
         self._metrics.count_swap(taken=True)
         self._metrics.show_model(digest, before=before)
@@ -125,7 +138,7 @@ class Watcher:
         return digest == self._current
 
     def _run(self) -> None:
-        while not self._stop.wait(self._seconds):
+        while not self._stop.wait(self._pause):
             self.look()
 
 
@@ -134,7 +147,7 @@ def _observe(watched: Path) -> State:
     files = [watched]
     found = locate(watched)
     if found is not None:
-        files += [*sorted(found[0].rglob("*")), found[0].parent / GOLDEN_FILE]
+        files += [*sorted(found[0].rglob("*")), locate_golden(found[0])]
     states = []
     for path in files:
         try:

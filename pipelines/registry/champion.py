@@ -31,6 +31,10 @@ DIGEST_TAG: Final = "forecart.model_digest"
 VERDICT_TAG: Final = "forecart.verdict"
 LOCK_TAG: Final = "forecart.dvc_lock"
 
+# What a promotion keeps beside the run: the folder's name begins so.
+EVIDENCE: Final = "promotion"
+GOLDEN: Final = "golden.json"
+
 # A model's files are data that nothing executes; any other kind is refused unread.
 SAFE_SUFFIXES: Final = frozenset({".safetensors", ".json"})
 
@@ -100,6 +104,9 @@ def fetch_champion(root: Path) -> Path | None:
             f"{root / CHAMPION_FILE}: the registry {registry.tracking_uri} does not hold this "
             "model; set MLFLOW_TRACKING_URI to the registry that does, or restore the file"
         )
+    golden = locate_golden(root, champion.digest)
+    if not golden.is_file():
+        _fetch_golden(registry, version, golden)
     with downloaded(registry, version) as folder, replace_directory(target) as partial:
         shutil.copytree(locate_files(folder), partial, dirs_exist_ok=True)
         found = digest_directory(partial)
@@ -109,6 +116,30 @@ def fetch_champion(root: Path) -> Path | None:
                 f"its files are {found}, not {champion.digest}"
             )
     return target
+
+
+def locate_golden(root: Path, digest: str) -> Path:
+    """Return where the golden predictions of a champion are kept, beside its files."""
+    return root / CACHE / f"{digest.removeprefix('sha256:')}.{GOLDEN}"
+
+
+def _fetch_golden(registry: MlflowClient, version: ModelVersion, target: Path) -> None:
+    """Fetch the golden predictions that a promotion kept; older ones kept none."""
+    from mlflow.artifacts import download_artifacts
+
+    place = f"{EVIDENCE}-{version.version}"
+    kept = registry.list_artifacts(version.run_id, place) if version.run_id else []
+    path = f"{place}/{GOLDEN}"
+    if path not in [file.path for file in kept]:
+        return
+    with tempfile.TemporaryDirectory(prefix="forecart-") as folder:
+        found = download_artifacts(
+            run_id=version.run_id,
+            artifact_path=path,
+            dst_path=folder,
+            tracking_uri=registry.tracking_uri,
+        )
+        write_json(target, read_json(Path(found)))
 
 
 def connect(root: Path) -> MlflowClient:

@@ -16,6 +16,7 @@ from pipelines.errors import UserError
 from pipelines.io import digest_directory, digest_file, read_json
 from pipelines.registry.champion import (
     DIGEST_TAG,
+    EVIDENCE,
     LOCK_TAG,
     VERDICT_TAG,
     connect,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-EVIDENCE: Final = "promotion"
 _FEATURES: Final = Path("data/features")
 _BENTO: Final = Path("build/bento")
 _COMMIT_TAG: Final = "mlflow.source.git.commit"

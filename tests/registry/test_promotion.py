@@ -12,7 +12,13 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, read_json, write_json
 from pipelines.registry import promotion
-from pipelines.registry.champion import CACHE, DIGEST_TAG, connect, fetch_champion
+from pipelines.registry.champion import (
+    CACHE,
+    DIGEST_TAG,
+    connect,
+    fetch_champion,
+    locate_golden,
+)
 from pipelines.registry.tracking import track
 
 DATA = "sha256:" + "d" * 64
@@ -332,3 +338,27 @@ def test_a_pickle_in_the_registry_is_refused(root: Path) -> None:
     (stored.parent / "model.pkl").write_bytes(b"\x80\x04N.")
     with pytest.raises(UserError, match=r"model\.pkl: a model holds"):
         fetch_champion(root)
+
+
+def test_what_the_packaged_model_reproduces_is_kept_with_the_champion(root: Path) -> None:
+    digest = train(root, "one")
+    judge(root, digest)
+    golden = {"model": digest, "expected": {"purchase_14d": [0.5]}}
+    write_json(root / "build/bento/src/golden.json", golden)
+    promotion.promote(root)
+    kept = locate_golden(root, digest)
+    assert kept.parent == root / CACHE
+    assert read_json(kept) == golden
+    # A project that has the registry alone fetches both.
+    shutil.rmtree(root / CACHE)
+    fetch_champion(root)
+    assert read_json(kept) == golden
+
+
+def test_golden_predictions_of_another_model_are_not_kept(root: Path) -> None:
+    digest = train(root, "one")
+    judge(root, digest)
+    write_json(root / "build/bento/src/golden.json", {"model": DATA, "expected": {}})
+    promotion.promote(root)
+    assert not locate_golden(root, digest).exists()
+    assert fetch_champion(root) is not None
