@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -44,12 +44,15 @@ def erase_exported(exports: Sequence[Path], user_id: str) -> int:
         How many rows that were.
 
     Raises:
-        UserError: scores are being written; nothing was removed from them.
+        UserError: scores are being written, and nothing was removed from them; or a file is no CSV.
     """
     count = 0
     for path in exports:
-        if path.suffix == ".csv":
-            count += _erase_lines(path, user_id) if path.is_file() else 0
+        if path.is_file():
+            try:
+                count += _erase_lines(path, user_id)
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise UserError(f"{path}: no CSV file ({error})") from None
         elif path.is_dir() or (path.parent / _PARTIAL).is_dir():
             with _hold_lock(path.parent / _PARTIAL):
                 count += _erase_rows(path, user_id)
@@ -77,18 +80,28 @@ def _erase_lines(path: Path, user_id: str) -> int:
     (guarded,) = guard_cells([user_id])
     count = 0
     with path.open(newline="", encoding="utf-8") as source, replace_file(path) as partial:
-        lines = csv.reader(source)
+        read: list[str] = []
+        lines = csv.reader(_note(source, read))
         head = next(lines, [])
         column = head.index(_USER) if _USER in head else -1
         with partial.open("w", newline="", encoding="utf-8") as target:
-            writer = csv.writer(target)
-            writer.writerow(head)
+            # As they were written, quotes and all.
+            target.writelines(read)
+            read.clear()
             for line in lines:
                 if 0 <= column < len(line) and line[column] == guarded:
                     count += 1
                 else:
-                    writer.writerow(line)
+                    target.writelines(read)
+                read.clear()
     return count
+
+
+def _note(lines: Iterable[str], read: list[str]) -> Iterator[str]:
+    """Yield lines, and note which ones were."""
+    for line in lines:
+        read.append(line)
+        yield line
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -38,7 +39,7 @@ def serve(directory: Path, *, host: str = "127.0.0.1", port: int = 3000) -> NoRe
             address cannot be bound.
     """
     command, environment = plan_server(directory, host=host, port=port)
-    check_settings()
+    check_settings(environment)
     check_address(host, port)
     os.execve(command[0], command, environment)  # noqa: S606 - an argument list, no shell
 
@@ -80,8 +81,11 @@ def _resolve(name: str) -> str:
     return str(Path(name).resolve())
 
 
-def check_settings() -> None:
+def check_settings(environment: Mapping[str, str] = os.environ) -> None:
     """Fail while the service could not start: the server would try again and again.
+
+    Args:
+        environment: of the server; where it names a store, its address.
 
     Raises:
         UserError: says which variable is wrong.
@@ -89,6 +93,7 @@ def check_settings() -> None:
     # Here, since the command line starts without them.
     from serving.engine import find_count
     from serving.keys import read_clients
+    from serving.store import STORE_VARIABLE, Store
     from serving.swap import find_watched
     from serving.tracing import plan_tracing
 
@@ -96,6 +101,8 @@ def check_settings() -> None:
     read_clients()
     find_watched()
     plan_tracing()
+    if environment.get(STORE_VARIABLE):
+        Store(environment[STORE_VARIABLE]).close()
 
 
 def check_address(host: str, port: int) -> None:

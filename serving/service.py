@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from itertools import islice
@@ -73,6 +73,12 @@ BUNDLED_MODEL: Final = Path(__file__).resolve().parents[1] / "model"
 _EVENT_BYTES: Final = 128
 # Some twenty shoppers with 100 events: larger batches gain nothing more and make others wait.
 _BATCH_BYTES: Final = 1 << 18
+
+# Shoppers whose events are read from the store at once, and events that one call may ask about:
+# about as many as the largest body holds.
+_STORED_USERS: Final = 32
+_MAX_STORED_EVENTS: Final = 1 << 16
+_TRIES: Final = 3
 
 # Waiting beyond these, work is refused at once: its answer would come too late to be of use.
 _MAX_WAITING_BYTES: Final = 4 * MAX_BODY_BYTES
@@ -193,9 +199,14 @@ class Forecart:
         A shopper without collected events before `now` has no prediction and is left out.
         """
         now = request.now or datetime.now(UTC)
-        shoppers = await self._find_shoppers(request.user_ids, now)
-        if not shoppers:
-            return PredictResponse(model=self.engine.digest, now=now, predictions=[])
+        shoppers: list[Shopper] = []
+        ids = iter(request.user_ids)
+        while some := list(islice(ids, _STORED_USERS)):
+            shoppers += await self._find_shoppers(some, now)
+            if sum(len(events) for _, events, _ in shoppers) > _MAX_STORED_EVENTS:
+                text = f"these shoppers have more than {_MAX_STORED_EVENTS} events; ask for fewer"
+                status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+                raise BentoMLException(text, error_code=status)
         return await self._predict(shoppers, now, request.next_items)
 
     @bentoml.api(route="/events")  # type: ignore[untyped-decorator]
@@ -206,7 +217,8 @@ class Forecart:
         same content where it has none) is a duplicate and changes nothing, so a client may send
         again what it had no answer for.
         """
-        parsed = [parse_event(raw) for raw in request.events]
+        clock = datetime.now(UTC)
+        parsed = [parse_event(raw, clock) for raw in request.events]
         rows = [row for row, _ in parsed if row is not None]
         kept: list[bool] = await self._submit(self.collector, rows) if rows else []
         new = iter(kept)
@@ -261,7 +273,7 @@ class Forecart:
         row = profile.model_dump()
         if profile.signup_ts is not None:
             row["signup_ts"] = to_us(profile.signup_ts)
-        await _guard(asyncio.to_thread(self._open_store().keep_profile, user_id, row))
+        await _guard(asyncio.to_thread(lambda: self._open_store().keep_profile(user_id, row)))
         return StoredProfile(user_id=user_id, profile=profile)
 
     async def forget(self, user_id: str) -> EraseResponse:
@@ -270,7 +282,7 @@ class Forecart:
         Raises:
             ServiceUnavailable: the exports are being written; the store has forgotten already.
         """
-        erased = await _guard(asyncio.to_thread(self._open_store().erase, user_id))
+        erased = await _guard(asyncio.to_thread(lambda: self._open_store().erase(user_id)))
         try:
             exported = await asyncio.to_thread(erase_exported, find_exports(), user_id)
         except UserError as error:
@@ -308,8 +320,22 @@ class Forecart:
     async def _predict(
         self, shoppers: list[Shopper], now: datetime, next_items: int
     ) -> PredictResponse:
-        answer = await self._submit(self.predictions, Call(shoppers, now, next_items))
-        return PredictResponse.model_validate_json(answer or b"")
+        """Predict shoppers a batch after the other, so that others wait for one at most.
+
+        Raises:
+            ServiceUnavailable: models were exchanged in between, again and again.
+        """
+        for _ in range(_TRIES):
+            told = PredictResponse(model=self.engine.digest, now=now, predictions=[])
+            for some in _split(shoppers):
+                answer = await self._submit(self.predictions, Call(some, now, next_items))
+                part = PredictResponse.model_validate_json(answer or b"")
+                told.predictions.extend(part.predictions)
+                if part.model != told.model:
+                    break
+            else:
+                return told
+        raise ServiceUnavailable("the model is being exchanged; send again")
 
     async def _submit(self, batcher: Batcher[Item, Result], item: Item) -> Result:
         try:
@@ -356,9 +382,24 @@ async def _guard(work: Any) -> Any:
     """
     try:
         return await work
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, UserError, OSError) as error:
         logging.getLogger(__name__).error("the store failed: %s", type(error).__name__)
         raise ServiceUnavailable("the store does not answer; send again later") from None
+
+
+def _split(shoppers: Sequence[Shopper]) -> Iterator[list[Shopper]]:
+    """Yield the shoppers in batches of so much work, at least one in each."""
+    batch: list[Shopper] = []
+    weight = 0
+    for shopper in shoppers:
+        own = _EVENT_BYTES * (1 + len(shopper[1]))
+        if batch and weight + own > _BATCH_BYTES:
+            yield batch
+            batch, weight = [], 0
+        batch.append(shopper)
+        weight += own
+    if batch:
+        yield batch
 
 
 def _to_shopper(user: User) -> Shopper:
@@ -385,6 +426,6 @@ _service.mount_asgi_app(make_reads())
 _service.add_asgi_middleware(ObserveRequests)
 _service.add_asgi_middleware(ShapeErrors)
 _service.add_asgi_middleware(RequireKey)
-_service.add_asgi_middleware(Admit)
+_service.add_asgi_middleware(Admit, max_bytes=MAX_BODY_BYTES)
 _service.add_asgi_middleware(LimitBody, max_bytes=MAX_BODY_BYTES)
 _service.add_asgi_middleware(AnswerDirectly, answer=_answer)

@@ -44,6 +44,7 @@ from serving.limits import MAX_EVENTS, MAX_USERS
 from serving.loading import load
 from serving.metrics import Metrics
 from serving.schema import MAX_BODY_BYTES
+from serving.service import _split
 from serving.store import Store
 from serving.swap import Watcher
 
@@ -523,6 +524,10 @@ def test_one_shopper_is_read_told_of_and_erased_by_address(service: Service) -> 
         ("GET", "/users//prediction", 422, "path.user_id"),
         ("GET", "/users/%FF/prediction", 400, None),
         ("DELETE", "/users/%FF", 400, None),
+        # The framework takes it for "a".
+        ("DELETE", "/users/a%0A", 400, None),
+        ("PUT", "/users/a%0A", 400, None),
+        ("DELETE", "/users/a%20", 422, "path.user_id"),
         ("GET", "/users/a", 405, None),
         ("POST", "/users/a/prediction", 405, None),
     ],
@@ -714,6 +719,33 @@ def test_a_killed_service_loses_no_acknowledged_event(project: Path, tmp_path: P
     assert set(acknowledged) <= set(kept)
 
 
+def test_shoppers_are_predicted_in_batches_and_not_without_end() -> None:
+    shoppers: list[Any] = [(str(i), [{}] * 900, None) for i in range(5)]
+    shoppers.append(("much", [{}] * 5000, None))
+    batches = list(_split(shoppers))
+    assert [shopper for batch in batches for shopper in batch] == shoppers
+    assert [len(batch) for batch in batches] == [2, 2, 1, 1]
+
+
+def test_more_events_than_a_body_holds_are_not_read_for_one_call(service: Service) -> None:
+    events = make_request(1)["users"][0]["events"]
+    day = datetime.fromisoformat(events[0]["ts"])
+    ids = [f"much{i}" for i in range(34)]
+    for user in ids:
+        many = [
+            events[0] | {"user_id": user, "ts": (day + timedelta(seconds=i)).isoformat()}
+            for i in range(2000)
+        ]
+        for low in (0, 1000):
+            status, _ = service.post("/events", {"events": many[low : low + 1000]})
+            assert status == 200
+    asked = {"user_ids": ids, "now": NOW.isoformat()}
+    status, answer = service.post("/users/predict", asked)
+    assert (status, answer["error"]["code"]) == (413, "too_large")
+    status, answer = service.post("/users/predict", asked | {"user_ids": ids[:3]})
+    assert [p["user_id"] for p in answer["predictions"]] == ids[:3]
+
+
 def promote(root: Path, predictor: Predictor) -> str:
     """Put a model into a project's cache of champions and name it in champion.json."""
     partial = root / "partial"
@@ -812,6 +844,20 @@ def test_a_bento_that_fails_its_golden_predictions_is_not_taken(
     write_json(bento / "src/golden.json", golden)
     watcher.look()
     assert taken == [digest_directory(project / "models/gpt")]
+
+
+def test_a_champion_that_fails_its_golden_predictions_is_not_taken(
+    project: Path, tmp_path: Path
+) -> None:
+    digest = digest_directory(project / "models/gpt")
+    target = tmp_path / ".forecart/models" / digest.removeprefix("sha256:")
+    shutil.copytree(project / "models/gpt", target)
+    golden = read_json(project / "build/bento/src/golden.json")
+    assert load(target, digest=digest, check=True).digest == digest
+    golden["expected"]["purchase_14d"][0] += 1e-3
+    write_json(target.with_name(f"{target.name}.golden.json"), golden)
+    with pytest.raises(UserError, match="purchase_14d differs"):
+        load(target, digest=digest, check=True)
 
 
 def list_predictors(service: Service) -> list[psutil.Process]:

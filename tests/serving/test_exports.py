@@ -57,6 +57,22 @@ def test_lines_are_removed_from_csv_files(tmp_path: Path, user: str) -> None:
     assert left == [other for other in USERS if other != user]
 
 
+def test_what_is_left_of_a_csv_file_is_as_it_was(tmp_path: Path) -> None:
+    """Whatever its name, and with the quotes that keep a spreadsheet from reading formulas."""
+    file = tmp_path / "PEOPLE.CSV"
+    write_csv(make_scores(tmp_path), file)
+    before = file.read_text().splitlines(keepends=True)
+    assert erase_exported([file], "ann") == 1
+    assert file.read_text() == "".join(line for line in before if "ann" not in line)
+
+
+def test_what_is_no_csv_file_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "people.parquet"
+    file.write_bytes(b"PAR1\xff\xfe\x00")
+    with pytest.raises(UserError, match="people"):
+        erase_exported([file], "ann")
+
+
 def test_nothing_is_changed_under_a_run_that_scores(tmp_path: Path) -> None:
     scores = make_scores(tmp_path)
     lock = tmp_path / "data/.scores/lock"
