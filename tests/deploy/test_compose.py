@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from pathlib import Path
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pytest
 import yaml
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy/compose"
 TEXT = (FOLDER / "compose.yaml").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, Any] = COMPOSE["services"]
+RECIPE = (FOLDER / "Containerfile").read_text()
+USER = 10001
+MOUNTED = "/run/secrets/airflow_passwords"
+SETTING = "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE"
+# Opens the file as Airflow does: to append at the start, to read and write at a login.
+AIRFLOW = f"""#!/bin/sh
+set -eu
+exec 3>>"${SETTING}"
+exec 4<>"${SETTING}"
+id -u
+stat -c %a "${SETTING}"
+cat <&4
+echo "$@"
+"""
 
 
 def test_what_a_service_waits_for_exists_and_can_come_about() -> None:
@@ -55,3 +76,80 @@ def test_images_are_named_by_version() -> None:
     for service in SERVICES.values():
         assert not service["image"].endswith(":latest")
         assert ":" in service["image"]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Make a folder that other users may enter; those of pytest are for their owner alone."""
+    found = Path(tempfile.mkdtemp(dir="/tmp"))
+    found.chmod(0o755)
+    yield found
+    shutil.rmtree(found)
+
+
+def start_airflow(folder: Path, mode: int, owner: int) -> list[str]:
+    """Run the API server's command, with another Airflow, over a secret of this mode and owner."""
+    user = USER if os.getuid() == 0 else os.getuid()
+    secret, home, programs = folder / "secret.json", folder / "home", folder / "bin"
+    if not secret.exists():
+        home.mkdir(mode=0o700)
+        programs.mkdir()
+        (programs / "airflow").write_text(AIRFLOW)
+        (programs / "airflow").chmod(0o755)
+        secret.write_text(json.dumps({"admin": "secret"}) + "\n")
+        secret.chmod(mode)
+        if os.getuid() == 0:
+            os.chown(home, user, user)
+            os.chown(secret, owner, owner)
+    service = SERVICES["airflow"]
+    copy = home / PurePosixPath(service["environment"][SETTING]).name
+    command = [part.replace("$$", "$").replace(MOUNTED, str(secret)) for part in service["command"]]
+    run = subprocess.run(
+        command,
+        env={"PATH": f"{programs}:/usr/bin:/bin", SETTING: str(copy)},
+        user=user if os.getuid() == 0 else None,
+        group=user if os.getuid() == 0 else None,
+        extra_groups=[] if os.getuid() == 0 else None,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert secret.stat().st_mode & 0o777 == mode
+    uid, *lines = run.stdout.splitlines()
+    assert int(uid) == user
+    return lines
+
+
+@pytest.mark.parametrize(("mode", "owner"), [(0o644, 0), (0o600, USER), (0o400, USER)])
+def test_airflow_may_write_to_its_file_of_passwords(folder: Path, mode: int, owner: int) -> None:
+    said = ["600", '{"admin": "secret"}', "api-server --host 0.0.0.0 --port 8080"]
+    assert start_airflow(folder, mode, owner) == said
+    # The container is started again, with its old files.
+    assert start_airflow(folder, mode, owner) == said
+
+
+def test_the_file_of_passwords_lies_where_the_user_may_write() -> None:
+    service = SERVICES["airflow"]
+    assert f"useradd --uid {USER} --create-home forecart" in RECIPE
+    assert RECIPE.rstrip().endswith("USER forecart")
+    file = PurePosixPath(service["environment"][SETTING])
+    assert file.parent == PurePosixPath("/home/forecart")
+    assert not service.get("read_only")
+    mounted = [PurePosixPath(volume.split(":")[1]) for volume in service["volumes"]]
+    assert not any(file.is_relative_to(path) for path in mounted)
+    # The rest of the environment is that of the others.
+    others = SERVICES["airflow-scheduler"]["environment"]
+    assert service["environment"] == others | {SETTING: str(file)}
+
+
+def test_the_secret_reaches_the_api_server_alone() -> None:
+    assert [name for name, service in SERVICES.items() if service.get("secrets")] == ["airflow"]
+
+
+def test_what_is_secret_stays_out_of_commits_and_images() -> None:
+    ignored = (FOLDER / ".gitignore").read_text().splitlines()
+    secret = [PurePosixPath(entry["file"]).name for entry in COMPOSE["secrets"].values()]
+    assert {f"/{name}" for name in (*secret, ".env")} <= set(ignored)
+    left_out = (FOLDER.parents[1] / ".dockerignore").read_text().splitlines()
+    assert {"**/.env", *(f"deploy/compose/{name}" for name in secret)} <= set(left_out)

@@ -15,6 +15,11 @@ MANIFESTS = {
     for path in sorted(FOLDER.glob("*.yaml"))
     if path.name != "kustomization.yaml"
 }
+# Not applied unless wanted.
+EXAMPLES = {
+    f"examples/{path.name}": yaml.safe_load(path.read_text())
+    for path in sorted((FOLDER / "examples").glob("*.yaml"))
+}
 # The oldest release with the sleep of preStop on by default, and the newest that is known here.
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
 
@@ -24,9 +29,9 @@ def find(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", MANIFESTS)
+@pytest.mark.parametrize("name", [*MANIFESTS, *EXAMPLES])
 def test_a_manifest_fits_its_schema(name: str, version: str) -> None:
-    kubernetes_validate.validate(MANIFESTS[name], version, strict=True)
+    kubernetes_validate.validate((MANIFESTS | EXAMPLES)[name], version, strict=True)
 
 
 def test_the_schemas_refuse_a_misspelt_key() -> None:
@@ -79,3 +84,48 @@ def test_the_pod_has_no_more_rights_than_it_needs() -> None:
     assert f"USER {user}:{group}" in recipe
     # An autoscaler and a fixed number of replicas would fight.
     assert "replicas" not in find("Deployment")["spec"]
+
+
+def list_openings(policy: dict[str, Any]) -> set[tuple[str, int]]:
+    """Return whom the pods may ask on which port: names of pods, or addresses."""
+    found = set()
+    for rule in policy["spec"]["egress"]:
+        for peer in rule["to"]:
+            if "ipBlock" in peer:
+                names = ["address"]
+            else:
+                selector = peer["podSelector"]
+                names = list(selector.get("matchLabels", {}).values())
+                for expression in selector.get("matchExpressions", []):
+                    assert expression["operator"] == "In"
+                    assert expression["key"] == "app.kubernetes.io/name"
+                    names += expression["values"]
+            found |= {(name, port["port"]) for name in names for port in rule["ports"]}
+    return found
+
+
+def test_each_database_is_let_through_on_its_own_port_alone() -> None:
+    assert list_openings(find("NetworkPolicy")) == {
+        ("kube-dns", 53),
+        ("postgres", 5432),
+        ("postgresql", 5432),
+        ("mariadb", 3306),
+        ("mysql", 3306),
+    }
+
+
+def test_the_examples_open_the_way_to_what_is_elsewhere() -> None:
+    pods = find("NetworkPolicy")["spec"]["podSelector"]
+    for policy in EXAMPLES.values():
+        assert policy["kind"] == "NetworkPolicy"
+        # They open the way out, and leave the way in as it is.
+        assert policy["spec"]["policyTypes"] == ["Egress"]
+        assert policy["spec"]["podSelector"] == pods
+    names = [m["metadata"]["name"] for m in (find("NetworkPolicy"), *EXAMPLES.values())]
+    assert len(set(names)) == len(names)
+    database = list_openings(EXAMPLES["examples/database.yaml"])
+    assert database == {("address", 5432), ("address", 3306)}
+    collector = list_openings(EXAMPLES["examples/collector.yaml"])
+    assert collector == {("opentelemetry-collector", 4318)}
+    guide = (FOLDER.parent / "README.md").read_text()
+    assert all(f"deploy/kubernetes/{name}" in guide for name in EXAMPLES)
