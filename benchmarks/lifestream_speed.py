@@ -6,8 +6,9 @@ single precision, the same number of threads, no compilation, weights updated af
 Both run in turns, each in a process of its own; told is the median of the rounds. Counted are real
 events only, never padding.
 
-    ours     an epoch of the stage `pretrain` with the network of params.yaml: next type, item,
-             gap, amount, from packed batches of 2,048 tokens
+    ours     an epoch of the stage `pretrain` with the network of params.yaml: next type, category
+             (item where the data name no categories), gap and amount, of one event in four, from
+             packed batches of 2,048 tokens
     theirs   GptPretrainModule with GptEncoder (Hugging Face's GPT-2) and TrxEncoder, as its
              documentation shows, on GptDataset: a random slice of 16 to 128 events of each shopper
              with as many, padded batches, its NAdam; a plain loop, which spares it the costs of

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from pipelines.config import Params
+import yaml
+
+from pipelines.config import Params, parse_params
 from pipelines.io import digest_directory, write_text
 from pipelines.model.tuning import make_study, search, write_settings
 from pipelines.registry.tracking import track
@@ -32,12 +34,13 @@ def tune(params: Params, file: Path, root: Path, *, trials: int, write: bool) ->
         Lines for people.
 
     Raises:
-        UserError: data/features is missing.
+        UserError: data/features is missing, or the file would be refused with the best settings.
     """
     sequences, periods, targets, vocabulary = load_inputs(root)
     data = digest_directory(root / FEATURES)
     settings = params.train.model_dump()
-    name = hashlib.sha256(json.dumps([data, settings], sort_keys=True).encode()).hexdigest()[:16]
+    parts = [data, settings, params.pretrain.model_dump()]
+    name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     (root / STORAGE).parent.mkdir(parents=True, exist_ok=True)
     study = make_study(f"sqlite:///{(root / STORAGE).resolve()}", name, params.train.seed)
     with track(root, params=settings, data_digest=data, name="tune") as parent:
@@ -55,6 +58,7 @@ def tune(params: Params, file: Path, root: Path, *, trials: int, write: bool) ->
             periods,
             targets,
             params.train,
+            params.pretrain,
             vocabulary,
             study,
             trials=trials,
@@ -70,7 +74,9 @@ def tune(params: Params, file: Path, root: Path, *, trials: int, write: bool) ->
     if not write:
         lines.append("Next:  forecart tune --write puts them into the settings file")
     elif found.loss < found.current:
-        write_text(file, write_settings(file.read_text(), "train", found.best))
+        text = write_settings(file.read_text(), "train", found.best)
+        parse_params(yaml.safe_load(text), str(file))
+        write_text(file, text)
         lines.append(f"Written to {file}. Next: dvc repro")
     else:
         lines.append(f"{file} stays as it is: nothing did better")

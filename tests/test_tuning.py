@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import optuna
 import pytest
 import yaml
 
 from pipelines import tuning
-from pipelines.config import Params, load_params
+from pipelines.config import Params, Pretrain, Train, load_params, parse_params
 from pipelines.errors import UserError
-from pipelines.model.tuning import make_study, search, write_settings
+from pipelines.model import tuning as model_tuning
+from pipelines.model.timeline import Timeline
+from pipelines.model.training import pretrain_model, train_model
+from pipelines.model.tuning import (
+    Found,
+    calibration_loss,
+    make_study,
+    search,
+    suggest,
+    write_settings,
+)
 from pipelines.registry.champion import connect
 from pipelines.registry.tracking import EXPERIMENT
 from pipelines.tuning import PARENT_TAG, tune
@@ -33,6 +45,11 @@ def test_settings_are_written_and_the_rest_stays() -> None:
     text = write_settings(TEXT, "train", {"epochs": 7, "learning_rate": 0.00123456789})
     assert text == TEXT.replace("epochs: 2 ", "epochs: 7 ").replace("0.002", "0.00123457")
     assert yaml.safe_load(text)["other"] == {"epochs": 3}
+
+
+def test_a_small_setting_is_read_as_a_number() -> None:
+    text = write_settings(TEXT, "train", {"learning_rate": 1e-5})
+    assert yaml.safe_load(text)["train"]["learning_rate"] == 1e-5
 
 
 @pytest.mark.parametrize(("section", "name"), [("nothing", "epochs"), ("train", "width")])
@@ -88,7 +105,171 @@ def test_without_binary_targets(tmp_path: Path, request: pytest.FixtureRequest) 
             PERIODS,
             TARGETS[-1:],
             Params().train,
+            Params().pretrain,
             request.getfixturevalue("vocabulary"),
             study,
             trials=1,
         )
+
+
+EDGES = {
+    "one head": {"heads": 1, "width": 24},
+    "three heads": {"heads": 3, "width": 24},
+    "the least": {"heads": 1, "width": 8, "layers": 1, "epochs": 1, "learning_rate": 1e-6},
+    "the most": {"width": 4096, "layers": 64, "epochs": 1000, "learning_rate": 1.0},
+    "nearly the most": {"width": 4088, "heads": 1, "layers": 63, "epochs": 999},
+    "no decay": {"weight_decay": 0.0, "dropout": 0.9, "next_event_weight": 0.0},
+    "little decay": {"weight_decay": 1e-6},
+}
+
+
+@pytest.mark.parametrize("changes", EDGES.values(), ids=EDGES)
+@pytest.mark.filterwarnings("error")
+def test_whatever_is_drawn_is_allowed(changes: dict[str, Any]) -> None:
+    config = Train.model_validate(changes)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    study.enqueue_trial({name: getattr(config, name) for name in model_tuning._SEARCHED})
+    drawn = [suggest(study.ask(), config) for _ in range(40)]
+    for settings in drawn:
+        parse_params({"train": changes | settings})
+    assert drawn[0] == {name: getattr(config, name) for name in model_tuning._SEARCHED}
+    for name in ("width", "layers"):
+        assert len({settings[name] for settings in drawn}) > 1
+
+
+def test_a_search_gone_on_with_draws_other_settings() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    drawn = [
+        make_study(storage, "x", 1).ask().suggest_float("learning_rate", 0.0, 1.0) for _ in range(4)
+    ]
+    assert len(set(drawn)) == 4
+
+
+class Shop:
+    """A search whose training is made up: the more weight decay, the better."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+        self.sequences = request.getfixturevalue("shop")
+        self.vocabulary = request.getfixturevalue("vocabulary")
+        self.study = make_study(optuna.storages.InMemoryStorage(), "x", 1)
+        self.tried: list[Train] = []
+        self.dies = 0
+        monkeypatch.setattr(model_tuning, "pretrain_model", lambda *_: {})
+        monkeypatch.setattr(model_tuning, "train_model", self._train)
+        monkeypatch.setattr(model_tuning, "calibration_loss", lambda config, *_: self.judge(config))
+
+    def judge(self, config: Train) -> float:
+        return 1.0 - config.weight_decay
+
+    def _train(self, *given: Any, **_: Any) -> Train:
+        config, tell = given[3], given[5]
+        if self.dies:
+            self.dies -= 1
+            raise KeyboardInterrupt
+        self.tried.append(config)
+        for epoch in range(3):
+            tell({"epoch": epoch, "hazard_loss": 1.0})
+        return config
+
+    def search(self, trials: int, config: Train = TINY) -> Found:
+        return search(
+            self.sequences,
+            PERIODS,
+            TARGETS,
+            config,
+            Pretrain(),
+            self.vocabulary,
+            self.study,
+            trials=trials,
+        )
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_interrupted_at_once_the_settings_as_they_are_come_again(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, waits: bool
+) -> None:
+    shop = Shop(monkeypatch, request)
+    shop.dies = 1
+    with pytest.raises(KeyboardInterrupt):
+        shop.search(3)
+    if waits:  # Died between putting the trial in line and beginning it.
+        now = {name: getattr(TINY, name) for name in model_tuning._SEARCHED}
+        shop.study.enqueue_trial(now)
+    found = shop.search(3)
+    assert shop.tried[0].weight_decay == TINY.weight_decay
+    assert found.current == shop.judge(TINY)
+    assert found.trials == 3
+    assert [config.weight_decay for config in shop.tried].count(TINY.weight_decay) == 1
+
+
+def test_current_is_that_of_the_settings_not_of_the_first_trial(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    shop = Shop(monkeypatch, request)
+    shop.study.enqueue_trial({"weight_decay": 2 * TINY.weight_decay})
+    shop.study.optimize(
+        lambda trial: shop.judge(TINY.model_copy(update=suggest(trial, TINY))), n_trials=5
+    )
+    found = shop.search(5)
+    assert found.current == shop.judge(TINY)
+    assert found.trials == 6
+    assert found.loss < found.current
+
+
+def test_the_settings_as_they_are_are_not_pruned(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    shop = Shop(monkeypatch, request)
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda _: True)
+    found = shop.search(3)
+    assert found.current == found.loss == shop.judge(TINY)
+    states = [trial.state.name for trial in shop.study.get_trials()]
+    assert states == ["COMPLETE", "PRUNED", "PRUNED"]
+
+
+def test_no_weight_decay_is_a_setting_like_others(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    shop = Shop(monkeypatch, request)
+    found = shop.search(6, TINY.model_copy(update={"weight_decay": 0.0}))
+    assert found.current == 1.0
+    assert found.best["weight_decay"] > 0.0
+
+
+def test_the_settings_as_they_are_are_pretrained_as_the_pipeline_does(
+    request: pytest.FixtureRequest,
+) -> None:
+    sequences, vocabulary = (request.getfixturevalue(name) for name in ("shop", "vocabulary"))
+    pretrain = Pretrain(epochs=2)
+    alone = TINY.trees.model_copy(update={"rounds": 0})
+    config = TINY.model_copy(update={"refit_epochs": 0, "trees": alone})
+    given = (sequences, PERIODS, TARGETS, config)
+    weights = pretrain_model(*given, pretrain, vocabulary)
+    trained = train_model(*given, vocabulary, pretrained=weights)
+    study = make_study(optuna.storages.InMemoryStorage(), "x", 1)
+    found = search(*given, pretrain, vocabulary, study, trials=1)
+    assert found.current == calibration_loss(trained, Timeline(sequences), PERIODS)
+    assert found.current != calibration_loss(
+        train_model(*given, vocabulary), Timeline(sequences), PERIODS
+    )
+
+
+def test_settings_that_would_be_refused_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    given = (
+        request.getfixturevalue("shop"),
+        PERIODS,
+        TARGETS,
+        request.getfixturevalue("vocabulary"),
+    )
+    monkeypatch.setattr(tuning, "load_inputs", lambda root: given)
+    monkeypatch.setattr(tuning, "digest_directory", lambda path: "sha256:0")
+    found = Found(best={"width": 12}, loss=0.1, current=0.2, trials=1)
+    monkeypatch.setattr(tuning, "search", lambda *_, **__: found)
+    file = tmp_path / "params.yaml"
+    file.write_text("train:\n  width: 16\n  heads: 1\n")
+    with pytest.raises(UserError, match=r"train\.width"):
+        tune(load_params(file), file, tmp_path, trials=1, write=True)
+    assert load_params(file).train.width == 16

@@ -55,8 +55,7 @@ def collect_touches(sequences: Sequences, vocabulary: NDArray[np.uint32], cut: i
     place = np.searchsorted(vocabulary[order], item)
     place = np.minimum(place, max(len(vocabulary) - 1, 0))
     known = (ts < cut) & (item > 0)
-    if len(vocabulary):
-        known &= vocabulary[order][place] == item
+    known &= vocabulary[order][place] == item if len(vocabulary) else False
     codes = order[place[known]] if len(vocabulary) else np.zeros(0, dtype=np.int64)
     return Touches(
         user=user[known].astype(np.int64),

@@ -1,27 +1,37 @@
 """Search for settings of the behaviour model: Optuna, pruned and resumable; trials in MLflow.
 
-A trial fits the model on the windows before the calibration cut and is judged by the mean
-log loss of all binary targets on that cut; the test cuts are never looked at. Pruning compares
+A trial pretrains as stage ``pretrain`` does, fits the model on the windows before the calibration
+cut and is judged by the mean log loss of all binary targets on that cut; the test cuts are never
+looked at. Nothing pretrained is kept for other trials: dropout and weight decay, which every trial
+draws anew, bear on it as well as the shape of the network does. Pruning compares
 the hazard loss of an epoch with other trials' at the same epoch (median rule, Golovin et al.,
 KDD 2017): cuts are drawn anew each epoch, so that it is close to a held-out loss.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import yaml
 
-from pipelines.config import Train
+from pipelines.config import Pretrain, Train
 from pipelines.errors import UserError
 from pipelines.features.store import Sequences
 from pipelines.model.heads import Target
 from pipelines.model.timeline import ANY_EVENT, DAY, Timeline
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import Periods, TrainedModel, population, train_model
+from pipelines.model.training import (
+    Periods,
+    TrainedModel,
+    population,
+    pretrain_model,
+    train_model,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -29,6 +39,18 @@ if TYPE_CHECKING:
 _FLOOR: Final = 1e-6
 # Trials before pruning and before the sampler stops drawing at random.
 _WARM_UP: Final = 4
+# Weight decay that is tried where there is none.
+_DECAY: Final = 0.1
+_MULTIPLE: Final = 8  # of which a width is one
+_SEARCHED: Final = (
+    "learning_rate",
+    "weight_decay",
+    "dropout",
+    "width",
+    "layers",
+    "next_event_weight",
+    "epochs",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +71,33 @@ class Found:
 
 
 def suggest(trial: optuna.Trial, config: Train) -> dict[str, Any]:
-    """Draw settings of the train section around those that stand there."""
-    rate, decay, step = config.learning_rate, max(config.weight_decay, 1e-3), 2 * config.heads
-    widths = sorted({config.width, max(step, config.width // 2 // step * step), 2 * config.width})
+    """Draw settings of the train section around those that stand there, within its bounds."""
+    rate, decay = config.learning_rate, config.weight_decay
+    low, high = (decay / 10, 5 * decay) if decay else (0.0, _DECAY)
     weights = sorted({0.0, 0.1, 0.2, 0.5, config.next_event_weight})
+    layers = min(config.layers + 1, _find_most("layers"))
+    epochs = min(config.epochs + 2, _find_most("epochs"))
     return {
         "learning_rate": trial.suggest_float("learning_rate", rate / 4, min(1, 3 * rate), log=True),
-        "weight_decay": trial.suggest_float("weight_decay", decay / 10, 5 * decay, log=True),
+        "weight_decay": trial.suggest_float("weight_decay", low, high, log=bool(decay)),
         "dropout": trial.suggest_float("dropout", 0.0, max(0.3, config.dropout)),
-        "width": trial.suggest_categorical("width", widths),
-        "layers": trial.suggest_int("layers", 1, config.layers + 1),
+        "width": trial.suggest_categorical("width", _list_widths(config)),
+        "layers": trial.suggest_int("layers", 1, layers),
         "next_event_weight": trial.suggest_categorical("next_event_weight", weights),
-        "epochs": trial.suggest_int("epochs", max(1, config.epochs // 2), config.epochs + 2),
+        "epochs": trial.suggest_int("epochs", max(1, config.epochs // 2), epochs),
     }
+
+
+def _list_widths(config: Train) -> list[int]:
+    """Return the width, half of it and twice it, as far as the heads and the bounds allow."""
+    step = math.lcm(_MULTIPLE, 2 * config.heads)
+    half, double = max(step, config.width // 2 // step * step), 2 * config.width
+    return sorted({half, config.width, double if double <= _find_most("width") else config.width})
+
+
+def _find_most(name: str) -> int:
+    """Return the upper bound of a whole number in the train section."""
+    return int(next(m.le for m in Train.model_fields[name].metadata if hasattr(m, "le")))
 
 
 def search(
@@ -69,17 +105,21 @@ def search(
     periods: Periods,
     targets: tuple[Target, ...],
     config: Train,
+    pretrain: Pretrain,
     vocabulary: Vocabulary,
     study: optuna.Study,
     *,
     trials: int,
     on_trial: Callable[[int, Mapping[str, Any], float | None], None] = lambda *_: None,
 ) -> Found:
-    """Run trials until the study holds so many; the first is the settings as they are.
+    """Run trials until the study holds so many, first of all the settings as they are.
+
+    Those are tried again where an earlier call was interrupted before they were done.
 
     Args:
         sequences, periods, targets, vocabulary: as for training.
         config: settings as they are; what is not searched for stays.
+        pretrain: how long and how fast every trial pretrains.
         study: holds the trials of earlier calls; minimises.
         trials: wanted in all.
         on_trial: called with number, settings and loss (None = pruned) of each finished trial.
@@ -92,6 +132,7 @@ def search(
     if not any(target.kind == "binary" for target in targets):
         raise UserError("tune: there is no binary target to judge by")
     timeline = Timeline(sequences)
+    now = {name: getattr(config, name) for name in _SEARCHED}
 
     def judge(trial: optuna.Trial) -> float:
         changes = suggest(trial, config)
@@ -101,11 +142,14 @@ def search(
 
         def note(epoch: dict[str, float]) -> None:
             trial.report(epoch["hazard_loss"], int(epoch["epoch"]))
-            if trial.should_prune():
+            # What all others are compared with is finished in any case.
+            if changes != now and trial.should_prune():
                 raise optuna.TrialPruned
 
+        given = (sequences, periods, targets, settings)
+        weights = pretrain_model(*given, pretrain, vocabulary)
         try:
-            trained = train_model(sequences, periods, targets, settings, vocabulary, note)
+            trained = train_model(*given, vocabulary, note, pretrained=weights)
         except optuna.TrialPruned:
             on_trial(trial.number, changes, None)
             raise
@@ -113,24 +157,44 @@ def search(
         on_trial(trial.number, changes, loss)
         return loss
 
-    finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    left = trials - len(study.get_trials(deepcopy=False, states=finished))
-    if not study.get_trials(deepcopy=False):
-        names = ("learning_rate", "weight_decay", "dropout", "width", "layers", "epochs")
-        study.enqueue_trial(
-            {name: getattr(config, name) for name in (*names, "next_event_weight")},
-            skip_if_exists=True,
-        )
+    left = trials - _count_finished(study)
+    if _find_loss(study, now) is None:
+        left = max(left, 1)
+        if not _is_waiting(study, now):
+            study.enqueue_trial(now)
     if left > 0:
         study.optimize(judge, n_trials=left)
-    done = study.get_trials(deepcopy=False, states=finished)
-    first = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))[0]
+    current = _find_loss(study, now)
     return Found(
         best=dict(study.best_params),
         loss=float(study.best_value),
-        current=float(first.value or np.nan),
-        trials=len(done),
+        current=np.nan if current is None else current,
+        trials=_count_finished(study),
     )
+
+
+def _count_finished(study: optuna.Study) -> int:
+    """Return how many trials are done, pruned ones included."""
+    from optuna.trial import TrialState
+
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    return len(study.get_trials(deepcopy=False, states=states))
+
+
+def _find_loss(study: optuna.Study, settings: Mapping[str, Any]) -> float | None:
+    """Return the loss of the trial of these settings; None while none is done."""
+    from optuna.trial import TrialState
+
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return next((trial.value for trial in done if trial.params == settings), None)
+
+
+def _is_waiting(study: optuna.Study, settings: Mapping[str, Any]) -> bool:
+    """Return whether a trial of these settings is to come next anyhow."""
+    from optuna.trial import TrialState
+
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    return any(trial.system_attrs.get("fixed_params") == settings for trial in waiting)
 
 
 def make_study(storage: str, name: str, seed: int) -> optuna.Study:
@@ -139,19 +203,22 @@ def make_study(storage: str, name: str, seed: int) -> optuna.Study:
     Args:
         storage: SQLAlchemy URL.
         name: of the study; equal for equal data and settings.
-        seed: of the sampler.
+        seed: of the sampler; with as many trials as there are it draws other settings.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
+    study = optuna.create_study(
         storage=storage,
         study_name=name,
         load_if_exists=True,
         direction="minimize",
-        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=_WARM_UP),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=_WARM_UP, n_warmup_steps=1),
     )
+    # The seed alone would draw again what an earlier call has drawn.
+    seed += len(study.get_trials(deepcopy=False))
+    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_WARM_UP)
+    return study
 
 
 def calibration_loss(trained: TrainedModel, timeline: Timeline, periods: Periods) -> float:
@@ -188,9 +255,15 @@ def write_settings(text: str, section: str, settings: Mapping[str, Any]) -> str:
     end = re.search(r"^\S", rest, re.MULTILINE)
     body = rest[: end.start()] if end else rest
     for name, value in settings.items():
-        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        shown = _format_value(value)
         pattern = rf"^(  {re.escape(name)}:[ ]*)[^\s#]+"
         body, count = re.subn(pattern, rf"\g<1>{shown}", body, count=1, flags=re.MULTILINE)
         if not count:
             raise UserError(f"params.yaml: {section}.{name} stands on no line of its own")
     return text[: begin.end()] + body + (rest[end.start() :] if end else "")
+
+
+def _format_value(value: Any) -> str:
+    """Return a number as YAML reads it: 1e-05 without a point would be a text."""
+    rounded = float(f"{value:.6g}") if isinstance(value, float) else value
+    return yaml.safe_dump(rounded).splitlines()[0]

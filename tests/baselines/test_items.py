@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipelines.baselines.items import TOP, Touches, rank_item_knn, rank_popular, rank_recent
+from pipelines.baselines.items import (
+    RANKERS,
+    TOP,
+    Touches,
+    collect_touches,
+    rank_item_knn,
+    rank_popular,
+    rank_recent,
+)
+from pipelines.features.store import encode_events, hash_text
 
 DAY = 86_400_000_000
 CUT = 100 * DAY
@@ -44,3 +53,24 @@ def test_no_more_is_ranked_than_there_is() -> None:
     many = make([[(0, 90)]], items=50)
     for rank in (rank_popular, rank_recent, rank_item_knn):
         assert rank(many, np.array([0])).shape == (1, TOP)
+
+
+def test_touches_name_known_items_before_the_cut() -> None:
+    events = [
+        {"ts": day * DAY, "event_type": "view", "item_id": item}
+        for day, item in ((90, "a"), (95, "b"), (96, "c"), (101, "a"))
+    ]
+    sequences = encode_events([events], [{}])
+    known = np.array([hash_text("b"), hash_text("a")], dtype=np.uint32)
+    touches = collect_touches(sequences, known, CUT)
+    assert touches.item.tolist() == [1, 0]
+    assert touches.ts.tolist() == [90 * DAY, 95 * DAY]
+
+
+def test_without_known_items_nothing_is_ranked() -> None:
+    events = [{"ts": 99 * DAY, "event_type": "view", "item_id": "a"}]
+    sequences = encode_events([events, events], [{}, {}])
+    touches = collect_touches(sequences, np.zeros(0, dtype=np.uint32), CUT)
+    assert len(touches.user) == len(touches.item) == len(touches.ts) == 0
+    for rank in RANKERS.values():
+        assert rank(touches, np.array([0, 1])).shape == (2, 0)
