@@ -1,6 +1,6 @@
 """Addresses of one shopper, and the metrics, beside BentoML's calls, which are POST alone.
 
-Ids stand in the path, percent-encoded, and may hold anything, slashes too.
+Ids stand in the path, percent-encoded, and may hold slashes.
 """
 
 from __future__ import annotations
