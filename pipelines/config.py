@@ -26,6 +26,9 @@ from pipelines.events import EVENT_SCHEMA, EventType
 
 PARAMS_FILE = Path("params.yaml")
 
+# What a probability from which on a positive is called is chosen by.
+Objective = Literal["f1", "youden", "break_even"]
+
 
 class Section(BaseModel):
     """Base of every section: immutable, no unknown keys, no silent coercion of text."""
@@ -350,7 +353,7 @@ class Evaluation(Section):
 
     bootstrap_samples: Annotated[int, Field(ge=50, le=100_000)] = 500
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    threshold: Literal["f1", "youden", "break_even"] = "f1"
+    threshold: Objective = "f1"
     conformal_level: Annotated[float, Field(gt=0.5, lt=1)] = 0.9
     seed: Annotated[int, Field(ge=0)] = 1
 

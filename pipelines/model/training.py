@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.config import Pretrain, Train
+from pipelines.config import Objective, Pretrain, Train
 from pipelines.errors import UserError
 from pipelines.events import EVENT_TYPES
 from pipelines.features.store import Sequences
@@ -175,6 +175,7 @@ def train_model(
     *,
     pretrained: dict[str, Tensor] | None = None,
     checkpoint: Checkpoint | None = None,
+    threshold: Objective = "f1",
 ) -> TrainedModel:
     """Train, calibrate and refit.
 
@@ -188,6 +189,7 @@ def train_model(
             at a resumed training with the epochs before, too.
         pretrained: of ``pretrain_model``.
         checkpoint: where a killed run is gone on with, to the same weights.
+        threshold: what thresholds are chosen by.
 
     Returns:
         The models. Equal arguments give equal weights on one kind of machine.
@@ -219,10 +221,12 @@ def train_model(
     beside = joined.beside(grown[0], Mix()) if grown else joined
     # What the networks say is the same with the trees and without.
     ahead, scores = beside.parts(timeline, cuts, workers=count_workers(config))
-    first = alone_first = calibrate(joined, timeline, periods, cuts, ahead.raw, scores)
+    first = alone_first = calibrate(
+        joined, timeline, periods, cuts, ahead.raw, scores, threshold
+    )
     shipped = alone
     if grown:
-        first = calibrate(beside, timeline, periods, cuts, ahead.raw, scores)
+        first = calibrate(beside, timeline, periods, cuts, ahead.raw, scores, threshold)
         shipped = alone.beside(grown[1], first.spec.mix)
     few = np.unique(np.linspace(0, len(cuts) - 1, min(len(cuts), _LEVEL_CUTS)).astype(np.int64))
     later, later_scores = shipped.parts(timeline, cuts.take(few), workers=count_workers(config))
@@ -412,6 +416,7 @@ def calibrate(
     cuts: Cuts,
     said: Raw,
     scores: NDArray[np.float64],
+    objective: Objective,
 ) -> Predictor:
     """Fit corrections and thresholds on the windows between the calibration and the test cut.
 
@@ -424,6 +429,7 @@ def calibrate(
         periods: the bounds.
         cuts: everyone in the population between the two.
         said, scores: of ``Predictor.parts`` at them; scores are not looked at without trees.
+        objective: what thresholds are chosen by.
     """
     heads = predictor.spec.heads
     labels = timeline.labels(cuts, events=heads.events, horizons=heads.amounts, close=periods.test)
@@ -450,7 +456,8 @@ def calibrate(
         known = closed[:, heads.grid.index(target.horizon_days)]
         values = expected[target.name][known].astype(np.float64)
         if target.kind == "binary":
-            thresholds[target.name] = choose_threshold(values, _label(target, heads, labels)[known])
+            happened = _label(target, heads, labels)[known]
+            thresholds[target.name] = choose_threshold(values, happened, objective)
             continue
         amount = labels.amount[known, heads.amounts.index(target.horizon_days)]
         factor[str(target.horizon_days)] = fit_factor(amount.astype(np.float64), values)

@@ -83,6 +83,7 @@ def run(params: Params, root: Path = Path()) -> str:
             note,
             pretrained=load_pretrained(root),
             checkpoint=checkpoint,
+            threshold=params.evaluation.threshold,
         )
         with replace_directory(root / MODEL) as folder:
             trained.save(folder)

@@ -138,6 +138,18 @@ def test_trains_predicts_and_logs(root: Path) -> None:
     assert pq.read_table(root / train.PREDICTIONS).equals(predictions)
 
 
+def test_the_settings_threshold_reaches_the_model(root: Path) -> None:
+    pretrain.run(PARAMS, root)
+    stored = {}
+    for objective in ("f1", "break_even"):
+        params = PARAMS.model_copy(
+            update={"evaluation": PARAMS.evaluation.model_copy(update={"threshold": objective})}
+        )
+        train.run(params, root)
+        stored[objective] = Predictor.load(root / train.MODEL).spec.thresholds["purchase_7d"]
+    assert stored["f1"] != stored["break_even"]
+
+
 def test_a_failed_training_is_marked(root: Path) -> None:
     with pytest.raises(RuntimeError), track(root, params={}, data_digest="sha256:0", name="gpt"):
         raise RuntimeError
