@@ -26,6 +26,9 @@ from pipelines.events import EVENT_SCHEMA, EventType
 
 PARAMS_FILE = Path("params.yaml")
 
+# What a probability from which on a positive is called is chosen by.
+Objective = Literal["f1", "youden", "break_even"]
+
 
 class Section(BaseModel):
     """Base of every section: immutable, no unknown keys, no silent coercion of text."""
@@ -274,6 +277,8 @@ class Train(Section):
     backbone: Literal["gpt", "bert", "lstm", "cnn", "mlp"] = "gpt"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1, le=256)] = 1
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Literal["auto", True, False] = "auto"
     width: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 64
     layers: Annotated[int, Field(ge=1, le=64)] = 2
     heads: Annotated[int, Field(ge=1, le=64)] = 4
@@ -283,6 +288,7 @@ class Train(Section):
     refit_epochs: Annotated[int, Field(ge=0, le=1000)] = 1
     cuts_per_user: Annotated[int, Field(ge=1, le=64)] = 16
     tokens_per_batch: Annotated[int, Field(ge=256)] = 2048
+    accumulate: Annotated[int, Field(ge=1, le=1024)] = 1
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
     refit_rate: Annotated[float, Field(gt=0, le=1)] = 0.3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
@@ -350,7 +356,7 @@ class Evaluation(Section):
 
     bootstrap_samples: Annotated[int, Field(ge=50, le=100_000)] = 500
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    threshold: Literal["f1", "youden", "break_even"] = "f1"
+    threshold: Objective = "f1"
     conformal_level: Annotated[float, Field(gt=0.5, lt=1)] = 0.9
     seed: Annotated[int, Field(ge=0)] = 1
 

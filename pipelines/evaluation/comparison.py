@@ -18,7 +18,6 @@ from pipelines.evaluation.metrics import (
     binary_metrics,
     calibration_error,
     chance_of_calibration_error,
-    choose_threshold,
     clean,
     draw_weights,
     interval,
@@ -28,6 +27,7 @@ from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind, Target
 from pipelines.features.snapshot_table import SnapshotTable
 from pipelines.io import progress
+from pipelines.model.calibration import choose_threshold
 
 CANDIDATE: Final = "ensemble"  # what ships: the network with the trees beside it
 NETWORK: Final = "gpt"  # the network alone
@@ -81,7 +81,7 @@ def collect_test_rows(
                 )
             thresholds = {
                 # A model without predictions on the calibration cut calls at even odds.
-                m: choose_threshold(y[calibration], p[calibration], config.threshold)
+                m: choose_threshold(p[calibration], y[calibration] > 0, config.threshold)
                 if np.isfinite(p[calibration]).all() and calibration.any()
                 else 0.5
                 for m, p in models.items()

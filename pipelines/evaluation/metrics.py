@@ -312,28 +312,6 @@ def _gini(ranking: Ranking) -> Floats:
     return _divide(_area(rows, gain), rows[:, -1] * gain[:, -1]) - 0.5
 
 
-def choose_threshold(y: Floats, p: Floats, objective: str) -> float:
-    """Choose the probability from which a row is called positive.
-
-    Args:
-        y: (N,) 0/1 outcomes of the calibration cut.
-        p: (N,) probabilities.
-        objective: f1; youden (recall minus false positive rate; Youden, Cancer 3, 1950); or
-            break_even (precision = recall: as many calls as positives).
-    """
-    ranking = rank_rows(y, p, np.ones((1, len(y))))
-    rows, hits = ranking.rows[0], ranking.gain[0]
-    scores = np.unique(p)[::-1]
-    if objective == "f1":
-        value = 2 * hits / (rows + hits[-1])
-    elif objective == "break_even":
-        value = -np.abs(rows - hits[-1])
-    else:
-        negatives = rows - hits
-        value = hits / max(hits[-1], 1) - negatives / max(negatives[-1], 1)
-    return float(scores[int(np.argmax(value))])
-
-
 def summarise(values: Floats, confidence: float) -> dict[str, float | None]:
     """Value and percentile interval of a metric's (B,) samples; None where undefined."""
     low, high = interval(values[1:], confidence)

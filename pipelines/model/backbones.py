@@ -89,21 +89,31 @@ class Rotary(nn.Module):
         self.place_rate: Tensor
 
     def forward(self, time: Tensor, position: Tensor) -> Tensor:
-        """Return unit complex numbers by which pairs are turned, (B, L, 1, heads, pairs)."""
+        """Return unit complex numbers by which pairs are turned, (B, L, 1, heads, pairs).
+
+        Compiled, as real numbers (..., 2): the compiler makes no code for complex ones.
+        """
         by_time = time[..., None] * self.time_rate
         by_place = position[..., None] * self.place_rate
         # Not torch.polar, which takes ten times as long on a CPU.
         angles = torch.stack([by_time, by_place], dim=2)
-        turns = torch.complex(angles.cos(), angles.sin())
+        if torch.compiler.is_compiling():
+            turns = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        else:
+            turns = torch.complex(angles.cos(), angles.sin())
         heads = [
-            turns[:, :, :1].expand(-1, -1, self.time_heads, -1),
-            turns[:, :, 1:].expand(-1, -1, self.place_heads, -1),
+            turns[:, :, :1].expand(-1, -1, self.time_heads, *turns.shape[3:]),
+            turns[:, :, 1:].expand(-1, -1, self.place_heads, *turns.shape[3:]),
         ]
         return torch.cat(heads, dim=2)[:, :, None]
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Turn each pair of neighbours of (B, L, 2, heads, head width) by its angle."""
+    if not turn.is_complex():
+        a, b = x.view(*x.shape[:-1], -1, 2).unbind(dim=-1)
+        cos, sin = turn.unbind(dim=-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
     pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * turn).flatten(-2)
 
@@ -142,8 +152,13 @@ class Block(nn.Module):
         both, value = qkv[..., : 2 * width], qkv[..., 2 * width :]
         query, key = self._turn(both, turn).unbind(dim=2)
         value = value.view(rows, places, self.heads, self.head_width).transpose(1, 2)
+        query = query * self.gain[:, :, None]
         mixed = functional.scaled_dot_product_attention(
-            query * self.gain[:, :, None], key, value, attn_mask=mask, is_causal=mask is None
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
         )
         mixed = self.attention_out(mixed.transpose(1, 2).reshape(rows, places, width))
         return self._think(x + functional.dropout(mixed, self.dropout, self.training))
@@ -195,7 +210,8 @@ class Block(nn.Module):
             # The same, as ``_projection`` took their mean away: layer_norm takes twice as long for
             # rows so short, but is the faster of the two where a gradient is wanted as well.
             x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + _EPSILON)
-        return rotate(x, turn).transpose(1, 3)
+        # In bfloat16 there are no complex numbers.
+        return rotate(x.float(), turn).transpose(1, 3)
 
     def _think(self, x: Tensor) -> Tensor:
         # In place: nothing else reads what it replaces.
@@ -319,7 +335,9 @@ class Recurrent(_Mixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (S, T, width) to the same."""
-        mixed: Tensor = self.lstm(self.norm(x))[0]
+        # Autocast would take an LSTM to float16.
+        with torch.autocast(x.device.type, enabled=False):
+            mixed: Tensor = self.lstm(self.norm(x))[0]
         return x + functional.dropout(mixed, self.dropout, self.training)
 
 

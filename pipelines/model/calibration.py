@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipelines.config import Objective
 
 _CLIP: Final = 1e-6
 _MOST_SHIFT: Final = 32.0  # of log odds
@@ -148,13 +150,17 @@ def fit_factor(actual: Doubles, expected: Doubles) -> float:
     return float((total / expected.sum()) ** (buyers / (buyers + _DOUBT)))
 
 
-def choose_threshold(
-    probability: Doubles, label: NDArray[np.bool_], objective: Literal["f1", "youden"] = "f1"
-) -> float:
+def choose_threshold(probability: Doubles, label: NDArray[np.bool_], objective: Objective) -> float:
     """Return the probability from which on a positive is called, best on the data given.
 
     The value lies half-way between the two neighbouring predictions, so that rounding does not
     move a user across it. 0.5 where the labels are all alike.
+
+    Args:
+        probability: (N,), predicted.
+        label: bool (N,), observed.
+        objective: f1; youden (recall minus false positive rate; Youden, Cancer 3, 1950); or
+            break_even (precision = recall: as many calls as positives).
     """
     positives = int(label.sum())
     if positives == 0 or positives == len(label):
@@ -165,6 +171,8 @@ def choose_threshold(
     called = np.arange(1, len(label) + 1)
     if objective == "f1":
         score = 2 * hits / (called + positives)
+    elif objective == "break_even":
+        score = -np.abs(called - positives).astype(np.float64)
     else:
         score = hits / positives - (called - hits) / (len(label) - positives)
     # A tie belongs together: only the last of equal predictions may end the call.

@@ -83,6 +83,21 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     optimizer.load_state_dict(whole)
 
 
+def pack_torch_chance(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of PyTorch's generators: the CPU's, and of a GPU its own."""
+    states = {"chance": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["chance.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def unpack_torch_chance(device: torch.device, tensors: dict[str, Tensor]) -> None:
+    """Put the states of ``pack_torch_chance`` back; older checkpoints hold the CPU's alone."""
+    torch.set_rng_state(tensors["chance"])
+    if device.type == "cuda" and "chance.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["chance.cuda"], device)
+
+
 def pack_chance(rng: np.random.Generator) -> str:
     """Return a generator's state as JSON."""
     return json.dumps(rng.bit_generator.state)

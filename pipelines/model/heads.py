@@ -9,7 +9,7 @@ The amount is that probability times a lognormal mean (Wang, Liu and Miao 2019).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -100,6 +100,14 @@ class HazardTargets:
     counted: Tensor
     log_amount: Tensor
     bought: Tensor
+
+    def to(self, device: torch.device) -> HazardTargets:
+        """Move every tensor."""
+        if device.type == "cpu":
+            return self
+        return HazardTargets(
+            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        )
 
 
 def encode_labels(heads: Heads, labels: Labels) -> HazardTargets:

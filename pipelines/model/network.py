@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
@@ -233,9 +234,18 @@ class Network(nn.Module):
         nows = self.now_numbers(batch.now_numbers)
         return torch.cat([events.new_zeros(1, width), profiles, events, nows])
 
-    def mix(self, batch: Batch, tokens: Tensor) -> Tensor:
-        """Lay tokens out in rows and run the backbone, (B, L, width)."""
-        mixed: Tensor = self.backbone(*_lay_out(batch, tokens))
+    def mix(
+        self, batch: Batch, tokens: Tensor, backbone: Callable[..., Any] | None = None
+    ) -> Tensor:
+        """Lay tokens out in rows and run the backbone, (B, L, width).
+
+        Args:
+            batch: where they lie.
+            tokens: of ``embed``.
+            backbone: the network's own in another form, compiled; None = as it is.
+        """
+        run = self.backbone if backbone is None else backbone
+        mixed: Tensor = run(*_lay_out(batch, tokens))
         return mixed
 
     def encode_now(self, batch: Batch) -> Tensor:

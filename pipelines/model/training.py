@@ -7,11 +7,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,11 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.config import Pretrain, Train
+from pipelines.config import Objective, Pretrain, Train
 from pipelines.errors import UserError
 from pipelines.events import EVENT_TYPES
 from pipelines.features.store import Sequences
 from pipelines.io import progress
+from pipelines.model.backbones import Transformer
 from pipelines.model.batches import Collated, cut_pieces, iterate, sample_cuts
 from pipelines.model.boosting import TWEEDIE_POWER, Rows, collect_rows, grow_trees
 from pipelines.model.calibration import (
@@ -39,14 +42,17 @@ from pipelines.model.checkpoint import (
     Checkpoint,
     pack_chance,
     pack_optimizer,
+    pack_torch_chance,
     unpack_chance,
     unpack_optimizer,
+    unpack_torch_chance,
 )
 from pipelines.model.committee import Committee
 from pipelines.model.heads import Heads, Target, amount_loss, encode_labels, hazard_loss
 from pipelines.model.items import RECENT, start_bias
-from pipelines.model.network import Network, NetworkConfig
+from pipelines.model.network import Batch, Network, NetworkConfig
 from pipelines.model.predictor import ModelSpec, Predictor, Raw, choose_device, select
+from pipelines.model.speed import count_flops
 from pipelines.model.timeline import ANY_EVENT, DAY, Cuts, Labels, Timeline, feature_names
 from pipelines.model.tokens import Tokenizer, Vocabulary
 from pipelines.model.trees import Mix, Trees
@@ -104,6 +110,7 @@ class TrainedModel:
         network_first, network: both without the trees, calibrated for themselves.
         events: event tokens that training went through.
         seconds: spent in training steps, batches included.
+        flops: floating-point operations of the model in them; see ``pipelines.model.speed``.
     """
 
     first: Predictor
@@ -112,6 +119,7 @@ class TrainedModel:
     network: Predictor
     events: int
     seconds: float
+    flops: float
 
     @property
     def parameters(self) -> int:
@@ -175,6 +183,7 @@ def train_model(
     *,
     pretrained: dict[str, Tensor] | None = None,
     checkpoint: Checkpoint | None = None,
+    threshold: Objective = "f1",
 ) -> TrainedModel:
     """Train, calibrate and refit.
 
@@ -184,10 +193,11 @@ def train_model(
         targets: what to predict.
         config: settings.
         vocabulary: codes and scales, fitted before the calibration cut.
-        on_epoch: called after every epoch with ``epoch``, ``step``, losses and ``events_per_s``;
-            at a resumed training with the epochs before, too.
+        on_epoch: called after every epoch with ``epoch``, ``step``, losses, ``events_per_s`` and
+            ``flops_per_s``; at a resumed training with the epochs before, too.
         pretrained: of ``pretrain_model``.
         checkpoint: where a killed run is gone on with, to the same weights.
+        threshold: what thresholds are chosen by.
 
     Returns:
         The models. Equal arguments give equal weights on one kind of machine.
@@ -219,10 +229,10 @@ def train_model(
     beside = joined.beside(grown[0], Mix()) if grown else joined
     # What the networks say is the same with the trees and without.
     ahead, scores = beside.parts(timeline, cuts, workers=count_workers(config))
-    first = alone_first = calibrate(joined, timeline, periods, cuts, ahead.raw, scores)
+    first = alone_first = calibrate(joined, timeline, periods, cuts, ahead.raw, scores, threshold)
     shipped = alone
     if grown:
-        first = calibrate(beside, timeline, periods, cuts, ahead.raw, scores)
+        first = calibrate(beside, timeline, periods, cuts, ahead.raw, scores, threshold)
         shipped = alone.beside(grown[1], first.spec.mix)
     few = np.unique(np.linspace(0, len(cuts) - 1, min(len(cuts), _LEVEL_CUTS)).astype(np.int64))
     later, later_scores = shipped.parts(timeline, cuts.take(few), workers=count_workers(config))
@@ -242,6 +252,7 @@ def train_model(
         network=alone,
         events=sum(fit.events for fit in fits),
         seconds=sum(fit.seconds for fit in fits),
+        flops=sum(fit.flops for fit in fits),
     )
 
 
@@ -284,6 +295,31 @@ def count_workers(config: Train) -> int:
     if choose_device(config.device).type != "cpu":
         return 1
     return max(1, (os.cpu_count() or 1) // config.threads)
+
+
+def choose_precision(config: Train) -> torch.dtype:
+    """Return what the backbone's products are computed in; ``auto`` leaves the CPU at float32."""
+    if config.precision == "auto":
+        half = choose_device(config.device).type == "cuda" and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
+        return torch.bfloat16 if half else torch.float32
+    return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+
+
+def compile_backbone(network: Network, config: Train) -> Callable[..., Any] | None:
+    """Return the backbone compiled, None where it is to stay as it is.
+
+    It shares the weights with the network, which stays as it is: names and predictions do not
+    depend on it. ``auto`` leaves backbones without attention alone, whose shapes depend on data.
+    """
+    wanted = config.compile
+    if wanted == "auto":
+        device = next(network.parameters()).device
+        wanted = device.type == "cuda" and isinstance(network.backbone, Transformer)
+    if not wanted:
+        return None
+    return torch.compile(network.backbone, dynamic=True)
 
 
 def population(timeline: Timeline, ts: int, active_days: float | None) -> Cuts:
@@ -412,6 +448,7 @@ def calibrate(
     cuts: Cuts,
     said: Raw,
     scores: NDArray[np.float64],
+    objective: Objective,
 ) -> Predictor:
     """Fit corrections and thresholds on the windows between the calibration and the test cut.
 
@@ -424,6 +461,7 @@ def calibrate(
         periods: the bounds.
         cuts: everyone in the population between the two.
         said, scores: of ``Predictor.parts`` at them; scores are not looked at without trees.
+        objective: what thresholds are chosen by.
     """
     heads = predictor.spec.heads
     labels = timeline.labels(cuts, events=heads.events, horizons=heads.amounts, close=periods.test)
@@ -450,7 +488,8 @@ def calibrate(
         known = closed[:, heads.grid.index(target.horizon_days)]
         values = expected[target.name][known].astype(np.float64)
         if target.kind == "binary":
-            thresholds[target.name] = choose_threshold(values, _label(target, heads, labels)[known])
+            happened = _label(target, heads, labels)[known]
+            thresholds[target.name] = choose_threshold(values, happened, objective)
             continue
         amount = labels.amount[known, heads.amounts.index(target.horizon_days)]
         factor[str(target.horizon_days)] = fit_factor(amount.astype(np.float64), values)
@@ -603,11 +642,14 @@ class _Fit:
             thresholds={},
         )
         self.network = Network(self.spec.network).to(self.device)
+        self.precision = choose_precision(config)
+        self.backbone = compile_backbone(self.network, config)
         self.first: dict[str, Tensor] = {}
         self.done = dict.fromkeys(Phase, 0)
         self.history: list[dict[str, float]] = []
         self.events = 0
         self.seconds = 0.0
+        self.flops = 0.0
         self.step = 0
         self.checkpoint: Checkpoint | None = None
         self._optimizer_tensors: dict[str, Tensor] = {}
@@ -640,10 +682,11 @@ class _Fit:
         self.network.load_state_dict(_strip(tensors, "network."))
         self.first = _strip(tensors, "first.")
         self._optimizer_tensors = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
-        torch.set_rng_state(tensors["chance"])
+        unpack_torch_chance(self.device, tensors)
         unpack_chance(self.rng, state["chance"])
         self.done = {phase: state["done"][phase.value] for phase in Phase}
         self.events, self.seconds, self.step = state["events"], state["seconds"], state["step"]
+        self.flops = state.get("flops", 0.0)
         self.history = state["history"]
         for epoch in self.history:
             on_epoch(epoch)
@@ -654,12 +697,13 @@ class _Fit:
             return
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"first.{k}": v for k, v in self.first.items()}
-        tensors |= pack_optimizer(optimizer) | {"chance": torch.get_rng_state()}
+        tensors |= pack_optimizer(optimizer) | pack_torch_chance(self.device)
         state = {
             "done": {phase.value: count for phase, count in self.done.items()},
             "chance": pack_chance(self.rng),
             "events": self.events,
             "seconds": self.seconds,
+            "flops": self.flops,
             "step": self.step,
             "history": self.history,
         }
@@ -704,6 +748,7 @@ class _Fit:
     ) -> None:
         """Train on windows that close by ``close``: warm-up, then linear decay to zero.
 
+        ``accumulate`` batches make a step; those left over at an epoch's end make one, too.
         Epochs of the phase that a checkpoint holds are not done again.
         """
         optimizer = _make_optimizer(self.network, learning_rate, self.config.weight_decay)
@@ -714,21 +759,30 @@ class _Fit:
             began = time.perf_counter()
             total = np.zeros(3)
             steps = events = 0
-            count, batches = self._batches(close, phase)
+            flops = 0.0
+            batch_count, batches = self._batches(close, phase)
+            count = math.ceil(batch_count / self.config.accumulate)
             label = f"{phase} {epoch + 1}/{epochs}"
-            for collated in progress(batches, label, total=count, unit="batch"):
+            shown = progress(batches, label, total=batch_count, unit="batch")
+            for together in _in_groups(shown, self.config.accumulate):
                 done = (epoch + steps / max(count, 1)) / epochs
                 rate = learning_rate * min(1.0, (done + 1e-3) / _WARM_UP) * max(1.0 - done, 0.0)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["scale"]
-                total += self._train_step(collated, close, optimizer, phase)
+                # Cuts, of which the horizon losses are means, count alike in whatever batch.
+                cuts = sum(len(collated.cuts) for collated in together)
+                for collated in together:
+                    share, last = len(collated.cuts) / cuts, collated is together[-1]
+                    total += self._train_step(collated, close, optimizer, phase, share, last)
+                    events += len(collated.events)
+                    flops += self._count_flops(collated, phase)
                 steps += 1
-                events += len(collated.events)
             seconds = time.perf_counter() - began
             self.step += steps
             self.done[phase] += 1
             self.events += events
             self.seconds += seconds
+            self.flops += flops
             hazard, amount, following = (total / max(steps, 1)).tolist()
             told = {
                 "epoch": sum(self.done.values()),
@@ -740,6 +794,7 @@ class _Fit:
                 "amount_loss": amount,
                 "next_event_loss": following,
                 "events_per_s": events / max(seconds, 1e-9),
+                "flops_per_s": flops / max(seconds, 1e-9),
             }
             self.history.append(told)
             self._save(optimizer)
@@ -747,18 +802,37 @@ class _Fit:
         self.network.eval()
 
     def _train_step(
-        self, collated: Collated, close: int, optimizer: torch.optim.Optimizer, phase: Phase
+        self,
+        collated: Collated,
+        close: int,
+        optimizer: torch.optim.Optimizer,
+        phase: Phase,
+        share: float = 1.0,
+        last: bool = True,
     ) -> NDArray[np.float64]:
+        """Add a batch's share to the gradients, and after the ``last`` of its group step."""
+        losses = self._add_gradients(collated, close, phase, share)
+        if last and any(p.grad is not None for p in self.network.parameters()):
+            nn.utils.clip_grad_norm_(self.network.parameters(), _MAX_NORM)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return losses
+
+    def _add_gradients(
+        self, collated: Collated, close: int, phase: Phase, share: float
+    ) -> NDArray[np.float64]:
+        """Add the gradients of ``share`` times the loss; return its parts times ``share``."""
         batch = collated.batch.to(self.device)
         left_out = self._choose_left_out(collated) if phase is Phase.PRETRAIN else None
-        hidden = self.network.encode(batch, left_out)
+        hidden = self._encode(batch, left_out)
         none = hidden.new_zeros(())
         if phase is Phase.PRETRAIN:
             hazard = amount = none
             loss = following = self._event_loss(collated, hidden, close, left_out)
         else:
             outputs, hidden = self.network.read(batch, hidden)
-            targets = encode_labels(self.heads, self._labels(collated.cuts, close))
+            labels = self._labels(collated.cuts, close)
+            targets = encode_labels(self.heads, labels).to(self.device)
             hazard = hazard_loss(outputs, targets)
             amount = amount_loss(outputs, targets) if self.heads.amounts else none
             loss = hazard + self.config.amount_weight * amount
@@ -769,11 +843,25 @@ class _Fit:
             if self.network.items is not None and self.config.item_weight:
                 loss = loss + self.config.item_weight * self._item_loss(collated, hidden, close)
         if loss.requires_grad:
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(self.network.parameters(), _MAX_NORM)
-            optimizer.step()
-        return np.array([hazard.item(), amount.item(), following.item()])
+            (share * loss).backward()  # type: ignore[no-untyped-call]
+        return share * np.array([hazard.item(), amount.item(), following.item()])
+
+    def _encode(self, batch: Batch, left_out: Tensor | None) -> Tensor:
+        """Return the hidden states in float32, in which heads and losses are computed as well."""
+        half = self.precision is torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
+            tokens = self.network.embed(batch, left_out)
+            return self.network.mix(batch, tokens, self.backbone).float()
+
+    def _count_flops(self, collated: Collated, phase: Phase) -> float:
+        read = phase is not Phase.PRETRAIN
+        told = len(collated.events) / _NEXT_SHARE
+        if self.bidirectional:
+            told = 0.0 if read else _LEFT_OUT * len(collated.events)
+        elif read and not self.config.next_event_weight:
+            told = 0.0
+        items = len(collated.cuts) / _ITEM_SHARE if read and self.config.item_weight else 0.0
+        return count_flops(self.network, collated.batch, told=told, items=items, read=read)
 
     @property
     def bidirectional(self) -> bool:
@@ -890,6 +978,13 @@ class _Fit:
             rng=self.rng,
         )
         return math.ceil(int(pieces.lengths.sum()) / per_batch), batches
+
+
+def _in_groups(batches: Iterable[Collated], count: int) -> Iterator[list[Collated]]:
+    """Yield so many batches together, at last those left over."""
+    left = iter(batches)
+    while group := list(islice(left, count)):
+        yield group
 
 
 def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -21,17 +21,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import pipelines.model
-from pipelines.config import Params
+from pipelines.config import Params, Train
 from pipelines.errors import UserError
 from pipelines.events import to_us
 from pipelines.features.store import Sequences
 from pipelines.io import digest_directory, read_json, replace_directory, write_table, write_text
 from pipelines.model.checkpoint import Checkpoint
 from pipelines.model.heads import Target
-from pipelines.model.predictor import WEIGHTS, Predictor
+from pipelines.model.predictor import WEIGHTS, Predictor, choose_device
+from pipelines.model.speed import find_peak
 from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import Periods, count_workers, train_model
+from pipelines.model.training import Periods, choose_precision, count_workers, train_model
 from pipelines.registry.tracking import track
 
 FEATURES: Final = Path("data/features")
@@ -63,6 +64,9 @@ def run(params: Params, root: Path = Path()) -> str:
     checkpoint = open_checkpoint(root, CHECKPOINT, params)
     curves: list[dict[str, float]] = []
     settings = params.train.model_dump()
+    # Before anything else keeps the cores busy.
+    device = choose_device(params.train.device)
+    peak = find_peak(device, choose_precision(params.train), params.train.threads)
     with track(
         root,
         params=settings,
@@ -72,7 +76,8 @@ def run(params: Params, root: Path = Path()) -> str:
 
         def note(epoch: dict[str, float]) -> None:
             curves.append(epoch)
-            log.log_metrics(epoch, step=int(epoch["epoch"]))
+            told = epoch | _utilisation(epoch.get("flops_per_s", 0.0), peak)
+            log.log_metrics(told, step=int(epoch["epoch"]))
 
         trained = train_model(
             sequences,
@@ -83,6 +88,7 @@ def run(params: Params, root: Path = Path()) -> str:
             note,
             pretrained=load_pretrained(root),
             checkpoint=checkpoint,
+            threshold=params.evaluation.threshold,
         )
         with replace_directory(root / MODEL) as folder:
             trained.save(folder)
@@ -103,8 +109,11 @@ def run(params: Params, root: Path = Path()) -> str:
             write_table(root / path, table)
         write_text(root / CURVES, format_curves(curves))
         speed = trained.events / max(trained.seconds, 1e-9)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        log.log_metrics({"train_events_per_s": speed, "peak_memory_mib": peak}, step=0)
+        flops = trained.flops / max(trained.seconds, 1e-9)
+        memory = measure_memory(device)
+        whole = {"train_events_per_s": speed, "train_flops_per_s": flops}
+        whole |= {f"train_{name}": value for name, value in _utilisation(flops, peak).items()}
+        log.log_metrics(whole | memory, step=0)
         log.log_artifact(root / CURVES)
         log.log_model(
             root / MODEL, digest_directory(root / MODEL), [target.name for target in targets]
@@ -113,9 +122,41 @@ def run(params: Params, root: Path = Path()) -> str:
     return (
         f"{params.train.backbone}: {trained.parameters:,} parameters, {len(curves)} epochs of "
         f"{trained.events:,} events in {trained.seconds:.0f} s ({speed:,.0f} events/s, "
-        f"peak memory {peak:,.0f} MiB), "
+        f"{_tell_flops(flops, peak, params.train, device)}, "
+        f"peak memory {_tell_memory(memory)}), "
         f"final loss {curves[-1]['loss']:.4f}, in {MODEL}"
     )
+
+
+def _utilisation(flops: float, peak: float | None) -> dict[str, float]:
+    """Return model FLOPs utilisation, nothing where the machine's peak is not known."""
+    return {} if peak is None else {"mfu": flops / peak}
+
+
+def _tell_flops(flops: float, peak: float | None, config: Train, device: torch.device) -> str:
+    """Say how many operations a second that is, and of what peak."""
+    told = f"{flops / 1e9:,.1f} GFLOPS"
+    if peak is None:
+        return f"{told}, MFU unknown: no peak is known of this device"
+    kind = str(choose_precision(config)).removeprefix("torch.")
+    origin = "the data sheet's" if device.type == "cuda" else "a measured"
+    return f"{told}, MFU {flops / peak:.1%} of {origin} {peak / 1e9:,.0f} GFLOPS in {kind}"
+
+
+def measure_memory(device: torch.device) -> dict[str, float]:
+    """Return the most memory that this process held so far, MiB, and of a GPU PyTorch's tensors."""
+    memory = {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if device.type == "cuda":
+        memory["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return memory
+
+
+def _tell_memory(memory: dict[str, float]) -> str:
+    """Say it."""
+    told = f"{memory['peak_memory_mib']:,.0f} MiB"
+    if "peak_gpu_memory_mib" in memory:
+        told += f", of the GPU {memory['peak_gpu_memory_mib']:,.0f} MiB"
+    return told
 
 
 def load_inputs(

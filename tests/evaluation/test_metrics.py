@@ -9,7 +9,6 @@ from pipelines.evaluation.metrics import (
     binary_metrics,
     calibration_error,
     chance_of_calibration_error,
-    choose_threshold,
     draw_weights,
     interval,
     summarise,
@@ -106,18 +105,6 @@ def test_amount_metrics_at_their_ends() -> None:
     assert blind["gini"][0] == pytest.approx(0, abs=1e-9)
     assert blind["total_ratio"][0] == pytest.approx(2)
     assert amount_metrics(y, -y, ones)["gini"][0] == pytest.approx(-1)
-
-
-def test_the_threshold_maximises_its_objective() -> None:
-    f1 = choose_threshold(Y, P, "f1")
-    best = max(sk.f1_score(Y, t <= P) for t in np.unique(P))
-    assert sk.f1_score(Y, f1 <= P) == pytest.approx(best)
-    even = choose_threshold(Y, P, "break_even")
-    nearest = min(abs(int((t <= P).sum()) - int(Y.sum())) for t in np.unique(P))
-    assert abs(int((even <= P).sum()) - int(Y.sum())) == nearest
-    youden = choose_threshold(Y, P, "youden")
-    rates = sk.roc_curve(Y, P, drop_intermediate=False)
-    assert youden == pytest.approx(rates[2][np.argmax(rates[1] - rates[0])])
 
 
 def test_bootstrap_weights_are_seeded_and_by_user() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pipelines.config import Objective
 from pipelines.model.calibration import (
     Calibration,
     choose_threshold,
@@ -92,15 +93,32 @@ def test_order_of_horizons_stays() -> None:
     assert (result[:, 0] == said[:, 0]).all()
 
 
-def test_threshold_maximises_f1() -> None:
+@pytest.mark.parametrize("objective", ["f1", "youden", "break_even"])
+def test_a_threshold_is_best_by_its_objective(objective: Objective) -> None:
     rng = np.random.default_rng(1)
     p = rng.random(300).round(2)
-    label = rng.random(300) < p
+    label = rng.random(300) < p**2
 
-    def f1(threshold: float) -> float:
+    def value(threshold: float) -> float:
         called = p >= threshold
-        return float(2 * (called & label).sum() / (called.sum() + label.sum()))
+        hits = int((called & label).sum())
+        if objective == "f1":
+            return 2 * hits / int(called.sum() + label.sum())
+        if objective == "break_even":
+            return -abs(int(called.sum()) - int(label.sum()))
+        return hits / int(label.sum()) - int((called & ~label).sum()) / int((~label).sum())
 
-    best = max(f1(t) for t in np.unique(p))
-    assert f1(choose_threshold(p, label)) == pytest.approx(best)
-    assert choose_threshold(p, np.zeros(300, dtype=bool)) == 0.5
+    best = max(value(t) for t in np.unique(p))
+    chosen = choose_threshold(p, label, objective)
+    assert value(chosen) == pytest.approx(best)
+    # Half-way between two predictions.
+    assert np.abs(p - chosen).min() > 1e-4
+    assert choose_threshold(p, np.zeros(300, dtype=bool), objective) == 0.5
+
+
+def test_objectives_differ() -> None:
+    rng = np.random.default_rng(2)
+    p = rng.random(2000)
+    label = rng.random(2000) < p**3
+    objectives: tuple[Objective, ...] = ("f1", "youden", "break_even")
+    assert len({choose_threshold(p, label, objective) for objective in objectives}) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from pipelines.config import Params, Pretrain
@@ -104,7 +106,9 @@ PARAMS = Params.model_validate(
 
 def test_trains_predicts_and_logs(root: Path) -> None:
     assert "next-event loss" in pretrain.run(PARAMS, root)
-    assert "events/s" in train.run(PARAMS, root)
+    said = train.run(PARAMS, root)
+    assert "events/s" in said
+    assert re.search(r"GFLOPS, MFU \d+\.\d% of a measured [\d,]+ GFLOPS in float32", said)
 
     rows = pq.read_table(root / train.FEATURES / "snapshots.parquet")
     held_out = rows.filter(pa.compute.greater(rows["cut"], 0))
@@ -124,6 +128,10 @@ def test_trains_predicts_and_logs(root: Path) -> None:
     assert found.data.tags[DATA_TAG] == digest_directory(root / train.FEATURES)
     assert found.data.params["width"] == "16"
     assert len(store.get_metric_history(found.info.run_id, "loss")) == 3
+    for name in ("mfu", "flops_per_s"):
+        assert len(store.get_metric_history(found.info.run_id, name)) == 3
+    assert 0 < found.data.metrics["train_mfu"] < 1
+    assert found.data.metrics["train_flops_per_s"] > 0
     (output,) = found.outputs.model_outputs
     logged = store.get_logged_model(output.model_id)
     files = Path(logged.artifact_location.removeprefix("file://"))
@@ -136,6 +144,26 @@ def test_trains_predicts_and_logs(root: Path) -> None:
     assert digest_directory(root / train.MODEL) == digest
     assert (root / train.CURVES).read_bytes() == curves
     assert pq.read_table(root / train.PREDICTIONS).equals(predictions)
+
+
+def test_the_settings_threshold_reaches_the_model(root: Path) -> None:
+    pretrain.run(PARAMS, root)
+    stored = {}
+    for objective in ("f1", "break_even"):
+        params = PARAMS.model_copy(
+            update={"evaluation": PARAMS.evaluation.model_copy(update={"threshold": objective})}
+        )
+        train.run(params, root)
+        stored[objective] = Predictor.load(root / train.MODEL).spec.thresholds["purchase_7d"]
+    assert stored["f1"] != stored["break_even"]
+
+
+def test_an_unknown_device_has_no_utilisation() -> None:
+    cuda = torch.device("cuda")
+    assert train._utilisation(1e12, None) == {}
+    assert "MFU unknown" in train._tell_flops(1e12, None, PARAMS.train, cuda)
+    told = train._tell_flops(1e12, 4e12, PARAMS.train, cuda)
+    assert "MFU 25.0% of the data sheet's 4,000 GFLOPS" in told
 
 
 def test_a_failed_training_is_marked(root: Path) -> None:
