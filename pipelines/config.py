@@ -232,7 +232,7 @@ class TargetsConfig(Section):
 class Cuts(Section):
     """Global cut times: train < calibration < test."""
 
-    train: Positive = 6
+    train: Positive = 12
     step_days: Positive = 7
     test: Positive = 1
     min_history_days: Annotated[int, Field(ge=0)] = 14

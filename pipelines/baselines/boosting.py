@@ -20,10 +20,36 @@ _TWEEDIE_POWER = 1.4
 _THREADS: Final = {"num_threads": 1}
 
 
+class _Rows:
+    """What the trees of one horizon learn from, binned once for all of its targets.
+
+    Attributes:
+        fit: (R,) rows of the first fit: what closed by the calibration cut.
+        refit: (R,) rows of the second: what closed by the first test cut.
+        fit_data, stop_data, refit_data: the same and the calibration cut, without labels.
+    """
+
+    def __init__(self, table: SnapshotTable, horizon_days: int) -> None:
+        self.fit = table.closed_rows(horizon_days, Split.CALIBRATION)
+        self.refit = table.closed_rows(horizon_days, Split.TEST)
+        parameters = {"feature_pre_filter": False, "verbose": -1} | _THREADS
+        x, names = table.features, table.feature_names
+        self.fit_data, self.refit_data = (
+            lgb.Dataset(
+                x[rows], feature_name=names, params=parameters, free_raw_data=False
+            ).construct()
+            for rows in (self.fit, self.refit)
+        )
+        self.stop_data = self.fit_data.create_valid(
+            x[table.rows_of(Split.CALIBRATION)], params=parameters
+        ).construct()
+
+
 class Boosting:
     """Gradient boosted trees for all targets of one snapshot table.
 
-    The rows are binned once and shared by all targets. The settings of the trees and the rounds
+    The rows are binned once a horizon and shared by its targets, which are best fitted one after
+    the other: only the last horizon is kept. The settings of the trees and the rounds
     (by early stopping) are those of the least loss on the calibration cut, chosen target by
     target; the refit on everything closed before the test cuts uses them.
     One object is for one thread.
@@ -32,21 +58,10 @@ class Boosting:
     def __init__(self, table: SnapshotTable, config: Baselines) -> None:
         self._table = table
         self._config = config
-        self._train = table.rows_of(Split.TRAIN)
         self._calibration = table.rows_of(Split.CALIBRATION)
         self._test = table.rows_of(Split.TEST)
-        self._known = self._train | self._calibration
-        parameters = {"feature_pre_filter": False, "verbose": -1} | _THREADS
-        x, names = table.features, table.feature_names
-        self._fit_data = lgb.Dataset(
-            x[self._train], feature_name=names, params=parameters, free_raw_data=False
-        ).construct()
-        self._stop_data = self._fit_data.create_valid(
-            x[self._calibration], params=parameters
-        ).construct()
-        self._refit_data = lgb.Dataset(
-            x[self._known], feature_name=names, params=parameters, free_raw_data=False
-        ).construct()
+        self._horizon_days = 0
+        self._rows: _Rows | None = None
 
     def fit_target(self, target: Target) -> tuple[Floats, str]:
         """Fit one target twice.
@@ -55,15 +70,16 @@ class Boosting:
             Predictions for the calibration and test rows, and the refitted model as text.
         """
         y = self._table.labels[target.name]
-        self._fit_data.set_label(y[self._train])
-        self._stop_data.set_label(y[self._calibration])
-        trials = [self._try(target.kind, setting) for setting in self._list_settings()]
+        rows = self._bin(target.horizon_days)
+        rows.fit_data.set_label(y[rows.fit])
+        rows.stop_data.set_label(y[self._calibration])
+        trials = [self._try(target.kind, setting, rows) for setting in self._list_settings()]
         # Of equals the first.
         _loss, setting, first = min(trials, key=lambda trial: trial[0])
-        self._refit_data.set_label(y[self._known])
+        rows.refit_data.set_label(y[rows.refit])
         second = lgb.train(
             self._parameters(target.kind, setting),
-            self._refit_data,
+            rows.refit_data,
             num_boost_round=max(first.best_iteration, 1),
         )
         x = self._table.features
@@ -71,6 +87,13 @@ class Boosting:
         predictions[self._calibration] = first.predict(x[self._calibration], **_THREADS)
         predictions[self._test] = second.predict(x[self._test], **_THREADS)
         return predictions[self._calibration | self._test], second.model_to_string()
+
+    def _bin(self, horizon_days: int) -> _Rows:
+        """Return the rows of a horizon: those at hand, or others in their place."""
+        if self._rows is None or self._horizon_days != horizon_days:
+            self._rows = None  # not both at a time
+            self._rows, self._horizon_days = _Rows(self._table, horizon_days), horizon_days
+        return self._rows
 
     def _list_settings(self) -> list[TreeSettings]:
         config = self._config.lightgbm
@@ -81,14 +104,16 @@ class Boosting:
         )
         return [own, *config.search]
 
-    def _try(self, kind: Kind, setting: TreeSettings) -> tuple[float, TreeSettings, Any]:
-        """Fit on the training cuts: least loss on the calibration cut, setting, trees."""
+    def _try(
+        self, kind: Kind, setting: TreeSettings, rows: _Rows
+    ) -> tuple[float, TreeSettings, Any]:
+        """Fit before the calibration cut: least loss on that cut, setting, trees."""
         config = self._config.lightgbm
         model = lgb.train(
             self._parameters(kind, setting),
-            self._fit_data,
+            rows.fit_data,
             num_boost_round=config.rounds,
-            valid_sets=[self._stop_data],
+            valid_sets=[rows.stop_data],
             callbacks=[lgb.early_stopping(config.early_stopping, verbose=False)],
         )
         (loss,) = model.best_score["valid_0"].values()
@@ -106,7 +131,8 @@ class Boosting:
             "seed": self._config.seed,
             "deterministic": True,
             **_THREADS,
-            "force_row_wise": True,
+            # Of one thread it takes a sixth less time than by rows, for the same trees.
+            "force_col_wise": True,
             "feature_pre_filter": False,
             "verbose": -1,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression, PoissonRegressor
 
 from pipelines.features.labels import Kind
@@ -29,11 +30,12 @@ class Linear:
     def fit(self, x: Floats, y: Floats) -> None:
         """Fit scaling and coefficients."""
         self.gaps = np.asarray(~np.isfinite(x).all(axis=0))
-        squashed = np.ma.masked_invalid(_squash(x))  # a column that is never known has mean 0
-        self.mean = squashed.mean(axis=0).filled(0.0)
-        spread = squashed.std(axis=0).filled(0.0)
+        squashed = _squash(x)
+        known = np.ma.masked_invalid(squashed)  # a column that is never known has mean 0
+        self.mean = known.mean(axis=0).filled(0.0)
+        spread = known.std(axis=0).filled(0.0)
         self.scale = np.where(spread > 1e-9, spread, 1.0)
-        design = self._design(x)
+        design = self._design(x, squashed)
         if self.kind is Kind.BINARY:
             if y.min() == y.max():  # a single class has no boundary
                 self._model = None
@@ -50,7 +52,7 @@ class Linear:
         """Predict probabilities or amounts."""
         if self._model is None:
             return np.full(len(x), self.unit)
-        design = self._design(x)
+        design = self._design(x, _squash(x))
         if self.kind is Kind.BINARY:
             probabilities: Floats = self._model.predict_proba(design)[:, 1]
             return probabilities
@@ -69,11 +71,12 @@ class Linear:
             "intercept": float(np.ravel(self._model.intercept_)[0]) if fitted else 0.0,
         }
 
-    def _design(self, x: Floats) -> Floats:
-        scaled = np.nan_to_num((_squash(x) - self.mean) / self.scale)
+    def _design(self, x: Floats, squashed: Floats) -> NDArray[np.float32]:
+        """Single precision is enough of numbers below five, and halves the time of a fit."""
+        scaled = np.nan_to_num((squashed - self.mean) / self.scale)
         # Beyond a few deviations a log-linear mean explodes, so extremes count as far, not more.
         clipped = np.clip(scaled, -5, 5)
-        return np.hstack([clipped, ~np.isfinite(x[:, self.gaps])])
+        return np.hstack([clipped, ~np.isfinite(x[:, self.gaps])], dtype=np.float32)
 
 
 def _squash(x: Floats) -> Floats:

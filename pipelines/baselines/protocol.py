@@ -1,8 +1,9 @@
 """How every baseline is fitted, so that the comparison with the model is fair.
 
-The first fit sees the training cuts and predicts the calibration cut, whose labels may choose
-(a number of rounds, a threshold). The second fit, with what was chosen, sees every window that
-closed before the first test cut, and predicts the test cuts. Nothing sees past its cut.
+The first fit sees every window that closed by the calibration cut and predicts that cut, whose
+labels may choose (a number of rounds, a threshold). The second fit, with what was chosen, sees
+every window that closed by the first test cut, and predicts the test cuts. Nothing sees past its
+cut, and a short horizon is learnt up to newer cuts than a long one, as the model learns it.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ def fit_twice(table: SnapshotTable, target: Target, first: Baseline, second: Bas
     Args:
         table: all snapshots.
         target: whose labels.
-        first: fitted on the training cuts.
-        second: fitted on the training and calibration cuts.
+        first: fitted on what closed by the calibration cut.
+        second: fitted on what closed by the first test cut.
 
     Returns:
         Predictions for the calibration and test rows, in the order of the table.
     """
     y = table.labels[target.name]
-    train = table.rows_of(Split.TRAIN)
-    known = table.rows_of(Split.TRAIN, Split.CALIBRATION)
+    train = table.closed_rows(target.horizon_days, Split.CALIBRATION)
+    known = table.closed_rows(target.horizon_days, Split.TEST)
     calibration, test = table.rows_of(Split.CALIBRATION), table.rows_of(Split.TEST)
     first.fit(table.features[train], y[train])
     second.fit(table.features[known], y[known])

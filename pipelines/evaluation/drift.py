@@ -22,13 +22,13 @@ _FLOOR: Final = 1e-4
 
 
 def measure_drift(table: SnapshotTable) -> dict[str, Any]:
-    """Compare the snapshot features of the test cuts with those of the training cuts.
+    """Compare the snapshot features of the test cuts with those of the cuts learnt from.
 
     Returns:
         The block ``drift`` of reports/evaluation.json: the share of features with a major shift,
         and the most shifted ones.
     """
-    before = table.features[table.rows_of(Split.TRAIN)]
+    before = table.features[table.rows_of(Split.TRAIN, Split.BETWEEN)]
     after = table.features[table.rows_of(Split.TEST)]
     values = np.array([stability_index(before[:, i], after[:, i]) for i in range(before.shape[1])])
     worst = np.argsort(-values, kind="stable")[:_TOLD]

@@ -4,10 +4,14 @@ The history of a cut is what happened before it; the label window of horizon H i
 [cut, cut + H days). With the longest horizon L, the last test cut is L before the end of the
 data, the calibration cut L before the first test cut, the last training cut L before that: so
 every label window closes before the next kind of cut begins.
+
+Shorter windows close earlier. For them there are cuts between, so that what learns from cuts
+learns each horizon up to the newest window that closed, not up to L before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -21,9 +25,14 @@ DAY: Final = timedelta(days=1)
 
 
 class Split(StrEnum):
-    """What a cut is for."""
+    """What a cut is for.
+
+    A cut between the last training cut and the calibration cut, or between that and the first
+    test cut, is learnt from like a training cut, but only by those windows that close in time.
+    """
 
     TRAIN = "train"
+    BETWEEN = "between"
     CALIBRATION = "calibration"
     TEST = "test"
 
@@ -55,14 +64,14 @@ def find_end(last: datetime, until: datetime | None) -> datetime:
 
 
 def plan_cuts(
-    first: datetime, end: datetime, *, horizon_days: int, params: Cuts
+    first: datetime, end: datetime, *, horizons_days: Sequence[int], params: Cuts
 ) -> tuple[Cut, ...]:
     """Place the cuts.
 
     Args:
         first: time of the first event.
         end: when the data end.
-        horizon_days: the longest horizon.
+        horizons_days: the horizons, in any order.
         params: how many cuts.
 
     Returns:
@@ -72,6 +81,7 @@ def plan_cuts(
     Raises:
         UserError: not even one training cut fits.
     """
+    horizon_days = max(horizons_days)
     horizon = horizon_days * DAY
     step = params.step_days * DAY
     tests = [end - horizon - k * step for k in reversed(range(params.test))]
@@ -87,13 +97,30 @@ def plan_cuts(
             f"the events span {have:.1f} days; cuts with horizons up to {horizon_days} days need "
             f"{need:.1f}: shorten targets.horizons_days, cuts.min_history_days or cuts.test"
         )
-    splits = [Split.TRAIN] * len(trains) + [Split.CALIBRATION] + [Split.TEST] * len(tests)
+    splits = dict.fromkeys(trains, Split.TRAIN)
+    # Up to the calibration cut itself (0), as the refit knows the longest windows there too.
+    before = _list_between(last_train, calibration, (0, *horizons_days), params)
+    after = _list_between(calibration, tests[0], horizons_days, params)
+    splits |= dict.fromkeys((*before, *after), Split.BETWEEN)
+    splits[calibration] = Split.CALIBRATION
+    splits |= dict.fromkeys(tests, Split.TEST)
     return tuple(
         Cut(index=index, ts=ts, split=split)
-        for index, (ts, split) in enumerate(
-            zip([*trains, calibration, *tests], splits, strict=True)
-        )
+        for index, (ts, split) in enumerate(sorted(splits.items()))
     )
+
+
+def _list_between(
+    begin: datetime, close: datetime, back_days: Sequence[int], params: Cuts
+) -> set[datetime]:
+    """Return times between two cuts: steps back from each of some days before the second.
+
+    From each there are as many as training cuts at most, so that a long horizon among short ones
+    does not fill a year with cuts.
+    """
+    step = params.step_days * DAY
+    times = {close - days * DAY - k * step for days in back_days for k in range(params.train)}
+    return {ts for ts in times if begin < ts < close}
 
 
 def describe_cuts(

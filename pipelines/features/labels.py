@@ -1,4 +1,8 @@
-"""Labels: what happened in the windows after a cut."""
+"""Labels: what happened in the windows after a cut.
+
+Whatever is learnt from before the test cuts closes by the first of them: what a later window of
+an earlier cut holds is not told.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+import ibis
 from ibis import _
 
 from pipelines.config import TargetsConfig
 from pipelines.events import EVENT_CODES
-from pipelines.features.cuts import Cut
+from pipelines.features.cuts import Cut, Split
 from pipelines.features.engine import AMOUNT_SCALE, DAY_US, stack_cuts
 
 
@@ -57,7 +62,7 @@ def list_targets(config: TargetsConfig) -> tuple[Target, ...]:
 def build_labels(
     events: Any, population: Any, *, cuts: Sequence[Cut], targets: Sequence[Target]
 ) -> Any:
-    """Return (cut, user, y_...) for everybody in the population.
+    """Return (cut, user, y_...) for everybody in the population; null where not known in time.
 
     Args:
         events: of ``pipelines.features.engine.prepare_events``.
@@ -86,6 +91,18 @@ def build_labels(
     seen = ahead.group_by("cut", "user").aggregate(**columns)
     rows = population.select("cut", "user").left_join(seen, ["cut", "user"])
     rows = rows.drop("cut_right", "user_right")
-    return rows.mutate(
-        **{name: rows[name].cast("float64").fill_null(value) for name, value in silent.items()}
-    )
+    told = {name: rows[name].cast("float64").fill_null(value) for name, value in silent.items()}
+    for target in targets:
+        late = _find_late(cuts, target.horizon_days)
+        if late:
+            name = f"y_{target.name}"
+            told[name] = ibis.ifelse(rows.cut.isin(late), ibis.null("float64"), told[name])
+    return rows.mutate(**told)
+
+
+def _find_late(cuts: Sequence[Cut], horizon_days: int) -> list[int]:
+    """Return the cuts before the test whose windows of a horizon close after it began."""
+    begin = min(c.us for c in cuts if c.split is Split.TEST)
+    return [
+        c.index for c in cuts if c.split is not Split.TEST and c.us + horizon_days * DAY_US > begin
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class SnapshotTable:
         cut: (R,) cut numbers.
         features: (R, F), NaN = unknown.
         feature_names: F names.
-        labels: target name -> (R,).
+        labels: target name -> (R,), NaN where the window closes after the first test cut.
         targets: what is predicted.
         omitted: {"name", "why"} of targets that were left out.
         splits: cut number -> split.
@@ -86,6 +87,14 @@ class SnapshotTable:
         """(R,) rows of the cuts of some kinds."""
         wanted = [index for index, split in self.splits.items() if split in splits]
         rows: Mask = np.isin(self.cut, wanted)
+        return rows
+
+    def closed_rows(self, horizon_days: int, split: Split) -> Mask:
+        """(R,) rows whose windows of a horizon close by the first cut of a kind."""
+        times = {index: datetime.fromisoformat(ts) for index, ts in self.cut_times.items()}
+        close = min(times[index] for index, found in self.splits.items() if found is split)
+        horizon = timedelta(days=horizon_days)
+        rows: Mask = np.isin(self.cut, [i for i, ts in times.items() if ts + horizon <= close])
         return rows
 
     def predictions_table(self, predictions: dict[str, Any]) -> pa.Table:

@@ -64,7 +64,7 @@ def _build(params: Params, connection: Any, caches: ExitStack, root: Path, folde
     raw = read_parquet(connection, root / EVENTS)
     first, last = _find_span(connection, raw)
     end = find_end(last, params.ingest.until)
-    cuts = plan_cuts(first, end, horizon_days=params.targets.horizons_days[-1], params=params.cuts)
+    cuts = plan_cuts(first, end, horizons_days=params.targets.horizons_days, params=params.cuts)
     write_json(folder / "cuts.json", describe_cuts(cuts, first=first, last=last, end=end))
 
     users = index_users(raw, read_parquet(connection, root / PROFILES))
@@ -208,7 +208,7 @@ def _check_population(
 ) -> None:
     """Fail when a kind of cut has nobody to learn from or to be judged on."""
     found = set(snapshots["cut"].to_pylist())
-    for split in Split:
+    for split in (Split.TRAIN, Split.CALIBRATION, Split.TEST):
         of_kind = [c for c in cuts if c.split is split]
         if not any(c.index in found for c in of_kind):
             raise UserError(

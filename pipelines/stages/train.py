@@ -258,7 +258,7 @@ def predict(
     tables: list[list[pa.Table]] = [[] for _ in pairs]
     items = []
     for entry in cuts["cuts"]:
-        if entry["split"] == "train":
+        if entry["split"] not in ("calibration", "test"):
             continue
         is_test = entry["split"] == "test"
         models = [pair[is_test] for pair in pairs]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import datetime, timedelta
 
 import numpy as np
 import psutil
@@ -15,7 +17,7 @@ from pipelines.baselines.simple import Majority, Recency
 from pipelines.config import Baselines, LightGBMConfig, TreeSettings
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind, Target
-from pipelines.features.snapshot_table import SnapshotTable
+from pipelines.features.snapshot_table import Floats, SnapshotTable
 
 BUY = Target(name="purchase_14d", kind=Kind.BINARY, event="purchase", horizon_days=14)
 SPEND = Target(name="spend_14d", kind=Kind.AMOUNT, event=None, horizon_days=14)
@@ -43,9 +45,93 @@ def make_table(seed: int = 0, users: int = 1500) -> SnapshotTable:
     )
 
 
+# Days after the first of weekly cuts of horizons of one and two weeks.
+WEEKLY = {
+    0: Split.TRAIN,
+    7: Split.TRAIN,
+    14: Split.BETWEEN,
+    21: Split.CALIBRATION,
+    28: Split.BETWEEN,
+    35: Split.TEST,
+}
+BUY_SOON = replace(BUY, name="purchase_7d", horizon_days=7)
+
+
+def make_weekly_table(users: int = 400) -> SnapshotTable:
+    """Labels of windows that close after the first test cut are unknown."""
+    random = np.random.default_rng(0)
+    day = np.repeat(list(WEEKLY), users)
+    views = random.poisson(4, len(day)).astype(float)
+    y = (random.random(len(day)) < 1 / (1 + np.exp(2 - 0.4 * views))).astype(float)
+    open_windows = {t.name: (day < 35) & (day + t.horizon_days > 35) for t in (BUY, BUY_SOON)}
+    start = datetime(2025, 1, 1)
+    return SnapshotTable(
+        user=np.tile(np.arange(users, dtype=np.int32), len(WEEKLY)),
+        cut=(day // 7).astype(np.int32),
+        # The last column tells the day that a baseline may see in its rows.
+        features=np.column_stack([views, random.normal(size=len(day)), day.astype(float)]),
+        feature_names=["f_views", "f_noise", "f_day"],
+        labels={name: np.where(late, np.nan, y) for name, late in open_windows.items()},
+        targets=(BUY, BUY_SOON),
+        omitted=[],
+        splits={d // 7: split for d, split in WEEKLY.items()},
+        cut_times={d // 7: (start + timedelta(days=d)).isoformat() for d in WEEKLY},
+    )
+
+
+class Spy(Majority):
+    """Remembers the days of the rows that it was fitted on."""
+
+    days: list[int]
+
+    def fit(self, x: Floats, y: Floats) -> None:
+        assert np.isfinite(y).all()
+        self.days = np.unique(x[:, -1]).astype(int).tolist()
+        super().fit(x, y)
+
+
 @pytest.fixture(scope="module")
 def table() -> SnapshotTable:
     return make_table()
+
+
+@pytest.mark.parametrize(
+    ("target", "selection", "refit"),
+    [(BUY_SOON, [0, 7, 14], [0, 7, 14, 21, 28]), (BUY, [0, 7], [0, 7, 14, 21])],
+)
+def test_rows_of_a_horizon_end_where_their_windows_close(
+    target: Target, selection: list[int], refit: list[int]
+) -> None:
+    first, second = Spy(), Spy()
+    fit_twice(make_weekly_table(), target, first, second)
+    assert (first.days, second.days) == (selection, refit)
+
+
+@pytest.mark.parametrize(
+    ("target", "selection", "refit"),
+    [(BUY_SOON, [0, 7, 14], [0, 7, 14, 21, 28]), (BUY, [0, 7], [0, 7, 14, 21])],
+)
+def test_trees_learn_from_the_windows_of_a_horizon_that_closed(
+    target: Target, selection: list[int], refit: list[int]
+) -> None:
+    # With one round, the calibration labels cannot choose anything.
+    config = Baselines(lightgbm=LightGBMConfig(rounds=1, search=()))
+
+    def fit(table: SnapshotTable) -> tuple[Floats, Floats]:
+        boosting = Boosting(table, config)
+        boosting.fit_target(BUY if target is BUY_SOON else BUY_SOON)  # leaves no rows behind
+        values = boosting.fit_target(target)[0]
+        assert np.isfinite(values).all()
+        return values[:400], values[400:]
+
+    whole = fit(make_weekly_table())
+    for day in WEEKLY:
+        changed = make_weekly_table()
+        here = changed.features[:, -1] == day
+        changed.labels[target.name][here] = 1.0
+        first, second = fit(changed)
+        assert np.array_equal(first, whole[0]) == (day not in selection), day
+        assert np.array_equal(second, whole[1]) == (day not in refit), day
 
 
 def test_order_tells_buyers_in_every_model_but_the_majority(table: SnapshotTable) -> None:

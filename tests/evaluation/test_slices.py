@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -75,6 +77,14 @@ def test_a_shift_is_found_and_named_and_the_same_data_have_none() -> None:
     assert moved["worst"][0]["feature"] == "f_tenure"
     assert moved["worst"][0]["psi"] > 0.25
     assert moved["share"] == pytest.approx(1 / 3)
+
+
+def test_what_shifted_before_the_newest_windows_learnt_from_is_a_smaller_shift() -> None:
+    table = make_table(shift=60.0)
+    cut = np.where((table.cut == 1) & (table.user % 2 == 0), 2, table.cut).astype(np.int32)
+    splits = {0: Split.TRAIN, 1: Split.BETWEEN, 2: Split.TEST}
+    learnt = measure_drift(replace(table, cut=cut, splits=splits))
+    assert learnt["worst"][0]["psi"] < measure_drift(table)["worst"][0]["psi"]
 
 
 def test_the_index_of_two_bins_by_hand() -> None:

@@ -125,6 +125,8 @@ def test_features_and_labels_equal_a_brute_force_count(
         for row in pq.read_table(folder / "snapshots.parquet").to_pylist()
     }
     expected_rows = []
+    test = datetime.fromisoformat(next(c["ts"] for c in cuts if c["split"] == "test"))
+    assert sum(c["split"] == "between" for c in cuts) == 2
     for cut in cuts:
         when = datetime.fromisoformat(cut["ts"])
         for person in people:
@@ -144,7 +146,8 @@ def test_features_and_labels_equal_a_brute_force_count(
                 else None,
             }
             assert sorted(expected) == sorted(names)
-            for name, value in (expected | count_labels(mine, when, params)).items():
+            labels = count_labels(mine, when, params, known=test)
+            for name, value in (expected | labels).items():
                 assert same(found[key][name], value), (key, name, found[key][name], value)
     assert list(found) == [(user, cut) for user, cut in expected_rows]
     assert len(expected_rows) > 20
@@ -248,9 +251,16 @@ def count_features(past: list[Row], cut: datetime, params: Params) -> dict[str, 
     return expected
 
 
-def count_labels(mine: list[Row], cut: datetime, params: Params) -> dict[str, float]:
-    labels: dict[str, float] = {}
+def count_labels(
+    mine: list[Row], cut: datetime, params: Params, *, known: datetime
+) -> dict[str, float | None]:
+    """All labels by their definition; None of windows before the test that close in it."""
+    labels: dict[str, float | None] = {}
     for horizon in params.targets.horizons_days:
+        names = [f"y_{what}_{horizon}d" for what in ("purchase", "search", "churn", "spend")]
+        if cut < known < cut + horizon * DAY:
+            labels |= dict.fromkeys(names)
+            continue
         ahead = [r for r in mine if cut <= r["ts"] < cut + horizon * DAY]
         bought = [r for r in ahead if r["event_type"] == "purchase"]
         labels |= {
@@ -337,6 +347,28 @@ def test_nothing_sees_past_its_cut(
     names = ["cut", *read_json(folder / "schema.json")["features"]]
     assert before.num_rows > 10
     for name in names:
+        np.testing.assert_array_equal(before[name].to_numpy(), after[name].to_numpy(), name)
+
+
+def test_no_label_before_the_test_cut_sees_past_it(
+    built: tuple[Path, list[Row]], params: Params, tmp_path: Path
+) -> None:
+    folder, rows = built
+    cuts = read_json(folder / "cuts.json")["cuts"]
+    test = next(c for c in cuts if c["split"] == "test")
+    when = datetime.fromisoformat(test["ts"])
+    write_log(tmp_path, [r for r in rows if r["ts"] < when] + [rows[-1]], PEOPLE)
+    run(params, tmp_path)
+    other = tmp_path / "data/features"
+    assert read_json(other / "cuts.json") == read_json(folder / "cuts.json")
+    before, after = (
+        pq.read_table(p / "snapshots.parquet", filters=[("cut", "<", test["index"])])
+        for p in (folder, other)
+    )
+    labels = [name for name in before.column_names if name.startswith("y_")]
+    assert np.isnan(before["y_purchase_7d"].to_numpy()).any()
+    assert np.isfinite(before["y_purchase_3d"].to_numpy()).all()
+    for name in labels:
         np.testing.assert_array_equal(before[name].to_numpy(), after[name].to_numpy(), name)
 
 
