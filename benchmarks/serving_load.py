@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=100, help="of the shopper")
     parser.add_argument("--connections", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--seconds", type=float, default=16.0, help="of every measurement")
-    parser.add_argument("--share", type=float, default=0.6, help="of the most: the rated load")
+    parser.add_argument("--share", type=float, default=0.5, help="of the most: the rated load")
     options = parser.parse_args()
     model = {"FORECART_MODEL": str(options.model.resolve())}
     asked = make_body(options.events)

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a model's folder")
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--connections", type=int, default=32, help="that find the rate")
-    parser.add_argument("--share", type=float, default=0.6, help="of what they are answered")
+    parser.add_argument("--share", type=float, default=0.5, help="of what they are answered")
     options = parser.parse_args()
     rng = np.random.default_rng(7)
     payloads = [
