@@ -61,7 +61,7 @@ class Admit:
     """
 
     def __init__(
-        self, app: App, *, max_bytes: int = 1 << 23, clock: Callable[[], float] = time.monotonic
+        self, app: App, *, max_bytes: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.app = app
         self._max_bytes = max_bytes

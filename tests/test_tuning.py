@@ -66,18 +66,18 @@ def test_all_that_is_searched_stands_in_the_settings_file() -> None:
     assert "width: 1 " in write_settings(file.read_text(), "train", wanted).replace("\n", " ")
 
 
-def test_an_interrupted_search_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+@pytest.fixture
+def inputs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """What the stages before have made, without running them."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    given = (
-        request.getfixturevalue("shop"),
-        PERIODS,
-        TARGETS,
-        request.getfixturevalue("vocabulary"),
-    )
+    shop, vocabulary = (request.getfixturevalue(name) for name in ("shop", "vocabulary"))
+    given = (shop, PERIODS, TARGETS, vocabulary)
     monkeypatch.setattr(tuning, "load_inputs", lambda root: given)
     monkeypatch.setattr(tuning, "digest_directory", lambda path: "sha256:0")
+
+
+@pytest.mark.usefixtures("inputs")
+def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
     file = tmp_path / "params.yaml"
     train = TINY.model_dump() | {"heads": 2, "epochs": 1}
     file.write_text(yaml.safe_dump({"train": train}, sort_keys=False))
@@ -254,18 +254,10 @@ def test_the_settings_as_they_are_are_pretrained_as_the_pipeline_does(
     )
 
 
+@pytest.mark.usefixtures("inputs")
 def test_settings_that_would_be_refused_are_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    given = (
-        request.getfixturevalue("shop"),
-        PERIODS,
-        TARGETS,
-        request.getfixturevalue("vocabulary"),
-    )
-    monkeypatch.setattr(tuning, "load_inputs", lambda root: given)
-    monkeypatch.setattr(tuning, "digest_directory", lambda path: "sha256:0")
     found = Found(best={"width": 12}, loss=0.1, current=0.2, trials=1)
     monkeypatch.setattr(tuning, "search", lambda *_, **__: found)
     file = tmp_path / "params.yaml"

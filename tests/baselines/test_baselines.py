@@ -95,10 +95,14 @@ def table() -> SnapshotTable:
     return make_table()
 
 
-@pytest.mark.parametrize(
+# Days of the cuts that a horizon is learnt from, in selection and in the refit.
+learnt_from = pytest.mark.parametrize(
     ("target", "selection", "refit"),
     [(BUY_SOON, [0, 7, 14], [0, 7, 14, 21, 28]), (BUY, [0, 7], [0, 7, 14, 21])],
 )
+
+
+@learnt_from
 def test_rows_of_a_horizon_end_where_their_windows_close(
     target: Target, selection: list[int], refit: list[int]
 ) -> None:
@@ -107,10 +111,7 @@ def test_rows_of_a_horizon_end_where_their_windows_close(
     assert (first.days, second.days) == (selection, refit)
 
 
-@pytest.mark.parametrize(
-    ("target", "selection", "refit"),
-    [(BUY_SOON, [0, 7, 14], [0, 7, 14, 21, 28]), (BUY, [0, 7], [0, 7, 14, 21])],
-)
+@learnt_from
 def test_trees_learn_from_the_windows_of_a_horizon_that_closed(
     target: Target, selection: list[int], refit: list[int]
 ) -> None:

@@ -25,7 +25,7 @@ class Server:
         self.seconds = seconds
         self.now = 0.0
         self.waiting: list[asyncio.Future[None]] = []
-        self.admit = Admit(self.app, clock=lambda: self.now)
+        self.admit = Admit(self.app, max_bytes=8 << 20, clock=lambda: self.now)
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         await receive()
