@@ -27,8 +27,8 @@ MAX_WAIT_SECONDS: Final = 0.05
 MIN_OPEN: Final = 32
 
 # A queue stands if the wait has not been short for so long. Until then more may wait.
-BURST_SECONDS: Final = 1.0
-MAX_BURST_WAIT_SECONDS: Final = 0.2
+BURST_SECONDS: Final = 1.5
+MAX_BURST_WAIT_SECONDS: Final = 0.4
 _SHORT_WAIT_SECONDS: Final = 0.5 * MAX_WAIT_SECONDS
 
 # What was asked in the last half second, in what can be done in it: where something was refused a

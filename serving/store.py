@@ -32,7 +32,6 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import (
     ArgumentError,
     IntegrityError,
@@ -40,6 +39,7 @@ from sqlalchemy.exc import (
     OperationalError,
 )
 
+from pipelines.address import parse_address
 from pipelines.errors import UserError
 from pipelines.events import EVENT_SCHEMA, MAX_ID_LENGTH, MAX_QUERY_LENGTH, USER_SCHEMA
 
@@ -127,8 +127,7 @@ class Store:
     """Events in a database.
 
     Args:
-        url: of SQLAlchemy; ``sqlite:///file``, ``postgresql+psycopg://...``,
-            ``mysql+pymysql://...``.
+        url: of SQLAlchemy; ``sqlite:///file``, ``postgresql://...``, ``mysql://...``.
 
     Raises:
         UserError: the address is none that SQLAlchemy knows.
@@ -136,7 +135,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         try:
-            parsed = make_url(url)
+            parsed = parse_address(url)
             if parsed.get_backend_name() == "sqlite" and parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
             # A connection that the server has closed is noticed before it is used.

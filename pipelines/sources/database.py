@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from pipelines.address import parse_address
 from pipelines.config import ColumnMapping, Database
 from pipelines.errors import UserError
 from pipelines.events import USER_SCHEMA
@@ -123,12 +124,11 @@ class DatabaseSource:
         from contextlib import contextmanager
 
         from sqlalchemy import create_engine
-        from sqlalchemy.engine import make_url
         from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
         text = self._params.url or os.environ.get(URL_VARIABLE, DEFAULT_URL)
         try:
-            url = make_url(text)
+            url = parse_address(text)
             if url.get_backend_name() == "sqlite" and url.database:
                 path = self._root / url.database
                 if not path.exists():

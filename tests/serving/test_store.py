@@ -99,3 +99,16 @@ def test_a_wrong_address_is_told() -> None:
     for url in ("nonsense", "nosuchdb://host/x"):
         with pytest.raises(UserError, match="FORECART_STORE"):
             Store(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "driver"),
+    [
+        ("mysql://u:p@127.0.0.1/x", "pymysql"),
+        ("mariadb://u:p@127.0.0.1/x", "pymysql"),
+        ("postgres://u:p@127.0.0.1/x", "psycopg"),
+        ("postgresql://u:p@127.0.0.1/x", "psycopg"),
+    ],
+)
+def test_an_address_without_a_driver_gets_the_one_that_is_installed(url: str, driver: str) -> None:
+    assert Store(url).engine.driver == driver
