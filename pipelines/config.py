@@ -271,10 +271,14 @@ class EnsembleTrees(TreeSettings):
     max_rows: Annotated[int, Field(ge=100)] = 60_000
 
 
+Backbone = Literal["gpt", "bert", "lstm", "cnn", "mlp"]
+
+
 class Train(Section):
     """The train stage."""
 
-    backbone: Literal["gpt", "bert", "lstm", "cnn", "mlp"] = "gpt"
+    backbone: Backbone = "gpt"
+    compare: tuple[Backbone, ...] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -307,6 +311,8 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _check_heads(self) -> Train:
+        if len({self.backbone, *self.compare}) <= len(self.compare):
+            raise ValueError("compare must name other backbones than train.backbone, each once")
         if self.stride > self.context:
             raise ValueError("stride must not be above context")
         if self.width % (2 * self.heads):

@@ -35,6 +35,8 @@ def test_the_shipped_file_equals_the_defaults() -> None:
         ({"targets": {"primary_horizon_days": 5}}, "primary_horizon_days"),
         ({"targets": {"events": ["dance"]}}, "targets.events"),
         ([], "expected a mapping"),
+        ({"train": {"compare": ["gpt"]}}, "compare must name other backbones"),
+        ({"train": {"compare": ["cnn", "cnn"]}}, "compare must name other backbones"),
     ],
 )
 def test_a_mistake_is_named(raw: object, named: str) -> None:

@@ -110,7 +110,7 @@ def _read_predictions(root: Path, table: SnapshotTable) -> Predictions:
     baselines = {f.stem: f for f in sorted((folder / "baselines").glob("*.parquet"))}
     if not baselines:
         raise UserError(f"{folder / 'baselines'}: no predictions; run the stages before")
-    files |= baselines
+    files |= baselines | {f.stem: f for f in sorted((folder / "backbones").glob("*.parquet"))}
     rows = table.rows_of(Split.CALIBRATION, Split.TEST)
     predictions: Predictions = {}
     for model, file in files.items():

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import pipelines.model
-from pipelines.config import Params, Train
+from pipelines.config import Backbone, EnsembleTrees, Params, Train
 from pipelines.errors import UserError
 from pipelines.events import to_us
 from pipelines.features.store import Sequences
@@ -32,7 +32,13 @@ from pipelines.model.predictor import WEIGHTS, Predictor, choose_device
 from pipelines.model.speed import find_peak
 from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import Periods, choose_precision, count_workers, train_model
+from pipelines.model.training import (
+    Periods,
+    choose_precision,
+    count_workers,
+    pretrain_model,
+    train_model,
+)
 from pipelines.registry.tracking import track
 
 FEATURES: Final = Path("data/features")
@@ -42,6 +48,7 @@ CHECKPOINT: Final = "train"
 PREDICTIONS: Final = Path("data/predictions/ensemble.parquet")
 ALONE: Final = Path("data/predictions/gpt.parquet")
 NEXT_ITEMS: Final = Path("data/predictions/gpt_items.parquet")
+COMPARED: Final = Path("data/predictions/backbones")
 CURVES: Final = Path("reports/training.csv")
 
 # Right after the first event of the data nobody has a history that says much.
@@ -107,6 +114,10 @@ def run(params: Params, root: Path = Path()) -> str:
         )
         for path, table in zip([*pairs, NEXT_ITEMS], [*tables, items], strict=True):
             write_table(root / path, table)
+        with replace_directory(root / COMPARED) as folder:
+            for backbone in params.train.compare:
+                told = _predict_with(backbone, params, root)
+                write_table(folder / f"with_{backbone}.parquet", told)
         write_text(root / CURVES, format_curves(curves))
         speed = trained.events / max(trained.seconds, 1e-9)
         flops = trained.flops / max(trained.seconds, 1e-9)
@@ -126,6 +137,33 @@ def run(params: Params, root: Path = Path()) -> str:
         f"peak memory {_tell_memory(memory)}), "
         f"final loss {curves[-1]['loss']:.4f}, in {MODEL}"
     )
+
+
+def _predict_with(backbone: Backbone, params: Params, root: Path) -> pa.Table:
+    """Pretrain and train another backbone behind the same heads, alone, and predict.
+
+    Of several members there is one, and no trees beside it: compare with the network alone.
+    """
+    alone = {"backbone": backbone, "compare": (), "members": 1, "trees": EnsembleTrees(rounds=0)}
+    settings = params.train.model_copy(update=alone)
+    own = params.model_copy(update={"train": settings})
+    sequences, periods, targets, vocabulary = load_inputs(root)
+    inputs = (sequences, periods, targets, settings)
+    before = open_checkpoint(root, f"pretrain_{backbone}", own)
+    checkpoint = open_checkpoint(root, f"train_{backbone}", own)
+    pretrained = pretrain_model(*inputs, params.pretrain, vocabulary, checkpoint=before)
+    trained = train_model(*inputs, vocabulary, pretrained=pretrained, checkpoint=checkpoint)
+    features = root / FEATURES
+    (table,), _ = predict(
+        [(trained.first, trained.shipped)],
+        sequences,
+        features,
+        read_json(features / "cuts.json"),
+        workers=count_workers(settings),
+    )
+    checkpoint.remove()
+    before.remove()
+    return table
 
 
 def _utilisation(flops: float, peak: float | None) -> dict[str, float]:

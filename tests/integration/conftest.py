@@ -21,6 +21,7 @@ SMALL = {
     "cuts": {"train": 3},
     "train": {
         **{"epochs": 1, "width": 16, "layers": 1, "heads": 2, "context": 32, "stride": 24},
+        "compare": ["mlp"],
         "trees": {"rounds": 20},
     },
     "baselines": {

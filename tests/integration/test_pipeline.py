@@ -40,7 +40,7 @@ def test_the_first_run_writes_what_people_rely_on(finished: Project) -> None:
     evaluation = json.loads((finished.path / "reports/evaluation.json").read_text())
     assert {"source", "events", "users", "first_ts", "last_ts"} <= evaluation["data"].keys()
     target = evaluation["targets"]["purchase_14d"]
-    named = "ensemble gpt lightgbm lstm logistic recency majority oracle"
+    named = "ensemble gpt with_mlp lightgbm lstm logistic recency majority oracle"
     assert set(named.split()) <= target["models"].keys()
     assert {"value", "low", "high"} == target["models"]["ensemble"]["roc_auc"].keys()
     assert {"diff", "low", "high"} == target["paired"]["ensemble-lightgbm"]["roc_auc"].keys()

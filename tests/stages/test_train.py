@@ -146,6 +146,24 @@ def test_trains_predicts_and_logs(root: Path) -> None:
     assert pq.read_table(root / train.PREDICTIONS).equals(predictions)
 
 
+def test_other_backbones_are_compared(root: Path) -> None:
+    pretrain.run(PARAMS, root)
+    train.run(PARAMS, root)
+    alone = pq.read_table(root / train.ALONE)
+    assert list((root / train.COMPARED).iterdir()) == []
+    settings = PARAMS.train.model_copy(update={"compare": ("cnn", "mlp")})
+    train.run(PARAMS.model_copy(update={"train": settings}), root)
+    assert pq.read_table(root / train.ALONE).equals(alone)
+    files = sorted((root / train.COMPARED).iterdir())
+    assert [file.name for file in files] == ["with_cnn.parquet", "with_mlp.parquet"]
+    cnn, mlp = (pq.read_table(file) for file in files)
+    for table in (cnn, mlp):
+        assert table.drop_columns(["purchase_7d", "spend_7d"]).equals(alone.select(["user", "cut"]))
+    assert not cnn["purchase_7d"].equals(mlp["purchase_7d"])
+    assert not cnn["purchase_7d"].equals(alone["purchase_7d"])
+    assert not list((root / ".forecart/checkpoints").iterdir())
+
+
 def test_the_settings_threshold_reaches_the_model(root: Path) -> None:
     pretrain.run(PARAMS, root)
     stored = {}
