@@ -268,7 +268,7 @@ class EnsembleTrees(TreeSettings):
     early_stopping: Positive = 20
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
     num_leaves: Annotated[int, Field(ge=2)] = 15
-    max_rows: Annotated[int, Field(ge=100)] = 60_000
+    max_rows: Annotated[int, Field(ge=100)] = 200_000
 
 
 Backbone = Literal["gpt", "bert", "lstm", "cnn", "mlp"]

@@ -22,14 +22,22 @@ DAY: Final = 86_400_000_000  # microseconds
 ANY_EVENT: Final = "any"
 
 _WINDOWS: Final = (0.25, 1.0, 3.0, 7.0, 14.0, 28.0, 90.0)  # days
-_FOCUS_WINDOWS: Final = (0.25, 1.0, 3.0, 7.0, 28.0)  # days
+_RARE_WINDOWS: Final = (1.0, 7.0, 28.0)  # days
+_FOCUS_WINDOWS: Final = (1.0, 3.0, 7.0, 28.0)  # days
+_PURCHASE_DAY_WINDOWS: Final = (28.0, 90.0)  # days
+_NEW_ITEM_WINDOWS: Final = (7.0, 28.0)  # days
 # The smallest amount that is told apart, and the largest that an event may add.
 _MONEY: Final = 1e-4
 _MOST_SPENT: Final = 1e11
-_SPANS: Final = np.array([[int(w * DAY)] for w in _WINDOWS])
-_FOCUS_SPANS: Final = np.array([[int(w * DAY)] for w in _FOCUS_WINDOWS])
-_COUNTED: Final = (*EVENT_TYPES, "session")
 _FOCUS_TYPES: Final = (EventType.VIEW, EventType.SEARCH, EventType.ADD_TO_CART, EventType.PURCHASE)
+_COUNTED: Final = (*_FOCUS_TYPES, "session", "active_day")
+_RARE_TYPES: Final = tuple(name for name in EVENT_TYPES if name not in _FOCUS_TYPES)
+_SINCE_PURCHASE: Final = (EventType.VIEW, EventType.SEARCH, EventType.ADD_TO_CART)
+# What comes again and again, with gaps between, and what is told of them.
+_PULSES: Final = ("event", "active_day", "purchase_day")
+_OF_GAPS: Final = ("mean", "std", "last", "now")
+_SHORTEST_GAP_SECONDS: Final = 600.0  # to which a silence is compared
+_PROFILE: Final = ("age", "gender", "region")
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -48,6 +56,21 @@ def bisect(ts: NDArray[np.int64], low: Ints, high: Ints, value: Ints) -> Ints:
         less = ts[np.minimum(ahead, len(ts)) - 1] < value
         found = np.where(less & (ahead <= high), ahead, found)
     return found.copy() if not span else found
+
+
+def _spans(windows_days: Sequence[float]) -> Ints:
+    """Return lengths of windows in microseconds, (windows, 1)."""
+    return np.array([[int(days * DAY)] for days in windows_days])
+
+
+def _accumulate(values: NDArray[Any], dtype: Any = np.int64) -> NDArray[Any]:
+    """Return the sums of whole numbers before every index, (N + 1, ...).
+
+    Should they not fit, they wrap around, and differences that do fit are right all the same.
+    """
+    before = np.zeros((len(values) + 1, *values.shape[1:]), dtype=dtype)
+    np.cumsum(values, axis=0, dtype=dtype, out=before[1:])
+    return before
 
 
 def _flatten(by_window: NDArray[Any]) -> NDArray[Any]:
@@ -116,11 +139,64 @@ class Timeline:
     @cached_property
     def _counts(self) -> NDArray[np.int64]:
         """Events of each kind before every flat index, (N + 1, kinds)."""
-        flags = np.zeros((len(self.ts) + 1, len(_COUNTED)), dtype=np.int64)
-        codes = np.arange(1, len(EVENT_TYPES) + 1)
-        flags[1:, : len(EVENT_TYPES)] = self.type[:, None] == codes
-        flags[1:, -1] = self.sequences.session_start
-        return flags.cumsum(axis=0)
+        flags = np.zeros((len(self.ts), len(_COUNTED)), dtype=np.int64)
+        flags[:, : len(_FOCUS_TYPES)] = self._is_type(_FOCUS_TYPES)
+        flags[:, -2] = self.sequences.session_start
+        flags[:, -1] = self._pulses[1]
+        return _accumulate(flags)
+
+    @cached_property
+    def _rare_counts(self) -> NDArray[np.int64]:
+        """Events of the rarer types before every flat index, (N + 1, types)."""
+        return _accumulate(self._is_type(_RARE_TYPES))
+
+    def _is_type(self, names: Sequence[str]) -> NDArray[np.bool_]:
+        return np.asarray(self.type[:, None] == np.array([EVENT_CODES[name] for name in names]))
+
+    @cached_property
+    def _pulses(self) -> NDArray[np.bool_]:
+        """Which events are a beat of each of ``_PULSES``, (pulses, N)."""
+        day = self.ts // DAY
+        bought = np.flatnonzero(self.type == EVENT_CODES[EventType.PURCHASE])
+        flags = np.ones((len(_PULSES), len(self.ts)), dtype=bool)
+        flags[1, 1:] = (day[1:] != day[:-1]) | (self.user[1:] != self.user[:-1])
+        flags[2] = False
+        first = np.ones(len(bought), dtype=bool)
+        before, after = bought[:-1], bought[1:]
+        first[1:] = (day[after] != day[before]) | (self.user[after] != self.user[before])
+        flags[2, bought[first]] = True
+        return flags
+
+    @cached_property
+    def _gaps(self) -> tuple[Ints, Ints, Ints]:
+        """The rhythm of every pulse.
+
+        Index of the last beat and the sum of squared gaps (s^2) before every flat index, both
+        (N + 1, pulses), and the gap that ends with every beat, (N, pulses), seconds.
+        """
+        count = len(self.ts)
+        last = np.full((count + 1, len(_PULSES)), -1, dtype=np.int64)
+        gaps = np.zeros((count, len(_PULSES)), dtype=np.int64)
+        seconds = self.ts // 1_000_000
+        for pulse, flags in enumerate(self._pulses):
+            beats = np.flatnonzero(flags)
+            last[beats + 1, pulse] = beats
+            same = self.user[beats[1:]] == self.user[beats[:-1]]
+            gaps[beats[1:], pulse] = np.where(same, seconds[beats[1:]] - seconds[beats[:-1]], 0)
+        return np.maximum.accumulate(last, axis=0), _accumulate(gaps * gaps), gaps
+
+    @cached_property
+    def _beats(self) -> Ints:
+        """Beats of each pulse before every flat index, (N + 1, pulses)."""
+        return _accumulate(self._pulses.T)
+
+    @cached_property
+    def _priced(self) -> Ints:
+        """Prices told, in ``_MONEY``, and how many of them, before every flat index, (N + 1, 2)."""
+        price = np.asarray(self.sequences.price, dtype=np.float64)
+        known = np.isfinite(price)
+        units = np.rint(np.clip(np.where(known, price, 0.0), 0.0, _MOST_SPENT) / _MONEY)
+        return _accumulate(np.stack([units.astype(np.int64), known], axis=1))
 
     @cached_property
     def _spent(self) -> Ints:
@@ -133,9 +209,7 @@ class Timeline:
         quantity = np.nan_to_num(np.asarray(self.sequences.quantity, dtype=np.float64), nan=1.0)
         bought = self.type == EVENT_CODES[EventType.PURCHASE]
         spent = np.where(bought, np.clip(price * quantity, -_MOST_SPENT, _MOST_SPENT), 0.0)
-        before = np.zeros(len(spent) + 1, dtype=np.int64)
-        np.cumsum(np.rint(spent / _MONEY).astype(np.int64), out=before[1:])
-        return before
+        return _accumulate(np.rint(spent / _MONEY).astype(np.int64))
 
     @cached_property
     def _last(self) -> NDArray[np.int64]:
@@ -150,12 +224,49 @@ class Timeline:
     def _focus(self) -> tuple[Ints, Ints, Ints]:
         """Order of events by user and category, its inverse, and the last categorised index."""
         category = np.asarray(self.sequences.category)
-        order = np.lexsort((np.arange(len(self.ts)), category, self.user))
+        order = self._sort_by(category)
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
         last = np.full(len(self.ts) + 1, -1, dtype=np.int64)
         last[1:] = np.where(category > 0, np.arange(len(self.ts)), -1)
         return order, rank, np.maximum.accumulate(last)
+
+    def _sort_by(self, values: NDArray[np.uint32]) -> Ints:
+        """Return the order of events by user, then value, then time."""
+        return np.lexsort((np.arange(len(self.ts)), values, self.user))
+
+    def _find_starts(self, order: Ints, values: NDArray[np.uint32]) -> Ints:
+        """Return for every place of ``_sort_by`` the first one of its user and value."""
+        value, user = values[order], self.user[order]
+        new = np.ones(len(order), dtype=bool)
+        new[1:] = (value[1:] != value[:-1]) | (user[1:] != user[:-1])
+        return np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
+
+    def _vary(self, values: NDArray[np.uint32], order: Ints, starts: Ints) -> Ints:
+        """Return how the values of a column differ, before every flat index, (N + 1, 3).
+
+        Events with a value, events with one that their user had not before, and how often the
+        user had the value that they had most often (that alone is no sum over users).
+        """
+        known = values > 0
+        times = np.empty(len(order), dtype=np.int64)
+        times[order] = np.arange(len(order)) - starts + 1
+        times[~known] = 0
+        step = int(times.max(initial=0)) + 1
+        most = np.zeros(len(order) + 1, dtype=np.int64)
+        most[1:] = np.maximum.accumulate(times + self.user * step) - self.user * step
+        return np.column_stack([_accumulate(known), _accumulate(times == 1), most])
+
+    @cached_property
+    def _variety(self) -> tuple[Ints, Ints]:
+        """Of items and of categories."""
+        item = np.asarray(self.sequences.item)
+        order = self._sort_by(item)
+        category = np.asarray(self.sequences.category)
+        return (
+            self._vary(item, order, self._find_starts(order, item)),
+            self._vary(category, self._focus[0], self._focus_starts),
+        )
 
     @cached_property
     def _focus_counts(self) -> NDArray[np.int64]:
@@ -175,20 +286,94 @@ class Timeline:
     def features(self, cuts: Cuts) -> Floats:
         """Return ``len(feature_names())`` features of every cut, (M, F); all are finite."""
         start, position, now = self.offsets[cuts.user], cuts.position, cuts.ts
-        tenure = self.tenure(cuts)
-        low = np.concatenate([bisect(self.ts, start, position, now - _SPANS), start[None]])
+        low = bisect(self.ts, start, position, now - _spans(_WINDOWS))
+        low = np.concatenate([low, start[None]])
+        window = {days: low[place] for place, days in enumerate(_WINDOWS)}
         counts = self._counts[position] - self._counts[low]  # (windows, M, counted)
         spent = np.maximum(self._spent[position] - self._spent[low], 0) * _MONEY
         by_window = np.log1p(np.concatenate([counts, spent[..., None]], axis=2))
-        columns: list[NDArray[Any]] = [_flatten(by_window)]
+        rare_low = np.stack([*(window[days] for days in _RARE_WINDOWS), start])
+        rare = self._rare_counts[position] - self._rare_counts[rare_low]
         last = self._last[position]
         seen = last >= start[:, None]
         days = (now[:, None] - self.ts[np.maximum(last, 0)]) / DAY if len(self.ts) else 0.0
-        columns.append(np.where(seen, np.log1p(np.maximum(days, 0.0) * 24), 10.0))
-        columns.append(seen)
-        columns.append(np.log1p(tenure)[:, None])
-        columns.append(self._focus_features(cuts))
+        columns: list[NDArray[Any]] = [
+            _flatten(by_window),
+            _flatten(np.log1p(rare)),
+            np.where(seen, np.log1p(np.maximum(days, 0.0) * 24), 10.0),
+            np.log1p(self.tenure(cuts))[:, None],
+            self._focus_features(cuts),
+            self._gap_features(cuts),
+            self._habit_features(cuts, window, counts[-1], spent[-1]),
+            self._profile_features(cuts),
+        ]
         return np.concatenate(columns, axis=1).astype(np.float32)
+
+    def _gap_features(self, cuts: Cuts) -> NDArray[Any]:
+        """Mean, spread and last of the gaps of each pulse, and the silence since, (M, ...)."""
+        if not len(self.ts):
+            return np.full((len(cuts), len(_PULSES) * len(_OF_GAPS)), -1.0)
+        start, position = self.offsets[cuts.user], cuts.position
+        last, squares, gaps = self._gaps
+        count = self._beats[position] - self._beats[start] - 1  # gaps, (M, pulses)
+        final = np.maximum(last[position], 0)
+        # The first beat of a user ends no gap, so that gaps add up to what lies between.
+        first = np.minimum(self._next_beat[start], len(self.ts) - 1)
+        seconds = self.ts // 1_000_000
+        several = np.maximum(count, 1)
+        mean = np.maximum(seconds[final] - seconds[first], 0) / several
+        square = (squares[position] - squares[start]) / several
+        spread = np.sqrt(np.maximum(square - mean * mean, 0.0))
+        silence = (cuts.ts[:, None] - self.ts[final]) / 1e6
+        silence /= np.maximum(mean, _SHORTEST_GAP_SECONDS)
+        told = np.stack([mean, spread, gaps[final, np.arange(len(_PULSES))], silence], axis=2)
+        known = np.stack([count > 0, count > 1, count > 0, count > 0], axis=2)
+        return np.where(known, np.log1p(np.maximum(told, 0.0)), -1.0).reshape(len(cuts), -1)
+
+    def _habit_features(
+        self, cuts: Cuts, window: dict[float, Ints], ever: Ints, spent: NDArray[Any]
+    ) -> NDArray[Any]:
+        """What else is told of how somebody shops, (M, ...).
+
+        Args:
+            cuts: M cuts.
+            window: first event within so many days, by days.
+            ever: counts of ``_COUNTED``, (M, counted).
+            spent: in all, (M,).
+        """
+        start, position = self.offsets[cuts.user], cuts.position
+        beats = self._beats[:, -1]
+        lows = [*(window[days] for days in _PURCHASE_DAY_WINDOWS), start]
+        columns = [np.log1p(beats[position] - beats[low]) for low in lows]
+        bought = self._last[position, EVENT_CODES[EventType.PURCHASE] - 1]
+        since = np.where(bought >= start, bought + 1, start)
+        for name in _SINCE_PURCHASE:
+            count = self._counts[:, _COUNTED.index(name)]
+            columns.append(np.log1p(count[position] - count[since]))
+        columns.append(np.log1p(spent / np.maximum(ever[:, _COUNTED.index("purchase")], 1)))
+        priced = self._priced[position] - self._priced[start]
+        columns.append(np.log1p(priced[:, 0] * _MONEY / np.maximum(priced[:, 1], 1)))
+        for of, lows in (("item", [window[days] for days in _NEW_ITEM_WINDOWS]), ("category", [])):
+            sums = self._variety[0 if of == "item" else 1]
+            new = sums[:, 1]
+            columns += [np.log1p(new[position] - new[low]) for low in [*lows, start]]
+            named = np.maximum(sums[position, 0] - sums[start, 0], 1)
+            columns.append(np.where(position > start, sums[position, 2], 0) / named)
+        return np.stack(columns, axis=1)
+
+    def _profile_features(self, cuts: Cuts) -> NDArray[Any]:
+        """Age in years, -1 = not told, and groups as numbers whose order says nothing, (M, 3)."""
+        age = np.asarray(self.sequences.age, dtype=np.float64)[cuts.user]
+        groups = [getattr(self.sequences, name)[cuts.user] / 2.0**32 for name in _PROFILE[1:]]
+        return np.stack([np.where(np.isfinite(age), age, -1.0), *groups], axis=1)
+
+    @cached_property
+    def _next_beat(self) -> Ints:
+        """Index of the first beat of each pulse at or after every flat index, (N + 1, pulses)."""
+        count = len(self.ts)
+        index = np.full((count + 1, len(_PULSES)), count, dtype=np.int64)
+        index[:-1] = np.where(self._pulses.T, np.arange(count)[:, None], count)
+        return np.minimum.accumulate(index[::-1])[::-1]
 
     def _focus_features(self, cuts: Cuts) -> NDArray[Any]:
         """Recent counts within the category that the user touched last, (M, ...)."""
@@ -203,7 +388,7 @@ class Timeline:
         # of the last one ends every window.
         place = np.where(known, rank[np.maximum(last, 0)], 0)
         same_from = self._focus_starts[place]
-        low = bisect(self._focus_ts, same_from, place + 1, cuts.ts - _FOCUS_SPANS)
+        low = bisect(self._focus_ts, same_from, place + 1, cuts.ts - _spans(_FOCUS_WINDOWS))
         counts = self._focus_counts[place + 1] - self._focus_counts[low]  # (windows, M, types)
         ever = np.log1p(place + 1 - same_from)[:, None]
         columns = np.concatenate([_flatten(np.log1p(counts)), ever], axis=1)
@@ -216,12 +401,7 @@ class Timeline:
     @cached_property
     def _focus_starts(self) -> Ints:
         """First place of the (user, category) group that every place belongs to."""
-        order = self._focus[0]
-        category = np.asarray(self.sequences.category)[order]
-        user = self.user[order]
-        new = np.ones(len(order), dtype=bool)
-        new[1:] = (category[1:] != category[:-1]) | (user[1:] != user[:-1])
-        return np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
+        return self._find_starts(self._focus[0], np.asarray(self.sequences.category))
 
     @cached_property
     def _items(self) -> tuple[Ints, Ints]:
@@ -310,11 +490,26 @@ class Timeline:
 
 def feature_names() -> list[str]:
     """Names of the columns of ``Timeline.features``, in order."""
-    names: list[str] = []
-    for window in [*(f"{w:g}d" for w in _WINDOWS), "ever"]:
-        names += [f"{kind}_{window}" for kind in _COUNTED] + [f"spend_{window}"]
-    names += [f"since_{kind}" for kind in EVENT_TYPES] + [f"seen_{kind}" for kind in EVENT_TYPES]
-    names.append("tenure")
-    for window_days in _FOCUS_WINDOWS:
-        names += [f"focus_{kind}_{window_days:g}d" for kind in _FOCUS_TYPES]
-    return [*names, "focus_ever"]
+
+    def tell(kinds: Sequence[str], windows: Sequence[float], *, ever: bool = True) -> list[str]:
+        ends = [f"{days:g}d" for days in windows] + ["ever"] * ever
+        return [f"{kind}_{end}" for end in ends for kind in kinds]
+
+    return [
+        *tell([*_COUNTED, "spend"], _WINDOWS),
+        *tell(_RARE_TYPES, _RARE_WINDOWS),
+        *(f"since_{kind}" for kind in EVENT_TYPES),
+        "tenure",
+        *tell([f"focus_{kind}" for kind in _FOCUS_TYPES], _FOCUS_WINDOWS, ever=False),
+        "focus_ever",
+        *(f"gap_{told}_{pulse}" for pulse in _PULSES for told in _OF_GAPS),
+        *tell(["purchase_day"], _PURCHASE_DAY_WINDOWS),
+        *(f"after_purchase_{kind}" for kind in _SINCE_PURCHASE),
+        "mean_purchase",
+        "mean_price",
+        *tell(["new_item"], _NEW_ITEM_WINDOWS),
+        "top_item",
+        *tell(["new_category"], ()),
+        "top_category",
+        *_PROFILE,
+    ]

@@ -372,7 +372,7 @@ class _Grower:
             cuts = Cuts.join([population(timeline, ts, periods.active_days) for ts in times])
             chosen = np.linspace(0, len(cuts) - 1, min(len(cuts), config.trees.max_rows))
             cuts = cuts.take(np.unique(chosen.astype(np.int64)))
-            return collect_rows(timeline, cuts, heads, close, config.half_life_days)
+            return collect_rows(timeline, cuts, heads, close)
 
         held = _calibration_cuts(timeline, periods, targets)
         # Here, not beside the networks: what a timeline remembers is not made for two threads.

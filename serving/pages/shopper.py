@@ -41,6 +41,25 @@ _PLURAL: Final = {
     "review": "reviews",
     "session": "visits",
     "spend": "money spent",
+    "active_day": "days with a visit",
+    "purchase_day": "days with a purchase",
+    "new_item": "items that were new",
+    "new_category": "categories that were new",
+}
+_PULSES: Final = {
+    "event": "events",
+    "active_day": "days with a visit",
+    "purchase_day": "days with a purchase",
+}
+_WORDS: Final = {
+    "tenure": "time since first seen",
+    "mean_purchase": "money spent at a purchase",
+    "mean_price": "prices of what was looked at",
+    "top_item": "coming back to one item",
+    "top_category": "keeping to one category",
+    "age": "age",
+    "gender": "gender",
+    "region": "region",
 }
 
 
@@ -208,21 +227,24 @@ def _describe(effects: Any) -> list[Reason]:
     names = feature_names()
     totals: dict[str, float] = {}
     for name, effect in zip(names, effects.tolist(), strict=True):
-        text = _word(name)
+        text = describe_feature(name)
         totals[text] = totals.get(text, 0.0) + effect
     ranked = sorted(totals.items(), key=lambda pair: -abs(pair[1]))
     return [Reason(text=text, effect=effect) for text, effect in ranked[: 2 * REASONS]]
 
 
-def _word(feature: str) -> str:
+def describe_feature(feature: str) -> str:
     """Name the group of a feature: windows of one kind move together and are told together."""
-    if feature == "tenure":
-        return "time since first seen"
+    if feature in _WORDS:
+        return _WORDS[feature]
     if feature.startswith("focus_"):
         return "interest in the category seen last"
-    for prefix, text in (("since_", "time without"), ("seen_", "having had any")):
-        if feature.startswith(prefix):
-            return f"{text} {_PLURAL[feature.removeprefix(prefix)]}"
+    if feature.startswith("gap_"):
+        return f"rhythm of {_PULSES[feature.split('_', 2)[2]]}"
+    if feature.startswith("after_purchase_"):
+        return f"{_PLURAL[feature.removeprefix('after_purchase_')]} since the last purchase"
+    if feature.startswith("since_"):
+        return f"time without {_PLURAL[feature.removeprefix('since_')]}"
     kind, _, window = feature.rpartition("_")
     if window == "ever":
         return f"{_PLURAL[kind]} in all"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -58,7 +60,34 @@ def test_labels_equal_a_loop(shop: Sequences) -> None:
             assert labels.amount[row, column] == pytest.approx(expected)
 
 
-def test_features_equal_a_loop(shop: Sequences) -> None:
+def make_varied_shop() -> Sequences:
+    """Few events of any kind, some days apart, with items, categories and prices or without."""
+    rng = np.random.default_rng(7)
+    kinds = list(EVENT_CODES)
+
+    def draw(values: list[Any]) -> Any:
+        return values[rng.integers(len(values))]
+
+    users = [
+        [
+            {
+                "ts": START + int(at),
+                "event_type": draw([*kinds, "purchase", "view"]),
+                "item_id": draw([None, "i1", "i2", "i3"]),
+                "category": draw([None, "a", "b"]),
+                "price": draw([None, 0.0, 3.5, 20.0]),
+            }
+            for at in np.sort(rng.integers(60 * DAY, size=rng.integers(25)))
+        ]
+        for _ in range(60)
+    ]
+    profiles = [{"region": draw([None, "north", "south"])} for _ in users]
+    return encode_events(users, profiles)
+
+
+@pytest.mark.parametrize("varied", [False, True])
+def test_features_equal_a_loop(shop: Sequences, varied: bool) -> None:
+    shop = make_varied_shop() if varied else shop
     timeline, cuts = random_cuts(shop)
     names = feature_names()
     features = timeline.features(cuts)
@@ -72,13 +101,74 @@ def test_features_equal_a_loop(shop: Sequences) -> None:
         recent = past & (shop.ts[mine] >= cut - 7 * DAY)
         searched = shop.type[mine] == EVENT_CODES["search"]
         assert column["search_7d"][row] == pytest.approx(np.log1p((searched & recent).sum()))
-        assert column["seen_search"][row] == (searched & past).any()
+        assert (column["since_search"][row] == 10.0) == (not (searched & past).any())
         category = shop.category[mine]
         known = np.flatnonzero(past & (category > 0))
         same = past & (category == category[known[-1]]) if len(known) else past & False
         assert column["focus_ever"][row] == pytest.approx(np.log1p(same.sum()), abs=1e-6)
         viewed = same & (shop.type[mine] == EVENT_CODES["view"]) & recent
         assert column["focus_view_7d"][row] == pytest.approx(np.log1p(viewed.sum()), abs=1e-6)
+        told = tell_habits(shop, int(cuts.user[row]), int(cut))
+        for name, value in told.items():
+            assert column[name][row] == pytest.approx(value, abs=1e-5), name
+
+
+def tell_habits(shop: Sequences, user: int, cut: int) -> dict[str, float]:
+    """What is known of one user's rhythm and habits, event by event."""
+    mine = range(shop.offsets[user], shop.offsets[user + 1])
+    past = [i for i in mine if shop.ts[i] < cut]
+    bought = [i for i in past if shop.type[i] == EVENT_CODES["purchase"]]
+
+    def first_of_days(events: list[int]) -> list[int]:
+        return [
+            i
+            for k, i in enumerate(events)
+            if k == 0 or shop.ts[i] // DAY != shop.ts[events[k - 1]] // DAY
+        ]
+
+    told = {}
+    pulses = {
+        "event": past,
+        "active_day": first_of_days(past),
+        "purchase_day": first_of_days(bought),
+    }
+    for pulse, events in pulses.items():
+        seconds = [int(shop.ts[i]) // 1_000_000 for i in events]
+        gaps = np.diff(seconds)
+        some, several = len(gaps) > 0, len(gaps) > 1
+        told |= {
+            f"gap_mean_{pulse}": np.log1p(gaps.mean()) if some else -1.0,
+            f"gap_std_{pulse}": np.log1p(gaps.std()) if several else -1.0,
+            f"gap_last_{pulse}": np.log1p(gaps[-1]) if some else -1.0,
+        }
+        if some:
+            silence = (cut - shop.ts[events[-1]]) / 1e6
+            told[f"gap_now_{pulse}"] = np.log1p(silence / max(gaps.mean(), 600.0))
+    told["active_day_ever"] = np.log1p(len(pulses["active_day"]))
+    recent = [i for i in pulses["purchase_day"] if shop.ts[i] >= cut - 28 * DAY]
+    told["purchase_day_28d"] = np.log1p(len(recent))
+    after = [i for i in past if not bought or i > bought[-1]]
+    views = [i for i in after if shop.type[i] == EVENT_CODES["view"]]
+    told["after_purchase_view"] = np.log1p(len(views))
+    quantity = np.nan_to_num(shop.quantity, nan=1.0)
+    spent = sum(float(np.nan_to_num(shop.price[i])) * float(quantity[i]) for i in bought)
+    told["mean_purchase"] = np.log1p(spent / max(len(bought), 1))
+    prices = [float(shop.price[i]) for i in past if np.isfinite(shop.price[i])]
+    told["mean_price"] = np.log1p(np.mean(prices) if prices else 0.0)
+    for name, column in (("item", shop.item), ("category", shop.category)):
+        seen = [int(column[i]) for i in past if column[i] > 0]
+        told[f"new_{name}_ever"] = np.log1p(len(set(seen)))
+        told[f"top_{name}"] = max(map(seen.count, seen)) / len(seen) if seen else 0.0
+    fresh = [
+        i
+        for k, i in enumerate(past)
+        if shop.item[i] > 0 and shop.item[i] not in shop.item[past[:k]]
+    ]
+    told["new_item_7d"] = np.log1p(sum(shop.ts[i] >= cut - 7 * DAY for i in fresh))
+    age = float(shop.age[user])
+    told["age"] = age if np.isfinite(age) else -1.0
+    told["region"] = shop.region[user] / 2**32
+    return told
 
 
 def test_a_user_without_events_has_features() -> None:
@@ -99,3 +189,17 @@ def test_what_one_user_spends_changes_nothing_of_another() -> None:
     expected = alone.features(alone.cuts(np.zeros(1, dtype=np.int64), np.array([when])))
     np.testing.assert_array_equal(told[1], expected[0])
     assert np.isfinite(told).all()
+
+
+def test_what_happens_from_the_cut_on_is_not_looked_at() -> None:
+    rng = np.random.default_rng(11)
+    ann = make_user(rng)
+    when = START + 30 * DAY
+    before = [event for event in ann if event["ts"] < when]
+    assert 0 < len(before) < len(ann)
+    whole, part = Timeline(encode_events([ann])), Timeline(encode_events([before]))
+    told, expected = (
+        timeline.features(timeline.cuts(np.zeros(1, dtype=np.int64), np.array([when])))
+        for timeline in (whole, part)
+    )
+    np.testing.assert_array_equal(told, expected)

@@ -128,7 +128,7 @@ def test_missing_and_misshapen_arrays_are_refused(trees: Trees) -> None:
 def test_outputs_of_which_too_little_is_known_have_no_trees() -> None:
     x, y = make_data(400)
     outcomes = np.stack([y, np.zeros(400), np.full(400, np.nan), y * 2], axis=1)
-    rows = Rows(x=x, y=outcomes, weight=np.ones(400))
+    rows = Rows(x=x, y=outcomes)
     first, second = grow_trees(rows, rows, rows, amounts=1, config=SETTINGS, seed=1)
     assert first.known.tolist() == second.known.tolist() == [True, False, False, True]
 

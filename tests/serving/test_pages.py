@@ -18,8 +18,10 @@ from starlette.testclient import TestClient
 
 from pipelines.errors import UserError
 from pipelines.io import write_json, write_text
+from pipelines.model.timeline import feature_names
 from serving.pages.app import create_app
 from serving.pages.board import Board
+from serving.pages.shopper import describe_feature
 from serving.run import check_address
 
 AT = datetime(2025, 3, 1, tzinfo=UTC)
@@ -212,3 +214,12 @@ def test_a_port_in_use_is_named() -> None:
         busy.listen()
         with pytest.raises(UserError, match="in use"):
             check_address("127.0.0.1", busy.getsockname()[1])
+
+
+def test_every_feature_has_words() -> None:
+    words = {name: describe_feature(name) for name in feature_names()}
+    assert not [name for name, text in words.items() if "_" in text]
+    assert words["add_to_cart_7d"] == "additions to the cart in the last days"
+    assert words["active_day_ever"] == "days with a visit in all"
+    assert words["gap_std_purchase_day"] == "rhythm of days with a purchase"
+    assert words["after_purchase_add_to_cart"] == "additions to the cart since the last purchase"
