@@ -32,6 +32,21 @@ _MOST_SPENT: Final = 1e11
 _FOCUS_TYPES: Final = (EventType.VIEW, EventType.SEARCH, EventType.ADD_TO_CART, EventType.PURCHASE)
 _COUNTED: Final = (*_FOCUS_TYPES, "session", "active_day")
 _RARE_TYPES: Final = tuple(name for name in EVENT_TYPES if name not in _FOCUS_TYPES)
+# Of which there are sums before every event: those that are told in every window come first.
+_SUMS: Final = (
+    *_COUNTED,
+    "spend",
+    *_RARE_TYPES,
+    "purchase_day",
+    "item",
+    "new_item",
+    "category",
+    "new_category",
+    "price",
+    "priced",
+)
+_SUM: Final = {name: place for place, name in enumerate(_SUMS)}
+_OFTEN: Final = len(_COUNTED) + 1
 _SINCE_PURCHASE: Final = (EventType.VIEW, EventType.SEARCH, EventType.ADD_TO_CART)
 # What comes again and again, with gaps between, and what is told of them.
 _PULSES: Final = ("event", "active_day", "purchase_day")
@@ -137,21 +152,30 @@ class Timeline:
         )
 
     @cached_property
-    def _counts(self) -> NDArray[np.int64]:
-        """Events of each kind before every flat index, (N + 1, kinds)."""
-        flags = np.zeros((len(self.ts), len(_COUNTED)), dtype=np.int64)
-        flags[:, : len(_FOCUS_TYPES)] = self._is_type(_FOCUS_TYPES)
-        flags[:, -2] = self.sequences.session_start
-        flags[:, -1] = self._pulses[1]
-        return _accumulate(flags)
+    def _sums(self) -> Ints:
+        """Sums of ``_SUMS`` before every flat index, (N + 1, sums); money in ``_MONEY``.
 
-    @cached_property
-    def _rare_counts(self) -> NDArray[np.int64]:
-        """Events of the rarer types before every flat index, (N + 1, types)."""
-        return _accumulate(self._is_type(_RARE_TYPES))
-
-    def _is_type(self, names: Sequence[str]) -> NDArray[np.bool_]:
-        return np.asarray(self.type[:, None] == np.array([EVENT_CODES[name] for name in names]))
+        Whole numbers, whose differences are exact: what one shopper spends, however much, changes
+        nothing of the others.
+        """
+        values = np.zeros((len(self.ts), len(_SUMS)), dtype=np.int64)
+        for name in EVENT_TYPES:
+            values[:, _SUM[name]] = self.type == EVENT_CODES[name]
+        values[:, _SUM["session"]] = self.sequences.session_start
+        _, values[:, _SUM["active_day"]], values[:, _SUM["purchase_day"]] = self._pulses
+        price = np.asarray(self.sequences.price, dtype=np.float64)
+        priced = np.isfinite(price)
+        price = np.where(priced, price, 0.0)
+        quantity = np.nan_to_num(np.asarray(self.sequences.quantity, dtype=np.float64), nan=1.0)
+        spent = np.clip(price * quantity, -_MOST_SPENT, _MOST_SPENT)
+        bought = self.type == EVENT_CODES[EventType.PURCHASE]
+        values[:, _SUM["spend"]] = np.rint(np.where(bought, spent, 0.0) / _MONEY)
+        values[:, _SUM["price"]] = np.rint(np.clip(price, 0.0, _MOST_SPENT) / _MONEY)
+        values[:, _SUM["priced"]] = priced
+        for name, times in self._times.items():
+            values[:, _SUM[name]] = times > 0
+            values[:, _SUM[f"new_{name}"]] = times == 1
+        return _accumulate(values)
 
     @cached_property
     def _pulses(self) -> NDArray[np.bool_]:
@@ -186,32 +210,6 @@ class Timeline:
         return np.maximum.accumulate(last, axis=0), _accumulate(gaps * gaps), gaps
 
     @cached_property
-    def _beats(self) -> Ints:
-        """Beats of each pulse before every flat index, (N + 1, pulses)."""
-        return _accumulate(self._pulses.T)
-
-    @cached_property
-    def _priced(self) -> Ints:
-        """Prices told, in ``_MONEY``, and how many of them, before every flat index, (N + 1, 2)."""
-        price = np.asarray(self.sequences.price, dtype=np.float64)
-        known = np.isfinite(price)
-        units = np.rint(np.clip(np.where(known, price, 0.0), 0.0, _MOST_SPENT) / _MONEY)
-        return _accumulate(np.stack([units.astype(np.int64), known], axis=1))
-
-    @cached_property
-    def _spent(self) -> Ints:
-        """Money spent before every flat index, (N + 1,), in ``_MONEY``.
-
-        Whole numbers, whose differences are exact: what one shopper spends, however much, changes
-        nothing of the others.
-        """
-        price = np.nan_to_num(np.asarray(self.sequences.price, dtype=np.float64))
-        quantity = np.nan_to_num(np.asarray(self.sequences.quantity, dtype=np.float64), nan=1.0)
-        bought = self.type == EVENT_CODES[EventType.PURCHASE]
-        spent = np.where(bought, np.clip(price * quantity, -_MOST_SPENT, _MOST_SPENT), 0.0)
-        return _accumulate(np.rint(spent / _MONEY).astype(np.int64))
-
-    @cached_property
     def _last(self) -> NDArray[np.int64]:
         """Index of the last event of each type before every flat index, (N + 1, types)."""
         index = np.full((len(self.ts) + 1, len(EVENT_TYPES)), -1, dtype=np.int64)
@@ -233,7 +231,7 @@ class Timeline:
 
     def _sort_by(self, values: NDArray[np.uint32]) -> Ints:
         """Return the order of events by user, then value, then time."""
-        return np.lexsort((np.arange(len(self.ts)), values, self.user))
+        return np.argsort((self.user << 32) | values, kind="stable")
 
     def _find_starts(self, order: Ints, values: NDArray[np.uint32]) -> Ints:
         """Return for every place of ``_sort_by`` the first one of its user and value."""
@@ -242,31 +240,34 @@ class Timeline:
         new[1:] = (value[1:] != value[:-1]) | (user[1:] != user[:-1])
         return np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
 
-    def _vary(self, values: NDArray[np.uint32], order: Ints, starts: Ints) -> Ints:
-        """Return how the values of a column differ, before every flat index, (N + 1, 3).
+    @cached_property
+    def _times(self) -> dict[str, Ints]:
+        """How many times a user had touched an event's item, and category, with it, (N,).
 
-        Events with a value, events with one that their user had not before, and how often the
-        user had the value that they had most often (that alone is no sum over users).
+        0 where the event names none.
         """
-        known = values > 0
-        times = np.empty(len(order), dtype=np.int64)
-        times[order] = np.arange(len(order)) - starts + 1
-        times[~known] = 0
-        step = int(times.max(initial=0)) + 1
-        most = np.zeros(len(order) + 1, dtype=np.int64)
-        most[1:] = np.maximum.accumulate(times + self.user * step) - self.user * step
-        return np.column_stack([_accumulate(known), _accumulate(times == 1), most])
+        item = np.asarray(self.sequences.item)
+        category = np.asarray(self.sequences.category)
+        order = self._sort_by(item)
+        result = {}
+        for name, values, places, starts in (
+            ("item", item, order, self._find_starts(order, item)),
+            ("category", category, self._focus[0], self._focus_starts),
+        ):
+            times = np.empty(len(places), dtype=np.int64)
+            times[places] = np.arange(len(places)) - starts + 1
+            times[values == 0] = 0
+            result[name] = times
+        return result
 
     @cached_property
-    def _variety(self) -> tuple[Ints, Ints]:
-        """Of items and of categories."""
-        item = np.asarray(self.sequences.item)
-        order = self._sort_by(item)
-        category = np.asarray(self.sequences.category)
-        return (
-            self._vary(item, order, self._find_starts(order, item)),
-            self._vary(category, self._focus[0], self._focus_starts),
-        )
+    def _most(self) -> dict[str, Ints]:
+        """The most of ``_times`` that a user had up to every event, (N,)."""
+        result = {}
+        for name, times in self._times.items():
+            step = int(times.max(initial=0)) + 1
+            result[name] = np.maximum.accumulate(times + self.user * step) - self.user * step
+        return result
 
     @cached_property
     def _focus_counts(self) -> NDArray[np.int64]:
@@ -287,93 +288,96 @@ class Timeline:
         """Return ``len(feature_names())`` features of every cut, (M, F); all are finite."""
         start, position, now = self.offsets[cuts.user], cuts.position, cuts.ts
         low = bisect(self.ts, start, position, now - _spans(_WINDOWS))
-        low = np.concatenate([low, start[None]])
-        window = {days: low[place] for place, days in enumerate(_WINDOWS)}
-        counts = self._counts[position] - self._counts[low]  # (windows, M, counted)
-        spent = np.maximum(self._spent[position] - self._spent[low], 0) * _MONEY
-        by_window = np.log1p(np.concatenate([counts, spent[..., None]], axis=2))
-        rare_low = np.stack([*(window[days] for days in _RARE_WINDOWS), start])
-        rare = self._rare_counts[position] - self._rare_counts[rare_low]
+        sums = self._sums[position] - self._sums[np.concatenate([low, start[None]])]
+        often = sums[:, :, :_OFTEN].astype(np.float64)
+        often[:, :, -1] = np.maximum(often[:, :, -1], 0.0) * _MONEY
+        rare = sums[[*map(_WINDOWS.index, _RARE_WINDOWS), -1], :, _OFTEN : _SUM["purchase_day"]]
         last = self._last[position]
         seen = last >= start[:, None]
         days = (now[:, None] - self.ts[np.maximum(last, 0)]) / DAY if len(self.ts) else 0.0
         columns: list[NDArray[Any]] = [
-            _flatten(by_window),
+            _flatten(np.log1p(often)),
             _flatten(np.log1p(rare)),
             np.where(seen, np.log1p(np.maximum(days, 0.0) * 24), 10.0),
             np.log1p(self.tenure(cuts))[:, None],
             self._focus_features(cuts),
-            self._gap_features(cuts),
-            self._habit_features(cuts, window, counts[-1], spent[-1]),
+            self._gap_features(cuts, sums[-1]),
+            self._habit_features(cuts, sums),
             self._profile_features(cuts),
         ]
         return np.concatenate(columns, axis=1).astype(np.float32)
 
-    def _gap_features(self, cuts: Cuts) -> NDArray[Any]:
-        """Mean, spread and last of the gaps of each pulse, and the silence since, (M, ...)."""
+    def _gap_features(self, cuts: Cuts, ever: Ints) -> NDArray[Any]:
+        """Mean, spread and last of the gaps of each pulse, and the silence since, (M, ...).
+
+        Args:
+            cuts: M cuts.
+            ever: sums up to them, (M, sums).
+        """
         if not len(self.ts):
             return np.full((len(cuts), len(_PULSES) * len(_OF_GAPS)), -1.0)
         start, position = self.offsets[cuts.user], cuts.position
         last, squares, gaps = self._gaps
-        count = self._beats[position] - self._beats[start] - 1  # gaps, (M, pulses)
+        beats = ever[:, [_SUM["active_day"], _SUM["active_day"], _SUM["purchase_day"]]]
+        beats[:, 0] = position - start
+        count = beats - 1  # of gaps, (M, pulses): the first beat of a user ends none
         final = np.maximum(last[position], 0)
-        # The first beat of a user ends no gap, so that gaps add up to what lies between.
-        first = np.minimum(self._next_beat[start], len(self.ts) - 1)
-        seconds = self.ts // 1_000_000
+        # So they add up to what lies between the first and the last.
+        first = np.stack([start, start, self._next(EventType.PURCHASE)[start]], axis=1)
+        between = (
+            self.ts[final] // 1_000_000 - self.ts[np.minimum(first, len(self.ts) - 1)] // 1_000_000
+        )
         several = np.maximum(count, 1)
-        mean = np.maximum(seconds[final] - seconds[first], 0) / several
+        mean = np.maximum(between, 0) / several
         square = (squares[position] - squares[start]) / several
         spread = np.sqrt(np.maximum(square - mean * mean, 0.0))
         silence = (cuts.ts[:, None] - self.ts[final]) / 1e6
         silence /= np.maximum(mean, _SHORTEST_GAP_SECONDS)
         told = np.stack([mean, spread, gaps[final, np.arange(len(_PULSES))], silence], axis=2)
-        known = np.stack([count > 0, count > 1, count > 0, count > 0], axis=2)
+        known = np.repeat((count > 0)[:, :, None], len(_OF_GAPS), axis=2)
+        known[:, :, _OF_GAPS.index("std")] = count > 1
         return np.where(known, np.log1p(np.maximum(told, 0.0)), -1.0).reshape(len(cuts), -1)
 
-    def _habit_features(
-        self, cuts: Cuts, window: dict[float, Ints], ever: Ints, spent: NDArray[Any]
-    ) -> NDArray[Any]:
+    def _habit_features(self, cuts: Cuts, sums: Ints) -> NDArray[Any]:
         """What else is told of how somebody shops, (M, ...).
 
         Args:
             cuts: M cuts.
-            window: first event within so many days, by days.
-            ever: counts of ``_COUNTED``, (M, counted).
-            spent: in all, (M,).
+            sums: within ``_WINDOWS`` and ever before them, (windows + 1, M, sums).
         """
         start, position = self.offsets[cuts.user], cuts.position
-        beats = self._beats[:, -1]
-        lows = [*(window[days] for days in _PURCHASE_DAY_WINDOWS), start]
-        columns = [np.log1p(beats[position] - beats[low]) for low in lows]
+
+        def tell(name: str, windows: Sequence[float]) -> Ints:
+            return sums[[*map(_WINDOWS.index, windows), -1], :, _SUM[name]]
+
         bought = self._last[position, EVENT_CODES[EventType.PURCHASE] - 1]
         since = np.where(bought >= start, bought + 1, start)
-        for name in _SINCE_PURCHASE:
-            count = self._counts[:, _COUNTED.index(name)]
-            columns.append(np.log1p(count[position] - count[since]))
-        columns.append(np.log1p(spent / np.maximum(ever[:, _COUNTED.index("purchase")], 1)))
-        priced = self._priced[position] - self._priced[start]
-        columns.append(np.log1p(priced[:, 0] * _MONEY / np.maximum(priced[:, 1], 1)))
-        for of, lows in (("item", [window[days] for days in _NEW_ITEM_WINDOWS]), ("category", [])):
-            sums = self._variety[0 if of == "item" else 1]
-            new = sums[:, 1]
-            columns += [np.log1p(new[position] - new[low]) for low in [*lows, start]]
-            named = np.maximum(sums[position, 0] - sums[start, 0], 1)
-            columns.append(np.where(position > start, sums[position, 2], 0) / named)
-        return np.stack(columns, axis=1)
+        wanted = [_SUM[name] for name in _SINCE_PURCHASE]
+        after = self._sums[position][:, wanted] - self._sums[since][:, wanted]
+        ever = sums[-1]
+        spent = np.maximum(ever[:, _SUM["spend"]], 0) * _MONEY
+        price = ever[:, _SUM["price"]] * _MONEY
+        counted = [
+            *tell("purchase_day", _PURCHASE_DAY_WINDOWS),
+            *after.T,
+            spent / np.maximum(ever[:, _SUM["purchase"]], 1),
+            price / np.maximum(ever[:, _SUM["priced"]], 1),
+            *tell("new_item", _NEW_ITEM_WINDOWS),
+            ever[:, _SUM["new_category"]],
+        ]
+        shares = [
+            np.where(position > start, most[position - 1], 0) / np.maximum(ever[:, _SUM[name]], 1)
+            if len(self.ts)
+            else np.zeros(len(cuts))
+            for name, most in self._most.items()
+        ]
+        return np.stack([*np.log1p(np.stack(counted)), *shares], axis=1)
 
     def _profile_features(self, cuts: Cuts) -> NDArray[Any]:
         """Age in years, -1 = not told, and groups as numbers whose order says nothing, (M, 3)."""
         age = np.asarray(self.sequences.age, dtype=np.float64)[cuts.user]
         groups = [getattr(self.sequences, name)[cuts.user] / 2.0**32 for name in _PROFILE[1:]]
         return np.stack([np.where(np.isfinite(age), age, -1.0), *groups], axis=1)
-
-    @cached_property
-    def _next_beat(self) -> Ints:
-        """Index of the first beat of each pulse at or after every flat index, (N + 1, pulses)."""
-        count = len(self.ts)
-        index = np.full((count + 1, len(_PULSES)), count, dtype=np.int64)
-        index[:-1] = np.where(self._pulses.T, np.arange(count)[:, None], count)
-        return np.minimum.accumulate(index[::-1])[::-1]
 
     def _focus_features(self, cuts: Cuts) -> NDArray[Any]:
         """Recent counts within the category that the user touched last, (M, ...)."""
@@ -468,9 +472,10 @@ class Timeline:
             found = following < end
             delay[found, column] = (self.ts[following[found]] - cuts.ts[found]) / DAY
         amount = np.zeros((len(cuts), len(horizons)), dtype=np.float32)
+        spent = self._sums[:, _SUM["spend"]]
         for column, days in enumerate(horizons):
             until = bisect(self.ts, cuts.position, end, cuts.ts + days * DAY)
-            amount[:, column] = (self._spent[until] - self._spent[cuts.position]) * _MONEY
+            amount[:, column] = (spent[until] - spent[cuts.position]) * _MONEY
         observed = (close - cuts.ts) / DAY
         return Labels(delay=delay, observed_days=observed, amount=amount)
 
@@ -508,8 +513,8 @@ def feature_names() -> list[str]:
         "mean_purchase",
         "mean_price",
         *tell(["new_item"], _NEW_ITEM_WINDOWS),
+        "new_category_ever",
         "top_item",
-        *tell(["new_category"], ()),
         "top_category",
         *_PROFILE,
     ]
