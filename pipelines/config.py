@@ -296,7 +296,7 @@ class Train(Section):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
     refit_rate: Annotated[float, Field(gt=0, le=1)] = 0.3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     next_event_weight: Annotated[float, Field(ge=0)] = 0.2
     amount_weight: Annotated[float, Field(ge=0)] = 0.1
     fusion: bool = True

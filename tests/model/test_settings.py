@@ -138,7 +138,8 @@ def test_a_compiled_backbone_leaves_names_and_results(
 
 def test_two_halves_make_the_step_of_the_whole(shop: Sequences, vocabulary: Vocabulary) -> None:
     config = PLAIN.model_copy(update={"next_event_weight": 0.0, "amount_weight": 0.0})
-    config = config.model_copy(update={"item_weight": 0.0})
+    # What is dropped differs from batch to batch.
+    config = config.model_copy(update={"item_weight": 0.0, "dropout": 0.0})
     timeline = Timeline(shop)
     rng = np.random.default_rng(0)
     cuts = sample_cuts(
