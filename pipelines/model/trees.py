@@ -1,8 +1,8 @@
 """Boosted trees beside the network, and how much either of the two is believed.
 
-Trees on windowed counts and networks on sequences err differently, so that their mean errs less
-(Dietterich, "Ensemble methods in machine learning", 2000). The trees are kept as flat arrays and
-walked here: a model needs neither LightGBM nor a parser of its files where it serves.
+Trees on counts and recencies, and networks on sequences, err differently, so that their mean errs
+less (Dietterich, "Ensemble methods in machine learning", 2000). The trees are kept as flat arrays
+and walked here: a model needs neither LightGBM nor a parser of its files where it serves.
 """
 
 from __future__ import annotations
