@@ -221,11 +221,15 @@ def score(
         str | None, typer.Option(help="UTC time; events from then on are not looked at.")
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write one CSV file.")] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Also write a vector that describes each history.")
+    ] = False,
 ) -> None:
     """Predict every shopper as of one time, by default the end of the data; can be resumed."""
     from pipelines.scoring import score as act
 
-    typer.echo(act(Path(), which=model, at=_parse_time("--at", at), csv=csv))
+    when = _parse_time("--at", at)
+    typer.echo(act(Path(), which=model, at=when, csv=csv, embeddings=embeddings))
 
 
 @app.command()

@@ -52,7 +52,7 @@ FEATURES: Final = Path("data/features")
 SCORES: Final = Path("data/scores")
 # Readers of Parquet folders pass over names that begin with an underscore.
 DESCRIPTION: Final = "_scores.json"
-FORMAT: Final = 2
+FORMAT: Final = 3
 
 NEXT_ITEMS: Final = 5
 
@@ -64,7 +64,12 @@ _PARTIAL: Final = Path("data/.scores")
 
 
 def score(
-    root: Path, *, which: Which = Which.AUTO, at: datetime | None = None, csv: Path | None = None
+    root: Path,
+    *,
+    which: Which = Which.AUTO,
+    at: datetime | None = None,
+    csv: Path | None = None,
+    embeddings: bool = False,
 ) -> str:
     """Score all shoppers that were seen before a time.
 
@@ -73,6 +78,7 @@ def score(
         which: the model.
         at: aware; None = the end of the data. Events from then on are not looked at.
         csv: also write the result there, as one file.
+        embeddings: also tell what the model makes of each history, as a list of numbers.
 
     Returns:
         What was done, for people.
@@ -83,7 +89,7 @@ def score(
     """
     name, folder = find_model(root, which)
     with _hold_lock(root):
-        plan = _plan(root, name, folder, at)
+        plan = _plan(root, name, folder, at) | {"embeddings": embeddings}
         present = root / SCORES / DESCRIPTION
         if present.exists() and read_json(present) == plan:
             done = f"{SCORES} holds the scores of {_count(root):,} shoppers already"
@@ -136,7 +142,13 @@ def plan_chunks(offsets: Any, *, users: int, events: int) -> list[tuple[int, int
 
 
 def score_chunk(
-    predictor: Predictor, sequences: Sequences, people: pa.Table, at: int, silent_us: int | None
+    predictor: Predictor,
+    sequences: Sequences,
+    people: pa.Table,
+    at: int,
+    silent_us: int | None,
+    *,
+    embeddings: bool = False,
 ) -> pa.Table:
     """Score the users of a chunk.
 
@@ -147,6 +159,7 @@ def score_chunk(
         at: microseconds; events from then on are not looked at.
         silent_us: a user without an event for longer is outside of the population that the model
             was calibrated on; None = nobody is.
+        embeddings: with a column of them, of ``Predictor.embed``.
 
     Returns:
         One row for each user with an event before the time.
@@ -184,6 +197,9 @@ def score_chunk(
         "last_event_ts": pa.array(last).cast(TIMESTAMP),
         **{name: rows[name] for name in ("age", "gender", "region", "signup_ts")},
     }
+    if embeddings:
+        vectors = list(predictor.embed(timeline, cuts))
+        columns["embedding"] = pa.array(vectors, pa.list_(pa.float32()))
     return pa.table(columns)
 
 
@@ -275,7 +291,9 @@ def _score_chunks(root: Path, model: Path, plan: dict[str, Any]) -> str:
     people = _People(root / FEATURES / "users.parquet")
     for file, (low, high) in progress(left, "score", total=len(left), unit="chunk"):
         part = sequences.slice(low, high)
-        write_table(file, score_chunk(predictor, part, people.read(low, high), at, silent))
+        rows = people.read(low, high)
+        told = score_chunk(predictor, part, rows, at, silent, embeddings=plan["embeddings"])
+        write_table(file, told)
     write_json(folder / DESCRIPTION, plan)
     _swap(folder, root / SCORES)
     reused = len(chunks) - len(left)

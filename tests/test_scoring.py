@@ -133,6 +133,22 @@ def test_scores_are_the_models_predictions(root: Path, small_chunks: None) -> No
     assert not list((root / "data/.scores").glob("*/"))
 
 
+def test_embeddings_are_told_where_asked_for(root: Path, small_chunks: None) -> None:
+    scoring.score(root)
+    plain = pq.read_table(root / "data/scores")
+    assert "7 shoppers scored" in scoring.score(root, csv=root / "all.csv", embeddings=True)
+    found = pq.read_table(root / "data/scores")
+    assert found.drop_columns(["embedding"]).equals(plain)
+    timeline = Timeline(Sequences.load(root / "data/features/sequences"))
+    cuts = timeline.cuts(np.arange(7), np.full(7, to_us(END), dtype=np.int64))
+    expected = Predictor.load(root / "models/gpt").embed(timeline, cuts)
+    np.testing.assert_allclose(found["embedding"].to_pylist(), expected, rtol=1e-4, atol=1e-6)
+    with (root / "all.csv").open(newline="") as file:
+        row = next(csv.DictReader(file))
+    assert len(json.loads(row["embedding"])) == expected.shape[1] == 16
+    assert "already" in scoring.score(root, embeddings=True)
+
+
 def test_an_earlier_time_sees_only_what_was_known_then(root: Path) -> None:
     scoring.score(root, at=END - 10 * DAY)
     found = pq.read_table(root / "data/scores")
@@ -153,11 +169,11 @@ def test_a_killed_run_is_gone_on_with(
     calls: list[int] = []
     real = scoring.score_chunk
 
-    def dies(*arguments: Any) -> Any:
+    def dies(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(scoring, "score_chunk", dies)
     before = read_json(root / "data/scores/_scores.json")

@@ -191,11 +191,11 @@ from pathlib import Path
 from pipelines import scoring
 
 def die_at(real, left):
-    def score_chunk(*arguments):
+    def score_chunk(*arguments, **options):
         left[0] -= 1
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments)
+        return real(*arguments, **options)
     return score_chunk
 
 scoring.CHUNK_USERS = 40
