@@ -15,7 +15,7 @@ interval of a bootstrap over users that is shared by all variants and seeds.
     no NOW token      what lies between the last event and the cut is hidden from the model: its
                       readout token has the time of the last event and no numbers
     no time encoding  gaps, calendar and times of events are hidden; their order stays
-    no fusion         no windowed counts beside the history
+    no fusion         no snapshot features beside the history
     2, 3 members      so many networks of other seeds answer together
     lstm, cnn, bert, mlp   another backbone behind the same tokens and heads
 """

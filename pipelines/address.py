@@ -24,6 +24,10 @@ def parse_address(text: str) -> Any:
         sqlalchemy.exc.ArgumentError: it is no address.
     """
     from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
 
-    url = make_url(text)
+    try:
+        url = make_url(text)
+    except ValueError as error:  # of a port that is none
+        raise ArgumentError(str(error)) from None
     return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))

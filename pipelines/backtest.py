@@ -69,7 +69,9 @@ def run_fold(home: Path, until: str, changes: Mapping[str, Any] | None = None) -
     run_id = _FOLD + until
     # The code may have changed since the fold was made; what has not is in the cache.
     workspace.remove(home, workspace.locate(home, run_id))
-    folder = workspace.prepare(home, run_id, {**(changes or {}), "ingest.until": until})
+    folder = workspace.prepare(
+        home, run_id, {"train.compare": [], **(changes or {}), "ingest.until": until}
+    )
     command = Command(f"{folder}:backtest")
     code = command.run(["dvc", "repro", "evaluate"], folder, workspace.environment(home, folder))
     if code:

@@ -211,7 +211,10 @@ def explain(loaded: Loaded, asked: Explain) -> Explained:
         raise UserError(f"target {asked.target!r} is not one of {known}")
     target = targets[asked.target]
     ((_, unordered, profile),) = asked.call.users
-    events = sorted(unordered, key=lambda event: to_us(event["ts"]))
+    # As ``encode_events`` does, whose places the effects are told by.
+    events = sorted(
+        unordered, key=lambda event: (to_us(event["ts"]), str(event.get("event_id", "")))
+    )
     sequences = encode_events([events], [profile])
     timeline = Timeline(sequences)
     nows = np.array([to_us(asked.call.now)], dtype=np.int64)

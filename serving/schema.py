@@ -248,7 +248,7 @@ class EventEffect(BaseModel):
 
 
 class FeatureEffect(BaseModel):
-    """What a windowed count or recency adds to the log odds."""
+    """What a count, recency or other number of a history adds to the log odds."""
 
     feature: str
     effect: float

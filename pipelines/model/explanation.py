@@ -2,14 +2,14 @@
 
 Sundararajan, Taly & Yan, "Axiomatic Attribution for Deep Networks", ICML 2017. The path leads
 from a user of whom nothing is known but that there were so many events at these times (of no
-particular type, without content; windowed features at their mean) to the user as seen. Zero
+particular type, without content; snapshot features at their mean) to the user as seen. Zero
 embeddings would be no such start: there the norm before each layer has no direction, and the
 integral does not converge. What is attributed is the log odds that the event happens within the
 horizon; attributions add up to the difference between both ends, up to the error of the numeric
 integral, which is told.
 
 Where trees answer beside the network, log odds of both are averaged, and so are the attributions;
-those of the trees go to the windowed features along the paths that they took, without an error.
+those of the trees go to the snapshot features along the paths that they took, without an error.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Explanation:
         event: int64 (E,), flat index of every event that was read, by prediction and time.
         row: int64 (E,), to which prediction it belongs.
         effect: float64 (E,), what the event adds to the log odds.
-        feature_effect: float64 (M, F), the same for the windowed features, in the order of
+        feature_effect: float64 (M, F), the same for the snapshot features, in the order of
             ``pipelines.model.timeline.feature_names``; F = 0 with neither fusion nor trees.
         base, value: float64 (M,), log odds at both ends of the path, not calibrated; the mean
             over the members of a committee, and of network and trees.

@@ -52,6 +52,7 @@ _SINCE_PURCHASE: Final = (EventType.VIEW, EventType.SEARCH, EventType.ADD_TO_CAR
 _PULSES: Final = ("event", "active_day", "purchase_day")
 _OF_GAPS: Final = ("mean", "std", "last", "now")
 _SHORTEST_GAP_SECONDS: Final = 600.0  # to which a silence is compared
+_LONGEST_GAP_SECONDS: Final = 3_000_000_000  # whose square fits
 _PROFILE: Final = ("age", "gender", "region")
 
 Ints = NDArray[np.int64]
@@ -152,30 +153,39 @@ class Timeline:
         )
 
     @cached_property
-    def _sums(self) -> Ints:
-        """Sums of ``_SUMS`` before every flat index, (N + 1, sums); money in ``_MONEY``.
+    def _spent(self) -> Ints:
+        """Money spent before every flat index, (N + 1,), in ``_MONEY``.
 
         Whole numbers, whose differences are exact: what one shopper spends, however much, changes
         nothing of the others.
         """
-        values = np.zeros((len(self.ts), len(_SUMS)), dtype=np.int64)
+        price = np.nan_to_num(np.asarray(self.sequences.price, dtype=np.float64))
+        quantity = np.nan_to_num(np.asarray(self.sequences.quantity, dtype=np.float64), nan=1.0)
+        bought = self.type == EVENT_CODES[EventType.PURCHASE]
+        spent = np.where(bought, np.clip(price * quantity, -_MOST_SPENT, _MOST_SPENT), 0.0)
+        return _accumulate(np.rint(spent / _MONEY).astype(np.int64))
+
+    @cached_property
+    def _sums(self) -> Ints:
+        """Sums of ``_SUMS`` before every flat index, (N + 1, sums); money in ``_MONEY``."""
+        sums = np.zeros((len(self.ts) + 1, len(_SUMS)), dtype=np.int64)
+        values = sums[1:]
         for name in EVENT_TYPES:
             values[:, _SUM[name]] = self.type == EVENT_CODES[name]
         values[:, _SUM["session"]] = self.sequences.session_start
         _, values[:, _SUM["active_day"]], values[:, _SUM["purchase_day"]] = self._pulses
         price = np.asarray(self.sequences.price, dtype=np.float64)
         priced = np.isfinite(price)
-        price = np.where(priced, price, 0.0)
-        quantity = np.nan_to_num(np.asarray(self.sequences.quantity, dtype=np.float64), nan=1.0)
-        spent = np.clip(price * quantity, -_MOST_SPENT, _MOST_SPENT)
-        bought = self.type == EVENT_CODES[EventType.PURCHASE]
-        values[:, _SUM["spend"]] = np.rint(np.where(bought, spent, 0.0) / _MONEY)
-        values[:, _SUM["price"]] = np.rint(np.clip(price, 0.0, _MOST_SPENT) / _MONEY)
+        price = np.clip(np.where(priced, price, 0.0), 0.0, _MOST_SPENT)
+        values[:, _SUM["price"]] = np.rint(price / _MONEY)
         values[:, _SUM["priced"]] = priced
         for name, times in self._times.items():
             values[:, _SUM[name]] = times > 0
             values[:, _SUM[f"new_{name}"]] = times == 1
-        return _accumulate(values)
+        # In place, as there are many; should they not fit, see _accumulate.
+        np.cumsum(values, axis=0, out=values)
+        sums[:, _SUM["spend"]] = self._spent
+        return sums
 
     @cached_property
     def _pulses(self) -> NDArray[np.bool_]:
@@ -206,7 +216,8 @@ class Timeline:
             beats = np.flatnonzero(flags)
             last[beats + 1, pulse] = beats
             same = self.user[beats[1:]] == self.user[beats[:-1]]
-            gaps[beats[1:], pulse] = np.where(same, seconds[beats[1:]] - seconds[beats[:-1]], 0)
+            passed = np.minimum(seconds[beats[1:]] - seconds[beats[:-1]], _LONGEST_GAP_SECONDS)
+            gaps[beats[1:], pulse] = np.where(same, passed, 0)
         return np.maximum.accumulate(last, axis=0), _accumulate(gaps * gaps), gaps
 
     @cached_property
@@ -472,10 +483,9 @@ class Timeline:
             found = following < end
             delay[found, column] = (self.ts[following[found]] - cuts.ts[found]) / DAY
         amount = np.zeros((len(cuts), len(horizons)), dtype=np.float32)
-        spent = self._sums[:, _SUM["spend"]]
         for column, days in enumerate(horizons):
             until = bisect(self.ts, cuts.position, end, cuts.ts + days * DAY)
-            amount[:, column] = (spent[until] - spent[cuts.position]) * _MONEY
+            amount[:, column] = (self._spent[until] - self._spent[cuts.position]) * _MONEY
         observed = (close - cuts.ts) / DAY
         return Labels(delay=delay, observed_days=observed, amount=amount)
 

@@ -115,6 +115,7 @@ def _predict_lstm(root: Path, config: LstmConfig, seed: int) -> pa.Table:
         context=config.context,
         stride=max(1, config.context * 3 // 4),
         learning_rate=config.learning_rate,
+        dropout=0.0,
         fusion=False,
         next_event_weight=0.0,
         next_items=0,

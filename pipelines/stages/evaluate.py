@@ -207,7 +207,13 @@ def _predict_champion(
     model = fetch_champion(root)
     if model is None:
         return None
-    predictor = Predictor.load(model)
+    try:
+        predictor = Predictor.load(model)
+    except UserError as error:
+        raise UserError(
+            f"the champion cannot be compared with: {error}; if another version trained it, go on "
+            "with that version, or without a champion (put back the champion.json of before it)"
+        ) from None
     sequences = Sequences.load(root / FEATURES / "sequences")
     cuts = {c["index"]: c["ts_us"] for c in read_json(root / FEATURES / "cuts.json")["cuts"]}
     rows = np.flatnonzero(table.rows_of(Split.CALIBRATION, Split.TEST))

@@ -114,10 +114,6 @@ def run(params: Params, root: Path = Path()) -> str:
         )
         for path, table in zip([*pairs, NEXT_ITEMS], [*tables, items], strict=True):
             write_table(root / path, table)
-        with replace_directory(root / COMPARED) as folder:
-            for backbone in params.train.compare:
-                told = _predict_with(backbone, params, root)
-                write_table(folder / f"with_{backbone}.parquet", told)
         write_text(root / CURVES, format_curves(curves))
         speed = trained.events / max(trained.seconds, 1e-9)
         flops = trained.flops / max(trained.seconds, 1e-9)
@@ -129,6 +125,7 @@ def run(params: Params, root: Path = Path()) -> str:
         log.log_model(
             root / MODEL, digest_directory(root / MODEL), [target.name for target in targets]
         )
+    _compare(params, root)
     checkpoint.remove()
     return (
         f"{params.train.backbone}: {trained.parameters:,} parameters, {len(curves)} epochs of "
@@ -139,8 +136,23 @@ def run(params: Params, root: Path = Path()) -> str:
     )
 
 
-def _predict_with(backbone: Backbone, params: Params, root: Path) -> pa.Table:
-    """Pretrain and train another backbone behind the same heads, alone, and predict.
+def _compare(params: Params, root: Path) -> None:
+    """Pretrain, train and ask the backbones that are to be compared; write their predictions."""
+    finished: list[Checkpoint] = []
+    with replace_directory(root / COMPARED) as folder:
+        for backbone in params.train.compare:
+            table, checkpoints = _predict_with(backbone, params, root)
+            write_table(folder / f"with_{backbone}.parquet", table)
+            finished += checkpoints
+    # Not before all are in place: a killed run has none of them.
+    for checkpoint in finished:
+        checkpoint.remove()
+
+
+def _predict_with(
+    backbone: Backbone, params: Params, root: Path
+) -> tuple[pa.Table, list[Checkpoint]]:
+    """Train another backbone behind the same heads, alone; return predictions and checkpoints.
 
     Of several members there is one, and no trees beside it: compare with the network alone.
     """
@@ -161,9 +173,7 @@ def _predict_with(backbone: Backbone, params: Params, root: Path) -> pa.Table:
         read_json(features / "cuts.json"),
         workers=count_workers(settings),
     )
-    checkpoint.remove()
-    before.remove()
-    return table
+    return table, [before, checkpoint]
 
 
 def _utilisation(flops: float, peak: float | None) -> dict[str, float]:

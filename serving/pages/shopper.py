@@ -88,7 +88,7 @@ class Story:
         moved: events that were explained, the strongest first.
         curves: event name -> (days, probability) pairs.
         explained: the target that the reasons are about; None where there is none.
-        reasons: windowed counts and recencies, the strongest first.
+        reasons: counts, recencies, rhythm and the like, the strongest first.
         gap: by how much the parts of the explanation miss its whole, log odds.
     """
 
@@ -221,7 +221,7 @@ def name_event(event: dict[str, Any]) -> str:
 
 
 def _describe(effects: Any) -> list[Reason]:
-    """Put the strongest windowed features into words."""
+    """Put the strongest features into words."""
     if len(effects) == 0:
         return []
     names = feature_names()

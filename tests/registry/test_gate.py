@@ -127,6 +127,10 @@ def test_the_best_baseline_is_the_one_that_counts() -> None:
     assert "logistic" in verdict["checks"][-3]["why"]
 
 
+def test_what_is_trained_to_be_compared_does_not_judge() -> None:
+    assert judge(make_evaluation(lightgbm=0.05, with_cnn=-0.05))["passed"]
+
+
 @pytest.mark.parametrize("rule", ["majority", "recency"])
 def test_a_gain_within_the_noise_does_not_beat_a_rule_of_thumb(rule: str) -> None:
     assert failed(judge(make_evaluation(**{rule: 0.004}))) == [f"beats_{rule}"]

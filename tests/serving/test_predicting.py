@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 import json
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from pipelines.events import EVENT_CODES, EventType
+from pipelines.model.timeline import Timeline
 from serving import predicting
 from serving.frames import (
     HEAD_BYTES,
@@ -132,3 +136,33 @@ def test_a_stream_that_ends_early_or_begins_otherwise_ends_the_process() -> None
         stream: Any = Stream(*frames)
         predicting.serve(stream)
         assert stream.received.getvalue() == b""
+
+
+def test_effects_stand_by_their_events_though_their_times_are_equal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = SimpleNamespace(name="purchase_14d", kind="binary", event="purchase")
+
+    def attribute(_: Any, timeline: Timeline, *__: Any) -> Any:
+        codes = np.asarray(timeline.type, dtype=np.float64)
+        some = np.zeros(1)
+        return SimpleNamespace(
+            event=np.arange(2),
+            effect=codes,
+            feature_effect=some[None],
+            base=some,
+            value=some,
+            gap=some,
+        )
+
+    monkeypatch.setattr("pipelines.model.explanation.explain", attribute)
+    predictor = SimpleNamespace(targets=[target], predict=lambda *_: {"purchase_14d": [0.5]})
+    events = [
+        {"event_type": kind, "ts": CLOCK - DAY, "event_id": event_id}
+        for kind, event_id in (("view", "b"), ("search", "a"))
+    ]
+    asked = Explain(Call([("ann", events, None)], CLOCK, 0), "purchase_14d")
+    loaded: Any = SimpleNamespace(predictor=predictor, digest="sha256:0")
+    told = json.loads(predicting.explain(loaded, asked).answer)
+    effects = {entry["event_type"]: entry["effect"] for entry in told["events"]}
+    assert effects == {kind: EVENT_CODES[EventType(kind)] for kind in ("view", "search")}

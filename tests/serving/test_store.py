@@ -96,7 +96,7 @@ def test_profiles_of_one_user_told_side_by_side_leave_one(store: Store) -> None:
 
 
 def test_a_wrong_address_is_told() -> None:
-    for url in ("nonsense", "nosuchdb://host/x"):
+    for url in ("nonsense", "nosuchdb://host/x", "postgresql://a:1,b:2/x"):
         with pytest.raises(UserError, match="FORECART_STORE"):
             Store(url)
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 from pipelines.config import parse_params
 from pipelines.errors import UserError
 from pipelines.features.store import encode_events
+from pipelines.stages import package
 from pipelines.stages.package import describe, encode_sequences, pin_requirements, run, shorten
 from serving.golden import decode_sequences
 
@@ -50,6 +54,24 @@ def test_a_missing_pin_is_named(tmp_path: Path) -> None:
     write_project(tmp_path, "'pydantic>=2', 'numpy'", "pydantic==2.0\n")
     with pytest.raises(UserError, match=r"constraints\.txt: numpy is not pinned"):
         pin_requirements(tmp_path)
+
+
+def test_the_sources_hold_all_that_the_service_imports(tmp_path: Path) -> None:
+    """Without what is installed of the project itself, which a container lacks."""
+    for name in package.SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / name, tmp_path / name)
+    code = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path = [sys.argv[1], *(entry for entry in sys.path if entry != sys.argv[2])]
+import pipelines, serving.service, serving.golden, serving.measure, serving.store
+assert pipelines.__file__.startswith(sys.argv[1])
+"""
+    command = [sys.executable, "-c", code, str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:

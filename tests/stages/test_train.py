@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from pipelines.config import Params, Pretrain
 from pipelines.errors import UserError
 from pipelines.features.store import encode_events
 from pipelines.io import digest_directory, write_json, write_table
+from pipelines.model import training
 from pipelines.model.predictor import Predictor
 from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.training import population, train_model
@@ -162,6 +164,34 @@ def test_other_backbones_are_compared(root: Path) -> None:
     assert not cnn["purchase_7d"].equals(mlp["purchase_7d"])
     assert not cnn["purchase_7d"].equals(alone["purchase_7d"])
     assert not list((root / ".forecart/checkpoints").iterdir())
+
+
+def test_a_comparison_that_is_killed_goes_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = PARAMS.train.model_copy(update={"compare": ("cnn", "mlp")})
+    params = PARAMS.model_copy(update={"train": settings})
+    pretrain.run(params, root)
+    steps: list[str] = []
+    real = training._Fit._train_step
+
+    def step(fit: Any, *given: Any) -> Any:
+        steps.append(fit.config.backbone)
+        if len(steps) == dies_at:
+            raise KeyboardInterrupt
+        return real(fit, *given)
+
+    monkeypatch.setattr(training._Fit, "_train_step", step)
+    dies_at = 0
+    train.run(params, root)
+    whole = {file.name: file.read_bytes() for file in (root / train.COMPARED).iterdir()}
+    dies_at, count = steps.index("mlp") + 3, len(steps)
+    steps.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train.run(params, root)
+    dies_at = count + 1
+    steps.clear()
+    train.run(params, root)
+    assert set(steps) == {"mlp"}
+    assert {file.name: file.read_bytes() for file in (root / train.COMPARED).iterdir()} == whole
 
 
 def test_the_settings_threshold_reaches_the_model(root: Path) -> None:
