@@ -159,7 +159,7 @@ def score_chunk(
         at: microseconds; events from then on are not looked at.
         silent_us: a user without an event for longer is outside of the population that the model
             was calibrated on; None = nobody is.
-        embeddings: with a column of them, of ``Predictor.embed``.
+        embeddings: with a column of them.
 
     Returns:
         One row for each user with an event before the time.
@@ -198,8 +198,7 @@ def score_chunk(
         **{name: rows[name] for name in ("age", "gender", "region", "signup_ts")},
     }
     if embeddings:
-        vectors = list(predictor.embed(timeline, cuts))
-        columns["embedding"] = pa.array(vectors, pa.list_(pa.float32()))
+        columns["embedding"] = pa.array(list(ahead.embedding), pa.list_(pa.float32()))
     return pa.table(columns)
 
 

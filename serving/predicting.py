@@ -26,7 +26,7 @@ from msgspec import json
 
 from pipelines.errors import UserError
 from pipelines.events import from_us, to_us
-from pipelines.features.store import encode_events
+from pipelines.features.store import encode_events, order_events
 from serving.decode import decode_request, to_mapping
 from serving.frames import (
     HEAD_BYTES,
@@ -211,10 +211,8 @@ def explain(loaded: Loaded, asked: Explain) -> Explained:
         raise UserError(f"target {asked.target!r} is not one of {known}")
     target = targets[asked.target]
     ((_, unordered, profile),) = asked.call.users
-    # As ``encode_events`` does, whose places the effects are told by.
-    events = sorted(
-        unordered, key=lambda event: (to_us(event["ts"]), str(event.get("event_id", "")))
-    )
+    # Effects are told by places of this order.
+    times, events = order_events(unordered)
     sequences = encode_events([events], [profile])
     timeline = Timeline(sequences)
     nows = np.array([to_us(asked.call.now)], dtype=np.int64)
@@ -237,13 +235,13 @@ def explain(loaded: Loaded, asked: Explain) -> Explained:
         "gap": float(np.abs(found.gap[0])),
         "events": [
             {
-                "ts": from_us(to_us(events[found.event[i]]["ts"])),
-                "event_type": str(events[found.event[i]]["event_type"]),
-                "item_id": events[found.event[i]].get("item_id"),
-                "query": events[found.event[i]].get("query"),
-                "effect": sign * float(found.effect[i]),
+                "ts": from_us(times[place]),
+                "event_type": str(events[place].event_type),
+                "item_id": events[place].item_id,
+                "query": events[place].query,
+                "effect": sign * float(effect),
             }
-            for i in order
+            for place, effect in zip(found.event[order], found.effect[order], strict=True)
         ],
         "features": [{"feature": names[i], "effect": sign * float(features[i])} for i in strongest],
     }

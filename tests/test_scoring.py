@@ -141,7 +141,7 @@ def test_embeddings_are_told_where_asked_for(root: Path, small_chunks: None) -> 
     assert found.drop_columns(["embedding"]).equals(plain)
     timeline = Timeline(Sequences.load(root / "data/features/sequences"))
     cuts = timeline.cuts(np.arange(7), np.full(7, to_us(END), dtype=np.int64))
-    expected = Predictor.load(root / "models/gpt").embed(timeline, cuts)
+    expected = Predictor.load(root / "models/gpt").look_ahead(timeline, cuts, 0).embedding
     np.testing.assert_allclose(found["embedding"].to_pylist(), expected, rtol=1e-4, atol=1e-6)
     with (root / "all.csv").open(newline="") as file:
         row = next(csv.DictReader(file))

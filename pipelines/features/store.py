@@ -247,9 +247,7 @@ def encode_events(
     Returns:
         Sequences of ``len(users)`` users; events are sorted by time and event id.
     """
-    if any(events and isinstance(events[0], dict) for events in users):
-        users = [[_to_record(event) for event in events] for events in users]
-    ordered = [_order(events) for events in users]
+    ordered = [order_events(events) for events in users]
     lengths = [len(times) for times, _ in ordered]
     ts = list(chain.from_iterable(times for times, _ in ordered))
     events = list(chain.from_iterable(events for _, events in ordered))
@@ -300,8 +298,14 @@ def _to_record(event: Any) -> Any:
     return SimpleNamespace(**_NOTHING | event) if isinstance(event, dict) else event
 
 
-def _order(events: Sequence[Any]) -> tuple[list[int], Sequence[Any]]:
-    """Return the times of a user's events in microseconds, and the events, by time and id."""
+def order_events(events: Sequence[Any]) -> tuple[list[int], Sequence[Any]]:
+    """Return the times of a user's events in microseconds, and the events, by time and id.
+
+    Args:
+        events: of ``encode_events``; the result has attributes, also where these are dicts.
+    """
+    if events and isinstance(events[0], dict):
+        events = [_to_record(event) for event in events]
     told = [event.ts for event in events]
     try:
         # As ``to_us`` does, without a call for each.

@@ -45,7 +45,7 @@ def tree_parameters(
         "seed": seed,
         "deterministic": True,
         "num_threads": 1,
-        # Of one thread it takes a sixth less time than by rows, for the same trees.
+        # Of one thread it takes 8 to 17 % less time than by rows, for the same trees.
         "force_col_wise": True,
         "feature_pre_filter": False,
         "verbose": -1,

@@ -123,11 +123,14 @@ class Ahead:
         items: int64 (M, K), places in ``spec.vocabulary.item``, the most probable first; fewer
             columns than asked for where fewer items are known.
         chances: float32 (M, K), their probabilities.
+        embedding: float32 (M, width x members), what the backbone makes of every history: shoppers
+            who are alike to the model lie near each other, for look-alikes and clusters.
     """
 
     raw: Raw
     items: NDArray[np.int64]
     chances: NDArray[np.float32]
+    embedding: NDArray[np.float32]
 
 
 class Predictor:
@@ -294,6 +297,7 @@ class Predictor:
             ),
             items=np.zeros((len(cuts), count), dtype=np.int64),
             chances=np.zeros((len(cuts), count), dtype=np.float32),
+            embedding=np.zeros((len(cuts), config.width * len(self.networks)), dtype=np.float32),
         )
         if count:
             recent = self.tokenizer.items(timeline.recent_items(cuts, RECENT))
@@ -307,6 +311,7 @@ class Predictor:
                 scores[collated.rows] = self.trees.score(collated.batch.now_features.numpy())
             batch = collated.batch.to(device)
             nows = [network.encode_now(batch) for network in networks]
+            ahead.embedding[collated.rows] = torch.cat(nows, dim=1).cpu().numpy()
             said = [
                 network.read_now(batch, now) for network, now in zip(networks, nows, strict=True)
             ]
@@ -328,20 +333,6 @@ class Predictor:
 
         _do(look, self._iterate(timeline, cuts, features=features), workers)
         return ahead, scores
-
-    @torch.inference_mode()
-    def embed(self, timeline: Timeline, cuts: Cuts) -> NDArray[np.float32]:
-        """Return what the backbone makes of every history, (M, width x members).
-
-        Shoppers who are alike to the model lie near each other: for look-alikes and clusters.
-        """
-        width = self.spec.network.width
-        result = np.zeros((len(cuts), width * len(self.networks)), dtype=np.float32)
-        for collated in self._iterate(timeline, cuts, features=False):
-            batch = collated.batch.to(self._device)
-            said = [network.encode_now(batch) for network in self.networks]
-            result[collated.rows] = torch.cat(said, dim=1).cpu().numpy()
-        return result
 
     @property
     def _device(self) -> torch.device:

@@ -79,13 +79,13 @@ def _spans(windows_days: Sequence[float]) -> Ints:
     return np.array([[int(days * DAY)] for days in windows_days])
 
 
-def _accumulate(values: NDArray[Any], dtype: Any = np.int64) -> NDArray[Any]:
+def _accumulate(values: NDArray[Any]) -> Ints:
     """Return the sums of whole numbers before every index, (N + 1, ...).
 
     Should they not fit, they wrap around, and differences that do fit are right all the same.
     """
-    before = np.zeros((len(values) + 1, *values.shape[1:]), dtype=dtype)
-    np.cumsum(values, axis=0, dtype=dtype, out=before[1:])
+    before = np.zeros((len(values) + 1, *values.shape[1:]), dtype=np.int64)
+    np.cumsum(values, axis=0, out=before[1:])
     return before
 
 
@@ -283,11 +283,8 @@ class Timeline:
     @cached_property
     def _focus_counts(self) -> NDArray[np.int64]:
         """Events of the focus types before every place of the (user, category) order."""
-        order, _, _ = self._focus
-        flags = np.zeros((len(self.ts) + 1, len(_FOCUS_TYPES)), dtype=np.int64)
         codes = np.array([EVENT_CODES[name] for name in _FOCUS_TYPES])
-        flags[1:] = self.type[order][:, None] == codes
-        return flags.cumsum(axis=0)
+        return _accumulate(self.type[self._focus[0]][:, None] == codes)
 
     def cuts(self, user: NDArray[np.integer[Any]], ts: Ints) -> Cuts:
         """Locate cuts in the flat columns."""
@@ -364,7 +361,7 @@ class Timeline:
         bought = self._last[position, EVENT_CODES[EventType.PURCHASE] - 1]
         since = np.where(bought >= start, bought + 1, start)
         wanted = [_SUM[name] for name in _SINCE_PURCHASE]
-        after = self._sums[position][:, wanted] - self._sums[since][:, wanted]
+        after = self._sums[position[:, None], wanted] - self._sums[since[:, None], wanted]
         ever = sums[-1]
         spent = np.maximum(ever[:, _SUM["spend"]], 0) * _MONEY
         price = ever[:, _SUM["price"]] * _MONEY

@@ -31,10 +31,10 @@ from pipelines.features.labels import Kind, Target
 from pipelines.features.snapshot_table import Floats, SnapshotTable
 from pipelines.features.store import Sequences
 from pipelines.io import progress, read_json, replace_directory, write_json, write_table, write_text
-from pipelines.model.training import count_workers, train_model
+from pipelines.model.training import train_model
 from pipelines.sources.oracle import predict_oracle_table
 from pipelines.sources.simulator import SimulatorParams
-from pipelines.stages.train import load_inputs, predict
+from pipelines.stages.train import load_inputs, predict_alone
 
 FEATURES = Path("data/features")
 EVENTS = Path("data/valid")
@@ -124,17 +124,8 @@ def _predict_lstm(root: Path, config: LstmConfig, seed: int) -> pa.Table:
         tokens_per_batch=config.tokens_per_batch,
         seed=seed,
     )
-    features = root / FEATURES
     trained = train_model(sequences, periods, targets, settings, vocabulary)
-    cuts = read_json(features / "cuts.json")
-    (table,), _ = predict(
-        [(trained.first, trained.shipped)],
-        sequences,
-        features,
-        cuts,
-        workers=count_workers(settings),
-    )
-    return table
+    return predict_alone(trained, sequences, root, settings)
 
 
 def _predict_oracle(params: Params, root: Path, table: SnapshotTable) -> dict[str, Floats]:

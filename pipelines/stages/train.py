@@ -25,7 +25,14 @@ from pipelines.config import Backbone, EnsembleTrees, Params, Train
 from pipelines.errors import UserError
 from pipelines.events import to_us
 from pipelines.features.store import Sequences
-from pipelines.io import digest_directory, read_json, replace_directory, write_table, write_text
+from pipelines.io import (
+    digest_directory,
+    read_json,
+    replace_directory,
+    write_json,
+    write_table,
+    write_text,
+)
 from pipelines.model.checkpoint import Checkpoint
 from pipelines.model.heads import Target
 from pipelines.model.predictor import WEIGHTS, Predictor, choose_device
@@ -34,6 +41,7 @@ from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Vocabulary
 from pipelines.model.training import (
     Periods,
+    TrainedModel,
     choose_precision,
     count_workers,
     pretrain_model,
@@ -140,6 +148,7 @@ def _compare(params: Params, root: Path) -> None:
     """Pretrain, train and ask the backbones that are to be compared; write their predictions."""
     finished: list[Checkpoint] = []
     with replace_directory(root / COMPARED) as folder:
+        write_json(folder / "backbones.json", list(params.train.compare))
         for backbone in params.train.compare:
             table, checkpoints = _predict_with(backbone, params, root)
             write_table(folder / f"with_{backbone}.parquet", table)
@@ -165,6 +174,13 @@ def _predict_with(
     checkpoint = open_checkpoint(root, f"train_{backbone}", own)
     pretrained = pretrain_model(*inputs, params.pretrain, vocabulary, checkpoint=before)
     trained = train_model(*inputs, vocabulary, pretrained=pretrained, checkpoint=checkpoint)
+    return predict_alone(trained, sequences, root, settings), [before, checkpoint]
+
+
+def predict_alone(
+    trained: TrainedModel, sequences: Sequences, root: Path, settings: Train
+) -> pa.Table:
+    """Predict the calibration and test rows by a model that is no candidate."""
     features = root / FEATURES
     (table,), _ = predict(
         [(trained.first, trained.shipped)],
@@ -173,7 +189,7 @@ def _predict_with(
         read_json(features / "cuts.json"),
         workers=count_workers(settings),
     )
-    return table, [before, checkpoint]
+    return table
 
 
 def _utilisation(flops: float, peak: float | None) -> dict[str, float]:

@@ -41,15 +41,11 @@ _PLURAL: Final = {
     "review": "reviews",
     "session": "visits",
     "spend": "money spent",
+    "event": "events",
     "active_day": "days with a visit",
     "purchase_day": "days with a purchase",
     "new_item": "items that were new",
     "new_category": "categories that were new",
-}
-_PULSES: Final = {
-    "event": "events",
-    "active_day": "days with a visit",
-    "purchase_day": "days with a purchase",
 }
 _WORDS: Final = {
     "tenure": "time since first seen",
@@ -240,7 +236,7 @@ def describe_feature(feature: str) -> str:
     if feature.startswith("focus_"):
         return "interest in the category seen last"
     if feature.startswith("gap_"):
-        return f"rhythm of {_PULSES[feature.split('_', 2)[2]]}"
+        return f"rhythm of {_PLURAL[feature.split('_', 2)[2]]}"
     if feature.startswith("after_purchase_"):
         return f"{_PLURAL[feature.removeprefix('after_purchase_')]} since the last purchase"
     if feature.startswith("since_"):

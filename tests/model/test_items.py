@@ -130,9 +130,9 @@ def test_embeddings_are_of_the_shopper_and_not_of_the_batch(trained: TrainedMode
     histories = [make_loyal(rng) for _ in range(12)]
     timeline = Timeline(encode_events([*histories, histories[0]]))
     cuts = timeline.cuts(np.arange(13), np.full(13, START + 50 * DAY))
-    found = trained.shipped.embed(timeline, cuts)
+    found = trained.shipped.look_ahead(timeline, cuts, 0).embedding
     assert found.shape == (13, TINY.width)
     assert np.allclose(found[0], found[12], atol=1e-5)
-    alone = trained.shipped.embed(timeline, cuts.take([5]))
+    alone = trained.shipped.look_ahead(timeline, cuts.take([5]), 0).embedding
     assert np.allclose(found[5], alone[0], atol=1e-5)
     assert np.linalg.norm(found[1] - found[2]) > 1e-3
