@@ -28,6 +28,6 @@ def parse_address(text: str) -> Any:
 
     try:
         url = make_url(text)
-    except ValueError as error:  # of a port that is none
-        raise ArgumentError(str(error)) from None
+    except ValueError:
+        raise ArgumentError("the port in the address is not a number") from None
     return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
