@@ -17,7 +17,9 @@ from pipelines.model.items import ItemHead
 PROFILE_NUMBERS: Final = 2
 GAP_BINS: Final = 12
 CALENDAR: Final = 4
-EVENT_NUMBERS: Final = GAP_BINS + CALENDAR + 5
+PRICE_BINS: Final = 8
+QUANTITY_BINS: Final = 6
+EVENT_NUMBERS: Final = GAP_BINS + CALENDAR + PRICE_BINS + QUANTITY_BINS + 5
 NOW_NUMBERS: Final = GAP_BINS + CALENDAR + 1
 NEXT_GAP_BINS: Final = 8
 

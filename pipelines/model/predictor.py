@@ -32,7 +32,7 @@ from pipelines.model.trees import PREFIX, Mix, Trees
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
-FORMAT: Final = 5
+FORMAT: Final = 6
 
 _TOKENS_PER_BATCH: Final = 32_768
 _FLOOR: Final = 1e-12

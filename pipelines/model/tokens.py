@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.features.store import Sequences, ranges
-from pipelines.model.network import GAP_BINS, NEXT_GAP_BINS
+from pipelines.model.network import GAP_BINS, NEXT_GAP_BINS, PRICE_BINS, QUANTITY_BINS
 from pipelines.model.timeline import DAY, Cuts, Timeline
 
 MISSING: Final = 0
@@ -22,6 +22,9 @@ _SECOND: Final = 1_000_000
 _GAP_EDGES: Final = np.log1p(
     np.array([0, 10, 60, 300, 1800, 7200, 28800, 86400, 259200, 604800, 1209600, 2419200, 7776000])
 )
+# Likewise of a log price, standardised, and of a log quantity.
+_PRICE_EDGES: Final = np.linspace(-2.0, 2.0, PRICE_BINS + 1)
+_QUANTITY_EDGES: Final = np.log1p(np.array([0, 1, 2, 3, 6, 12, 48]))
 # Edges of the classes of the gap to the next event; the last class is "later".
 _NEXT_GAP_EDGES: Final = np.array([30, 120, 600, 3600, 28800, 172800, 604800]) * _SECOND
 
@@ -104,11 +107,18 @@ class Coder:
         return np.where(hashes == 0, MISSING, codes)
 
 
+def encode_pieces(x: NDArray[np.floating[Any]], edges: NDArray[Any]) -> NDArray[np.float32]:
+    """Piecewise-linear encoding (Gorishniy et al. 2022) of M numbers, (M, edges - 1).
+
+    How far a number has come through each interval between two edges, 0 to 1.
+    """
+    low, high = edges[:-1], edges[1:]
+    return np.asarray(np.clip((x[:, None] - low) / (high - low), 0.0, 1.0), dtype=np.float32)
+
+
 def encode_gap(gap: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
-    """Piecewise-linear encoding (Gorishniy et al. 2022) of gaps in microseconds, (M, GAP_BINS)."""
-    log = np.log1p(np.maximum(gap, 0) / _SECOND)[:, None]
-    low, high = _GAP_EDGES[:-1], _GAP_EDGES[1:]
-    return np.asarray(np.clip((log - low) / (high - low), 0.0, 1.0), dtype=np.float32)
+    """Return the code of gaps in microseconds, (M, GAP_BINS)."""
+    return encode_pieces(np.log1p(np.maximum(gap, 0) / _SECOND), _GAP_EDGES)
 
 
 def encode_calendar(ts: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -161,21 +171,22 @@ class Tokenizer:
         price = np.asarray(sequences.price)[index]
         quantity = np.asarray(sequences.quantity)[index]
         with np.errstate(invalid="ignore"):
-            log_price, log_quantity = np.log1p(price), np.log1p(quantity)
+            log_quantity = np.log1p(quantity)
+            scaled_price = _standardise(np.log1p(price), self.vocabulary.log_price)
+        flags = [
+            scaled_price,
+            np.isnan(price),
+            _standardise(log_quantity, self.vocabulary.log_quantity),
+            np.asarray(sequences.session_start)[index],
+            first,
+        ]
         numbers = np.concatenate(
             [
                 encode_gap(gap),
                 encode_calendar(ts),
-                np.stack(
-                    [
-                        _standardise(log_price, self.vocabulary.log_price),
-                        np.isnan(price),
-                        _standardise(log_quantity, self.vocabulary.log_quantity),
-                        np.asarray(sequences.session_start)[index],
-                        first,
-                    ],
-                    axis=1,
-                ).astype(np.float32),
+                encode_pieces(scaled_price, _PRICE_EDGES),
+                encode_pieces(np.nan_to_num(log_quantity), _QUANTITY_EDGES),
+                np.stack(flags, axis=1).astype(np.float32),
             ],
             axis=1,
         )
@@ -242,6 +253,7 @@ class Tokenizer:
 
 assert len(_NEXT_GAP_EDGES) + 1 == NEXT_GAP_BINS  # noqa: S101 - two modules, one number
 assert len(_GAP_EDGES) - 1 == GAP_BINS  # noqa: S101
+assert len(_QUANTITY_EDGES) - 1 == QUANTITY_BINS  # noqa: S101
 
 
 def _standardise(x: NDArray[np.floating[Any]], scale: Scale) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ import torch
 
 from pipelines.features.store import Sequences
 from pipelines.model.heads import Heads
+from pipelines.model.network import EVENT_NUMBERS, NOW_NUMBERS
 from pipelines.model.speed import count_flops, find_peak, look_up_peak, measure_peak
 from pipelines.model.timeline import Timeline
 from pipelines.model.tokens import Vocabulary
@@ -31,7 +32,7 @@ def test_operations_are_those_of_the_formula(shop: Sequences, vocabulary: Vocabu
     config = fit.network.config
     # 3 w^2 queries, keys and values, w^2 out, 4 w^2 and 4 w^2 of the MLP.
     weights = tokens * layers * 12 * width**2
-    weights += width * (profiles * 2 + events * 21 + nows * 17)
+    weights += width * (profiles * 2 + events * EVENT_NUMBERS + nows * NOW_NUMBERS)
     lengths = [int((batch.segment == s).sum()) for s in range(1, profiles + 1)]
     attention = 12 * layers * width * sum(length**2 for length in lengths)
     found = count_flops(fit.network, batch, told=0, items=0, read=False)
