@@ -108,7 +108,7 @@ def hidden(change: Hide | None) -> Iterator[None]:
     """Change every batch, in training and prediction."""
     collate = batches.collate
     if change is not None:
-        batches.collate = lambda *args, **kwargs: change(collate(*args, **kwargs))  # type: ignore[assignment]
+        batches.collate = lambda *args, **named: [change(part) for part in collate(*args, **named)]
     try:
         yield
     finally:

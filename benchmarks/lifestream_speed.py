@@ -126,7 +126,6 @@ def export(root: Path, folder: Path) -> None:
 
 def measure_ours(root: Path, threads: int) -> float:
     """Return events per second of an epoch of pretraining."""
-    import torch
 
     from pipelines.config import load_params
     from pipelines.model.heads import Heads
@@ -134,11 +133,10 @@ def measure_ours(root: Path, threads: int) -> float:
     from pipelines.model.training import Phase, _Fit, seed_everything
     from pipelines.stages.train import load_inputs
 
-    torch.set_num_threads(threads)
     params = load_params(root / "params.yaml")
-    config = params.train
+    config = params.train.model_copy(update={"threads": threads})
     sequences, periods, targets, vocabulary = load_inputs(root)
-    seed_everything(config.seed, threads)
+    seed_everything(config)
     heads = Heads.for_targets(targets)
     fit = _Fit(Timeline(sequences), periods, heads, targets, config, vocabulary)
     close = periods.calibration

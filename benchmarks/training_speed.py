@@ -4,19 +4,20 @@ Method: on the features of a finished run, with the network of params.yaml:
 
     epoch      a whole epoch as training runs it: cuts drawn, histories cut and packed, labels,
                forward, backward, optimiser
-    prepared   the same step over and over on one batch that is held in memory, labels included:
-               what the input pipeline costs is the ratio of the two
-    floor      matrix products alone: floating-point operations of a step (6 per weight of the
-               linear layers and token, plus attention) over the rate that a large single-precision
-               matrix product reaches on this machine, that is, the model's utilisation (MFU)
+    prepared   the same step over and over on one batch that is held in memory (of the GPU, where
+               there is one), with all that is told of it: what the input pipeline costs is the
+               ratio of the two
+    pipeline   an epoch's batches made by one thread, and nothing done with them
+    MFU        operations of the model by second (see pipelines.model.speed) over the most that the
+               device can do: on the CPU a measured matrix product, of a GPU the data sheet's
 
-With --compile the prepared batch is told of a compiled backbone (`torch.compile`); the epochs stay
-eager. Each figure is the median of the repeats.
+Each figure is the median of the repeats; on a GPU, or compiled, one epoch goes before. Settings of
+`train` may be given another value: --set width=512 --set layers=8.
 
 Threads wait as the command `forecart` lets them wait:
 
     OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=3000 \\
-        python benchmarks/training_speed.py [--root .] [--repeats 3]
+        python benchmarks/training_speed.py [--root .] [--repeats 3] [--set threads=2]
 """
 
 from __future__ import annotations
@@ -29,110 +30,104 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+import yaml
 
-from pipelines.config import load_params
+from pipelines.config import Train, load_params
 from pipelines.model.heads import Heads
+from pipelines.model.network import to_device
+from pipelines.model.speed import find_peak
 from pipelines.model.timeline import Timeline
 from pipelines.model.training import Phase, _Fit, _make_optimizer, seed_everything
-from pipelines.stages.train import load_inputs
+from pipelines.stages.train import load_inputs, measure_memory
 
 
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path())
+    parser.add_argument("--params", type=Path, help="params.yaml; that of the root if not given")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     given = parser.parse_args()
-    config = load_params(given.root / "params.yaml").train
-    sizes = {"width": given.width, "layers": given.layers, "threads": given.threads}
-    config = config.model_copy(update={k: v for k, v in sizes.items() if v})
-    sequences, periods, targets, vocabulary = load_inputs(given.root)
-    seed_everything(config.seed, config.threads)
+    config = load_params(given.params or given.root / "params.yaml").train
+    changed = dict(pair.split("=", 1) for pair in given.set)
+    config = Train(**config.model_dump() | {k: yaml.safe_load(v) for k, v in changed.items()})
+    print(json.dumps(measure(given.root, config, given.repeats), indent=2))
+
+
+def measure(root: Path, config: Train, repeats: int) -> dict[str, Any]:
+    """Measure a network on the features of a root."""
+    sequences, periods, targets, vocabulary = load_inputs(root)
+    seed_everything(config)
     heads = Heads.for_targets(targets)
     fit = _Fit(Timeline(sequences), periods, heads, targets, config, vocabulary)
     close = periods.calibration
     fit.start(close, {})
-    epoch: list[float] = []
+    peak = find_peak(fit.device, fit.precision, config.threads)
+    if fit.device.type == "cuda" or fit.backbone is not None:
+        run_epoch(fit, close)
+    epochs: list[tuple[float, float]] = []
     prepared: list[float] = []
-    flops = 0.0
-    for _ in range(given.repeats):
-        before, seconds = fit.events, fit.seconds
-        fit.done = dict.fromkeys(Phase, 0)
-        fit.run(Phase.FIT, 1, close, config.learning_rate, lambda _: None)
-        epoch.append((fit.events - before) / (fit.seconds - seconds))
-        speed, flops = repeat_batch(fit, close, compiled=given.compile)
-        prepared.append(speed)
-    peak = find_peak()
-    result: dict[str, Any] = {
-        "device": str(fit.device),
-        "cores": os.cpu_count(),
+    for _ in range(repeats):
+        epochs.append(run_epoch(fit, close))
+        prepared.append(repeat_batch(fit, close))
+    events, flops = (statistics.median(told) for told in zip(*epochs, strict=True))
+    cuda = fit.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
+        "precision": str(fit.precision).removeprefix("torch."),
+        "compiled": fit.backbone is not None,
         "weights": sum(p.numel() for p in fit.network.parameters()),
-        "events_per_s": round(statistics.median(epoch)),
+        "events_per_s": round(events),
         "prepared_events_per_s": round(statistics.median(prepared)),
-        "ratio": round(statistics.median(epoch) / statistics.median(prepared), 3),
-        "peak_gflops": round(peak / 1e9, 1),
-        "mfu": round(flops * statistics.median(epoch) / peak, 3),
+        "ratio": round(events / statistics.median(prepared), 3),
+        "pipeline_events_per_s": round(make_epoch(fit, close)),
+        "tflops": round(flops / 1e12, 4),
+        "mfu": None if peak is None else round(flops / peak, 3),
+        **{name: round(value) for name, value in measure_memory(fit.device).items()},
     }
-    print(json.dumps(result, indent=2))
 
 
-def repeat_batch(
-    fit: _Fit, close: int, *, compiled: bool, seconds: float = 5.0
-) -> tuple[float, float]:
-    """Return events/s on one batch, and floating-point operations per event."""
-    _, batches = fit._batches(close, Phase.FIT)
-    collated = next(iter(batches))
-    optimizer = _make_optimizer(fit.network, 1e-6, 0.0)
-    labels = fit._labels(collated.cuts, close)
-    remembered, fit._labels = fit._labels, lambda cuts, close: labels  # type: ignore[method-assign]
-    eager = fit.network.backbone
-    if compiled:
-        fit.network.backbone = torch.compile(eager)  # type: ignore[assignment]
+def run_epoch(fit: _Fit, close: int) -> tuple[float, float]:
+    """Return events and floating-point operations per second of an epoch."""
+    fit.done = dict.fromkeys(Phase, 0)
+    fit.run(Phase.FIT, 1, close, fit.config.learning_rate, lambda _: None)
+    told = fit.history[-1]
+    return told["events_per_s"], told["flops_per_s"]
+
+
+def repeat_batch(fit: _Fit, close: int, seconds: float = 5.0) -> float:
+    """Return events per second of steps on one batch, which change no weight."""
+    _, steps = fit.loader.epoch(close, Phase.FIT, np.random.default_rng(0))
+    step = to_device(next(steps), fit.device)
+    optimizer = _make_optimizer(fit.network, 0.0, 0.0)
     fit.network.train()
     for _ in range(3):
-        fit._train_step(collated, close, optimizer, Phase.FIT)
-    steps, began = 0, time.perf_counter()
+        fit._train_step(step, optimizer, Phase.FIT)
+    _wait(fit.device)
+    count, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
-        fit._train_step(collated, close, optimizer, Phase.FIT)
-        steps += 1
-    if fit.device.type == "cuda":
-        torch.cuda.synchronize()
-    speed = steps * len(collated.events) / (time.perf_counter() - began)
-    fit._labels = remembered  # type: ignore[method-assign]
-    fit.network.backbone = eager
-    return speed, count_operations(fit, collated.batch.source.shape) / len(collated.events)
+        fit._train_step(step, optimizer, Phase.FIT)
+        count += 1
+        if count % 20 == 0:
+            _wait(fit.device)
+    _wait(fit.device)
+    return count * step.events / (time.perf_counter() - began)
 
 
-def count_operations(fit: _Fit, shape: torch.Size) -> float:
-    """Floating-point operations of one training step on (B, L) places."""
-    rows, places = shape
-    linear = sum(
-        module.weight.numel()
-        for module in fit.network.backbone.modules()
-        if isinstance(module, nn.Linear)
-    )
-    attention = 2 * 2 * places * fit.config.width * fit.config.layers
-    return 3.0 * rows * places * (2 * linear + attention)
+def make_epoch(fit: _Fit, close: int) -> float:
+    """Return events per second of batches that one thread makes."""
+    began = time.perf_counter()
+    _, steps = fit.loader.epoch(close, Phase.FIT, np.random.default_rng(0))
+    events = sum(step.events for step in steps)
+    return events / (time.perf_counter() - began)
 
 
-def find_peak(size: int = 2048, repeats: int = 8) -> float:
-    """Return the floating-point operations per second of a large matrix product."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    a = torch.randn(size, size, device=device)
-    best = 0.0
-    for _ in range(repeats):
-        began = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 2 * size**3 / (time.perf_counter() - began))
-    return best
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -91,31 +91,36 @@ class Rotary(nn.Module):
     def forward(self, time: Tensor, position: Tensor) -> Tensor:
         """Return unit complex numbers by which pairs are turned, (B, L, 1, heads, pairs).
 
-        Compiled, as real numbers (..., 2): the compiler makes no code for complex ones.
+        Compiled, as real numbers (2, B, L, 1, heads, 2 pairs), cosines and signed sines: the
+        compiler makes no code for complex ones.
         """
         by_time = time[..., None] * self.time_rate
         by_place = position[..., None] * self.place_rate
         # Not torch.polar, which takes ten times as long on a CPU.
         angles = torch.stack([by_time, by_place], dim=2)
         if torch.compiler.is_compiling():
-            turns = torch.stack([angles.cos(), angles.sin()], dim=-1)
+            cos, sin = angles.cos().repeat_interleave(2, dim=-1), angles.sin()
+            turns = torch.stack([cos, torch.stack([-sin, sin], dim=-1).flatten(-2)])
         else:
             turns = torch.complex(angles.cos(), angles.sin())
+        times, places = turns.chunk(2, dim=-2)
+        size = turns.shape[:-2]
         heads = [
-            turns[:, :, :1].expand(-1, -1, self.time_heads, *turns.shape[3:]),
-            turns[:, :, 1:].expand(-1, -1, self.place_heads, *turns.shape[3:]),
+            times.expand(*size, self.time_heads, -1),
+            places.expand(*size, self.place_heads, -1),
         ]
-        return torch.cat(heads, dim=2)[:, :, None]
+        return torch.cat(heads, dim=-2).unsqueeze(-3)
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Turn each pair of neighbours of (B, L, 2, heads, head width) by its angle."""
-    if not turn.is_complex():
-        a, b = x.view(*x.shape[:-1], -1, 2).unbind(dim=-1)
-        cos, sin = turn.unbind(dim=-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-    pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * turn).flatten(-2)
+    if turn.is_complex():
+        pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * turn).flatten(-2)
+    cos, sin = turn
+    swapped = x.view(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
+    turned: Tensor = x * cos + swapped * sin
+    return turned
 
 
 class Block(nn.Module):

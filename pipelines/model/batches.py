@@ -5,7 +5,7 @@ All of it works on flat arrays; no step loops over users.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -216,6 +216,55 @@ class Collated:
     events: Ints
 
 
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where the pieces of a batch lie.
+
+    Attributes:
+        chosen: int64 (P,), which pieces.
+        place: int64 (P,), flat place of the first token of each.
+        shape: rows and places of a row.
+    """
+
+    chosen: Ints
+    place: Ints
+    shape: tuple[int, int]
+
+
+def lay_out(
+    pieces: Pieces, *, row: int, tokens_per_batch: int, rng: np.random.Generator | None
+) -> list[Placement]:
+    """Pack pieces into batches of about ``tokens_per_batch`` places.
+
+    Args:
+        pieces: what to pack.
+        row: places of a row; grown to the longest piece where that is longer.
+        tokens_per_batch: places of a batch.
+        rng: shuffles; None keeps order.
+    """
+    lengths = pieces.lengths
+    if not len(lengths):
+        return []
+    row = max(row, int(lengths.max()))
+    piece_row, piece_column = pack(lengths, row, rng)
+    by_row = np.argsort(piece_row * row + piece_column, kind="stable")
+    rows = int(piece_row.max()) + 1
+    per_batch = max(1, tokens_per_batch // row)
+    bounds = np.searchsorted(piece_row[by_row], np.arange(0, rows + per_batch, per_batch))
+    placed = []
+    for batch, (low, high) in enumerate(pairwise(bounds)):
+        chosen = by_row[low:high]
+        first_row = batch * per_batch
+        placed.append(
+            Placement(
+                chosen=chosen,
+                place=(piece_row[chosen] - first_row) * row + piece_column[chosen],
+                shape=(min(per_batch, rows - first_row), row),
+            )
+        )
+    return placed
+
+
 def iterate(
     timeline: Timeline,
     tokenizer: Tokenizer,
@@ -226,61 +275,101 @@ def iterate(
     features: bool,
     rng: np.random.Generator | None,
 ) -> Iterator[Collated]:
-    """Yield packed batches of about ``tokens_per_batch`` places.
+    """Yield packed batches.
 
     Args:
         timeline: all events.
         tokenizer: makes tokens.
         pieces: what to pack.
-        row: places of a row; grown to the longest piece where that is longer.
-        tokens_per_batch: places of a batch.
+        row, tokens_per_batch, rng: see ``lay_out``.
         features: compute the snapshot features at NOW.
-        rng: shuffles; None keeps order.
     """
-    lengths = pieces.lengths
-    if not len(lengths):
-        return
-    row = max(row, int(lengths.max()))
-    piece_row, piece_column = pack(lengths, row, rng)
-    by_row = np.argsort(piece_row * row + piece_column, kind="stable")
-    rows = int(piece_row.max()) + 1
-    per_batch = max(1, tokens_per_batch // row)
-    bounds = np.searchsorted(piece_row[by_row], np.arange(0, rows + per_batch, per_batch))
-    for batch, (low, high) in enumerate(pairwise(bounds)):
-        chosen = by_row[low:high]
-        first_row = batch * per_batch
-        yield collate(
-            timeline,
-            tokenizer,
-            pieces,
-            chosen=chosen,
-            place=(piece_row[chosen] - first_row) * row + piece_column[chosen],
-            shape=(min(per_batch, rows - first_row), row),
-            features=features,
-        )
+    for placement in lay_out(pieces, row=row, tokens_per_batch=tokens_per_batch, rng=rng):
+        yield from collate(timeline, tokenizer, pieces, [placement], features=features)
 
 
 def collate(
     timeline: Timeline,
     tokenizer: Tokenizer,
     pieces: Pieces,
+    placements: Sequence[Placement],
     *,
-    chosen: Ints,
-    place: Ints,
-    shape: tuple[int, int],
     features: bool,
-) -> Collated:
-    """Lay some pieces out in rows.
+) -> list[Collated]:
+    """Lay some pieces out in rows, of several batches at a time.
 
     Args:
         timeline: all events.
         tokenizer: makes tokens.
         pieces: all pieces.
-        chosen: int64 (P,), which of them.
-        place: int64 (P,), flat place of the first token of each.
-        shape: rows and places of a row.
+        placements: of every batch, which pieces lie where.
         features: compute the snapshot features at NOW.
     """
+    placed = [_lay_down(timeline, pieces, placement) for placement in placements]
+    # What is told of a token does not depend on its batch: it is made for all at once.
+    users = _join([pieces.user[placement.chosen] for placement in placements])
+    cuts = placed[0].cuts if len(placed) == 1 else Cuts.join([part.cuts for part in placed])
+    profiles = tokenizer.profiles(timeline.sequences, users)
+    events = tokenizer.events(timeline, _join([part.events for part in placed]))
+    now_numbers = tokenizer.nows(timeline, cuts)
+    now_features = timeline.features(cuts) if features else np.zeros((len(cuts), 0), np.float32)
+    of_profiles = split_by([len(placement.chosen) for placement in placements])
+    of_events = split_by([len(part.events) for part in placed])
+    of_nows = split_by([len(part.cuts) for part in placed])
+    tensor = torch.from_numpy
+    collated = []
+    for part, profile, event, now in zip(placed, of_profiles, of_events, of_nows, strict=True):
+        query_rows, query_tokens, query_offsets = tokenizer.queries(timeline.sequences, part.events)
+        batch = Batch(
+            source=tensor(part.source),
+            segment=tensor(part.segment),
+            is_now=tensor(part.is_now),
+            position=tensor(part.position),
+            time=tensor(part.time),
+            profile_numbers=tensor(profiles[0][profile]),
+            profile_codes=tensor(profiles[1][profile]),
+            event_codes=tensor(events[1][event]),
+            event_numbers=tensor(events[0][event]),
+            query_rows=tensor(query_rows),
+            query_tokens=tensor(query_tokens),
+            query_offsets=tensor(query_offsets),
+            now_place=tensor(part.now_place),
+            now_numbers=tensor(now_numbers[now]),
+            now_features=tensor(now_features[now]),
+            event_place=tensor(part.event_place),
+        )
+        collated.append(Collated(batch=batch, cuts=part.cuts, rows=part.rows, events=part.events))
+    return collated
+
+
+def split_by(counts: Sequence[int]) -> list[slice]:
+    """Return the slices of parts of some lengths that lie end to end."""
+    ends = np.cumsum(counts).tolist()
+    return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+
+
+def _join(parts: Sequence[Ints]) -> Ints:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Placed:
+    """Which tokens a batch has, and where each lies; see ``Batch`` and ``Collated``."""
+
+    source: Ints
+    segment: NDArray[np.int32]
+    is_now: NDArray[np.bool_]
+    position: NDArray[np.float32]
+    time: NDArray[np.float32]
+    now_place: Ints
+    event_place: Ints
+    cuts: Cuts
+    rows: Ints
+    events: Ints
+
+
+def _lay_down(timeline: Timeline, pieces: Pieces, placement: Placement) -> _Placed:
+    chosen, place, shape = placement.chosen, placement.place, placement.shape
     start, stop = pieces.start[chosen], pieces.stop[chosen]
     cut_start = pieces.cut_start[chosen]
     cut_counts = pieces.cut_start[chosen + 1] - cut_start
@@ -327,33 +416,14 @@ def collate(
     time[now_place] = (cuts.ts - reference[cut_piece]) / DAY
     is_now = np.zeros(size, dtype=bool)
     is_now[now_place] = True
-
-    profile_numbers, profile_codes = tokenizer.profiles(timeline.sequences, pieces.user[chosen])
-    event_numbers, event_codes = tokenizer.events(timeline, events)
-    query_rows, query_tokens, query_offsets = tokenizer.queries(timeline.sequences, events)
-    now_features = (
-        timeline.features(cuts) if features else np.zeros((now_count, 0), dtype=np.float32)
-    )
-    tensor = torch.from_numpy
-    return Collated(
-        batch=Batch(
-            source=tensor(source).view(shape),
-            segment=tensor(segment).view(shape),
-            is_now=tensor(is_now).view(shape),
-            position=tensor(position).view(shape),
-            time=tensor(time).view(shape),
-            profile_numbers=tensor(profile_numbers),
-            profile_codes=tensor(profile_codes),
-            event_codes=tensor(event_codes),
-            event_numbers=tensor(event_numbers),
-            query_rows=tensor(query_rows),
-            query_tokens=tensor(query_tokens),
-            query_offsets=tensor(query_offsets),
-            now_place=tensor(now_place),
-            now_numbers=tensor(tokenizer.nows(timeline, cuts)),
-            now_features=tensor(now_features),
-            event_place=tensor(event_place),
-        ),
+    return _Placed(
+        source=source.reshape(shape),
+        segment=segment.reshape(shape),
+        is_now=is_now.reshape(shape),
+        position=position.reshape(shape),
+        time=time.reshape(shape),
+        now_place=now_place,
+        event_place=event_place,
         cuts=cuts,
         rows=rows,
         events=events,

@@ -26,7 +26,7 @@ from pipelines.errors import UserError
 from pipelines.model.batches import Collated, cut_pieces, iterate
 from pipelines.model.fusion import CODES
 from pipelines.model.heads import Target
-from pipelines.model.network import Batch, Network
+from pipelines.model.network import Batch, Network, to_device
 from pipelines.model.predictor import Predictor
 from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline, feature_names
 
@@ -148,7 +148,7 @@ class _Path:
     def __init__(self, network: Network, collated: Collated, name: int, bins: int) -> None:
         self.network = network
         device = next(self.network.parameters()).device
-        self.batch: Batch = collated.batch.to(device)
+        self.batch: Batch = to_device(collated.batch, device)
         self.name, self.bins = name, bins
         self.events = slice(
             1 + len(self.batch.profile_codes),

@@ -101,13 +101,11 @@ class HazardTargets:
     log_amount: Tensor
     bought: Tensor
 
-    def to(self, device: torch.device) -> HazardTargets:
-        """Move every tensor."""
-        if device.type == "cpu":
-            return self
-        return HazardTargets(
-            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        )
+    def split(self, counts: Sequence[int]) -> list[HazardTargets]:
+        """Return those of so many cuts each."""
+        names = [field.name for field in fields(self)]
+        parts = zip(*(getattr(self, name).split(list(counts)) for name in names), strict=True)
+        return [HazardTargets(**dict(zip(names, part, strict=True))) for part in parts]
 
 
 def encode_labels(heads: Heads, labels: Labels) -> HazardTargets:
@@ -148,8 +146,8 @@ def amount_loss(outputs: Outputs, targets: HazardTargets) -> Tensor:
 
 def survival(outputs: Outputs) -> NDArray[np.float64]:
     """Return P(no event until the end of each interval), (M, events, bins)."""
-    stay = functional.logsigmoid(-outputs.hazard.double()).cumsum(dim=2).exp()
-    return np.asarray(stay.cpu().numpy())
+    stay = functional.logsigmoid(-outputs.hazard.cpu().double()).cumsum(dim=2).exp()
+    return np.asarray(stay.numpy())
 
 
 def buyer_mean(outputs: Outputs) -> NDArray[np.float64]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Final
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch.nn import functional
 from pipelines.model.backbones import Layout, Transformer, make_backbone
 from pipelines.model.fusion import Fusion
 from pipelines.model.items import ItemHead
+
+T = TypeVar("T")
 
 PROFILE_NUMBERS: Final = 2
 GAP_BINS: Final = 12
@@ -119,14 +121,6 @@ class Batch:
     now_features: Tensor
     event_place: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        """Move every tensor."""
-        if device.type == "cpu":
-            return self
-        return Batch(
-            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
@@ -141,6 +135,31 @@ class Outputs:
     hazard: Tensor
     amount_mean: Tensor
     amount_scale: Tensor
+
+
+def to_device(value: T, device: torch.device) -> T:
+    """Return a tensor, or a dataclass or tuple that holds some, with all of them on a device."""
+    if device.type == "cpu":
+        return value
+    moved: T = _change(value, lambda tensor: tensor.to(device, non_blocking=True))
+    return moved
+
+
+def pin_memory(value: T) -> T:
+    """Return the same in memory from which a GPU copies while others compute."""
+    pinned: T = _change(value, Tensor.pin_memory)
+    return pinned
+
+
+def _change(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_change(part, change) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: getattr(value, field.name) for field in fields(value)}
+        return replace(value, **{name: _change(part, change) for name, part in parts.items()})
+    return value
 
 
 class _ZeroLinear(nn.Linear):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -20,12 +18,13 @@ from pipelines.errors import UserError
 from pipelines.events import EventType
 from pipelines.features.store import Sequences
 from pipelines.io import read_json, write_json
+from pipelines.model.ahead import in_order
 from pipelines.model.batches import Collated, cut_pieces, iterate
 from pipelines.model.calibration import Calibration, log_odds, sigmoid
 from pipelines.model.committee import Committee, join
 from pipelines.model.heads import Heads, Target, buyer_mean, survival
 from pipelines.model.items import RECENT
-from pipelines.model.network import Network, NetworkConfig
+from pipelines.model.network import Network, NetworkConfig, to_device
 from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline, feature_names
 from pipelines.model.tokens import Tokenizer, Vocabulary
 from pipelines.model.trees import PREFIX, Mix, Trees
@@ -309,7 +308,7 @@ class Predictor:
         def look(collated: Collated) -> None:
             if len(self.trees):
                 scores[collated.rows] = self.trees.score(collated.batch.now_features.numpy())
-            batch = collated.batch.to(device)
+            batch = to_device(collated.batch, device)
             nows = [network.encode_now(batch) for network in networks]
             ahead.embedding[collated.rows] = torch.cat(nows, dim=1).cpu().numpy()
             said = [
@@ -331,7 +330,10 @@ class Predictor:
             ahead.items[collated.rows] = best.indices.cpu().numpy()
             ahead.chances[collated.rows] = best.values.cpu().numpy()
 
-        _do(look, self._iterate(timeline, cuts, features=features), workers)
+        packed = self._iterate(timeline, cuts, features=features)
+        threads = workers if workers > 1 else 0
+        for _ in in_order((partial(look, collated) for collated in packed), threads):
+            pass
         return ahead, scores
 
     @property
@@ -403,22 +405,6 @@ class Predictor:
                 value = happened[target.event][:, column]
             result[target.name] = value.astype(np.float32)
         return result
-
-
-def _do(work: Callable[[Collated], None], batches: Iterable[Collated], workers: int) -> None:
-    """Work on batches in so many threads; little more than one a thread are there at a time."""
-    if workers == 1:
-        for batch in batches:
-            work(batch)
-        return
-    going: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for batch in batches:
-            going.append(pool.submit(work, batch))
-            if len(going) > workers:
-                going.popleft().result()
-        while going:
-            going.popleft().result()
 
 
 def count_outputs(heads: Heads) -> int:

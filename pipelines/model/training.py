@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +28,6 @@ from pipelines.events import EVENT_TYPES
 from pipelines.features.store import Sequences
 from pipelines.io import progress
 from pipelines.model.backbones import Transformer
-from pipelines.model.batches import Collated, cut_pieces, iterate, sample_cuts
 from pipelines.model.boosting import TWEEDIE_POWER, Rows, collect_rows, grow_trees
 from pipelines.model.calibration import (
     Calibration,
@@ -48,40 +46,35 @@ from pipelines.model.checkpoint import (
     unpack_torch_chance,
 )
 from pipelines.model.committee import Committee
-from pipelines.model.heads import Heads, Target, amount_loss, encode_labels, hazard_loss
-from pipelines.model.items import RECENT, start_bias
-from pipelines.model.network import Batch, Network, NetworkConfig
+from pipelines.model.heads import Heads, Target, amount_loss, hazard_loss
+from pipelines.model.items import start_bias
+from pipelines.model.network import Batch, Network, NetworkConfig, to_device
 from pipelines.model.predictor import ModelSpec, Predictor, Raw, choose_device, select
 from pipelines.model.speed import count_flops
+from pipelines.model.steps import (
+    NEXT_CODES,
+    Following,
+    FollowingItems,
+    Loader,
+    Phase,
+    Step,
+    in_groups,
+)
 from pipelines.model.timeline import ANY_EVENT, DAY, Cuts, Labels, Timeline, feature_names
 from pipelines.model.tokens import Tokenizer, Vocabulary
 from pipelines.model.trees import Mix, Trees
 
-_NEXT_CODES: Final = 64  # classes of the next event's content
-_NEXT_SHARE: Final = 4  # one event in so many carries the next-event loss
-_LEFT_OUT: Final = 0.15  # of the events, in bidirectional pretraining (Devlin et al. 2019)
-_BIDIRECTIONAL_CUTS: Final = 4
-_PRETRAIN_CUTS: Final = 4  # NOW tokens only mark which histories are read
 _LABELLED: Final = ("hazard.", "amount.", "join.", "fusion.", "items.")  # not pretrained
 _SEED_STEP: Final = 10_000  # between the members of a model, so that near seeds share none
-_ITEM_SHARE: Final = 4  # one NOW token in so many carries the next-item loss
-_ITEM_SAMPLE: Final = 512  # items that stand for all of them in it
 _STATISTICS_CUTS: Final = 20_000
 _WARM_UP: Final = 0.05  # of all steps
 _MAX_NORM: Final = 1.0
 _FLOOR: Final = 1e-6  # of a probability in a loss
+_GPU_LOADERS: Final = 4
 _NICENESS: Final = 10  # of what runs beside the steps
 _LEVEL_CUTS: Final = 4096  # that tell the level of a refit from that of the first fit
 _SHARES: Final = np.linspace(0.0, 1.0, 21)  # of belief, tried
 _DOUBT: Final = 0.5  # standard errors within which a share may be as good as the best
-
-
-class Phase(StrEnum):
-    """What a run of epochs is for."""
-
-    PRETRAIN = "pretrain"
-    FIT = "fit"
-    REFIT = "refit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +155,7 @@ def pretrain_model(
     """
     if not pretrain.epochs:
         return {}
-    seed_everything(config.seed, config.threads)
+    seed_everything(config)
     heads = Heads.for_targets(targets)
     fit = _Fit(Timeline(sequences), periods, heads, targets, config, vocabulary)
     fit.resume(checkpoint, on_epoch)
@@ -212,7 +205,7 @@ def train_model(
         fits: list[_Fit] = []
         for member in range(config.members):
             own = config.model_copy(update={"seed": config.seed + member * _SEED_STEP})
-            seed_everything(own.seed, own.threads)
+            seed_everything(own)
             fit = _Fit(timeline, periods, heads, targets, own, vocabulary)
             tell = _shift_epochs(on_epoch, fits)
             if not fit.resume(checkpoint.part(member) if checkpoint else None, tell):
@@ -276,19 +269,39 @@ def _join(predictors: Sequence[Predictor]) -> Predictor:
     return Predictor(replace(predictors[0].spec, members=len(networks)), Committee(networks))
 
 
-def seed_everything(seed: int, threads: int = 1) -> None:
+def seed_everything(config: Train) -> None:
     """Make what follows repeatable: seeds, the number of threads, deterministic kernels.
 
     Sums split over another number of threads round differently, so that it is a setting and not the
-    machine's own.
+    machine's own. On a GPU what is outside the backbone multiplies in TensorFloat-32 where the
+    backbone does in bfloat16.
     """
-    torch.manual_seed(seed)
-    torch.set_num_threads(threads)
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if choose_device(config.device).type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        half = choose_precision(config) is torch.bfloat16
+        torch.set_float32_matmul_precision("high" if half else "highest")
     # Every buffer here is written before it is read; filling them first costs a tenth.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Moments of rarely met embeddings fade into denormal numbers, on which CPUs are slow.
     torch.set_flush_denormal(True)
+
+
+@contextmanager
+def _refuse_chance(network: Network) -> Iterator[None]:
+    """On a GPU, take attention's repeatable kernels: PyTorch does where others are refused.
+
+    Sums along a recurrence or a mean have none there, so that those backbones stay as they are.
+    """
+    cuda = next(network.parameters()).device.type == "cuda"
+    refuse = cuda and isinstance(network.backbone, Transformer)
+    torch.use_deterministic_algorithms(True, warn_only=not refuse)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def count_workers(config: Train) -> int:
@@ -628,7 +641,7 @@ class _Fit:
                 regions=self.tokenizer.region.size,
                 item_buckets=config.item_buckets,
                 query_buckets=config.query_buckets,
-                next_codes=_NEXT_CODES,
+                next_codes=NEXT_CODES,
                 features=len(feature_names()) if config.fusion else 0,
                 fusion_width=2 * config.width,
                 events=len(heads.events),
@@ -642,6 +655,14 @@ class _Fit:
             context=config.context,
             calibration=Calibration(),
             thresholds={},
+        )
+        self.loader = Loader(
+            timeline,
+            self.tokenizer,
+            heads,
+            config,
+            first=periods.first,
+            active_days=periods.active_days,
         )
         self.network = Network(self.spec.network).to(self.device)
         self.precision = choose_precision(config)
@@ -717,13 +738,13 @@ class _Fit:
         if unexpected:
             raise UserError(f"models/pretrained: {unexpected[0]} is not of this network")
         wanted = self.config.cuts_per_user * self.timeline.sequences.users
-        cuts = self._sample(close, min(_STATISTICS_CUTS, max(1, wanted)))
+        cuts = self.loader.sample(close, min(_STATISTICS_CUTS, max(1, wanted)), self.rng)
         if not len(cuts):
             raise UserError(
                 "train: nobody has a history and a closed window before the calibration cut; "
                 "more days of events or shorter targets.horizons_days are needed"
             )
-        labels = encode_labels(self.heads, self._labels(cuts, close))
+        labels = self.loader.targets(cuts, close)
         counted = labels.counted.sum(dim=0)
         rate = ((labels.happened * labels.counted).sum(dim=0) + 0.5) / (counted + 1.0)
         bought = labels.bought.sum(dim=0)
@@ -736,7 +757,7 @@ class _Fit:
             if self.spec.network.features:
                 self.network.fusion.fit(self.timeline.features(cuts))
             if self.network.items is not None:
-                following = self._next_items(cuts, close)
+                following = self.loader.next_items(cuts, close)
                 counts = np.bincount(following[following >= 0], minlength=self.spec.network.items)
                 self.network.items.bias.copy_(start_bias(counts))
 
@@ -759,33 +780,39 @@ class _Fit:
         self.network.train()
         for epoch in range(self.done[phase], epochs):
             began = time.perf_counter()
-            total = np.zeros(3)
+            total = torch.zeros(3, dtype=torch.float64, device=self.device)
             steps = events = 0
             flops = 0.0
-            batch_count, batches = self._batches(close, phase)
+            batch_count, batches = self.loader.epoch(
+                close,
+                phase,
+                self.rng,
+                **_choose_loaders(self.device),
+            )
             count = math.ceil(batch_count / self.config.accumulate)
             label = f"{phase} {epoch + 1}/{epochs}"
             shown = progress(batches, label, total=batch_count, unit="batch")
-            for together in _in_groups(shown, self.config.accumulate):
+            for together in in_groups(shown, self.config.accumulate):
                 done = (epoch + steps / max(count, 1)) / epochs
                 rate = learning_rate * min(1.0, (done + 1e-3) / _WARM_UP) * max(1.0 - done, 0.0)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["scale"]
                 # Cuts, of which the horizon losses are means, count alike in whatever batch.
-                cuts = sum(len(collated.cuts) for collated in together)
-                for collated in together:
-                    share, last = len(collated.cuts) / cuts, collated is together[-1]
-                    total += self._train_step(collated, close, optimizer, phase, share, last)
-                    events += len(collated.events)
-                    flops += self._count_flops(collated, phase)
+                cuts = sum(step.cuts for step in together)
+                for step in together:
+                    share, last = step.cuts / cuts, step is together[-1]
+                    total += self._train_step(step, optimizer, phase, share, last)
+                    events += step.events
+                    flops += self._count_flops(step)
                 steps += 1
+            losses = (total / max(steps, 1)).tolist()  # waits for a GPU
             seconds = time.perf_counter() - began
             self.step += steps
             self.done[phase] += 1
             self.events += events
             self.seconds += seconds
             self.flops += flops
-            hazard, amount, following = (total / max(steps, 1)).tolist()
+            hazard, amount, following = losses
             told = {
                 "epoch": sum(self.done.values()),
                 "step": self.step,
@@ -805,48 +832,41 @@ class _Fit:
 
     def _train_step(
         self,
-        collated: Collated,
-        close: int,
+        step: Step,
         optimizer: torch.optim.Optimizer,
         phase: Phase,
         share: float = 1.0,
         last: bool = True,
-    ) -> NDArray[np.float64]:
+    ) -> Tensor:
         """Add a batch's share to the gradients, and after the ``last`` of its group step."""
-        losses = self._add_gradients(collated, close, phase, share)
+        with _refuse_chance(self.network):
+            losses = self._add_gradients(step, phase, share)
         if last and any(p.grad is not None for p in self.network.parameters()):
             nn.utils.clip_grad_norm_(self.network.parameters(), _MAX_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return losses
 
-    def _add_gradients(
-        self, collated: Collated, close: int, phase: Phase, share: float
-    ) -> NDArray[np.float64]:
-        """Add the gradients of ``share`` times the loss; return its parts times ``share``."""
-        batch = collated.batch.to(self.device)
-        left_out = self._choose_left_out(collated) if phase is Phase.PRETRAIN else None
-        hidden = self._encode(batch, left_out)
-        none = hidden.new_zeros(())
-        if phase is Phase.PRETRAIN:
-            hazard = amount = none
-            loss = following = self._event_loss(collated, hidden, close, left_out)
-        else:
-            outputs, hidden = self.network.read(batch, hidden)
-            labels = self._labels(collated.cuts, close)
-            targets = encode_labels(self.heads, labels).to(self.device)
-            hazard = hazard_loss(outputs, targets)
-            amount = amount_loss(outputs, targets) if self.heads.amounts else none
+    def _add_gradients(self, step: Step, phase: Phase, share: float) -> Tensor:
+        """Add the gradients of ``share`` times the loss; return its parts times ``share``, (3,)."""
+        step = to_device(step, self.device)
+        hidden = self._encode(step.batch, step.left_out)
+        loss = hazard = amount = following = hidden.new_zeros(())
+        if step.targets is not None:
+            outputs, hidden = self.network.read(step.batch, hidden)
+            hazard = hazard_loss(outputs, step.targets)
+            if self.heads.amounts:
+                amount = amount_loss(outputs, step.targets)
             loss = hazard + self.config.amount_weight * amount
-            following = none
-            if self.config.next_event_weight and not self.bidirectional:
-                following = self._event_loss(collated, hidden, close, None)
-                loss = loss + self.config.next_event_weight * following
-            if self.network.items is not None and self.config.item_weight:
-                loss = loss + self.config.item_weight * self._item_loss(collated, hidden, close)
+        if step.following is not None:
+            following = self._event_loss(step.following, hidden)
+            weight = 1.0 if phase is Phase.PRETRAIN else self.config.next_event_weight
+            loss = loss + weight * following
+        if step.items is not None:
+            loss = loss + self.config.item_weight * self._item_loss(step.items, hidden)
         if loss.requires_grad:
             (share * loss).backward()  # type: ignore[no-untyped-call]
-        return share * np.array([hazard.item(), amount.item(), following.item()])
+        return share * torch.stack([hazard, amount, following]).detach().double()
 
     def _encode(self, batch: Batch, left_out: Tensor | None) -> Tensor:
         """Return the hidden states in float32, in which heads and losses are computed as well."""
@@ -855,138 +875,43 @@ class _Fit:
             tokens = self.network.embed(batch, left_out)
             return self.network.mix(batch, tokens, self.backbone).float()
 
-    def _count_flops(self, collated: Collated, phase: Phase) -> float:
-        read = phase is not Phase.PRETRAIN
-        told = len(collated.events) / _NEXT_SHARE
-        if self.bidirectional:
-            told = 0.0 if read else _LEFT_OUT * len(collated.events)
-        elif read and not self.config.next_event_weight:
-            told = 0.0
-        items = len(collated.cuts) / _ITEM_SHARE if read and self.config.item_weight else 0.0
-        return count_flops(self.network, collated.batch, told=told, items=items, read=read)
+    def _count_flops(self, step: Step) -> float:
+        told = items = 0
+        if step.following is not None:
+            told = len(step.following.places)
+        if step.items is not None:
+            items = len(step.items.places)
+        read = step.targets is not None
+        return count_flops(self.network, step.batch, told=told, items=items, read=read)
 
-    @property
-    def bidirectional(self) -> bool:
-        """Whether events see later events of their segment."""
-        return self.config.backbone == "bert"
-
-    def _choose_left_out(self, collated: Collated) -> Tensor | None:
-        if not self.bidirectional:
-            return None
-        return torch.from_numpy(self.rng.random(len(collated.events)) < _LEFT_OUT).to(self.device)
-
-    def _item_loss(self, collated: Collated, hidden: Tensor, close: int) -> Tensor:
+    def _item_loss(self, items: FollowingItems, hidden: Tensor) -> Tensor:
         """Return the loss of the item after some NOW tokens."""
         assert self.network.items is not None  # noqa: S101 - for the type checker
-        chosen = np.arange(int(self.rng.integers(_ITEM_SHARE)), len(collated.cuts), _ITEM_SHARE)
-        sample = self.rng.integers(len(self.spec.vocabulary.item), size=_ITEM_SAMPLE)
-        truth = self._next_items(collated.cuts.take(chosen), close)
-        known = truth >= 0
-        if not known.any():
-            return hidden.new_zeros(())
-        chosen = chosen[known]
-        places = collated.batch.now_place[torch.from_numpy(chosen)].to(self.device)
-        now = self.network.norm(hidden.flatten(0, 1).index_select(0, places))
-        recent = self.timeline.recent_items(collated.cuts.take(chosen), RECENT)
-        said: Tensor = self.network.items.loss(
-            now,
-            torch.from_numpy(self.tokenizer.items(recent)).to(self.device),
-            torch.from_numpy(truth[known]).to(self.device),
-            torch.from_numpy(sample).to(self.device),
-        )
+        now = self.network.norm(hidden.flatten(0, 1).index_select(0, items.places))
+        said: Tensor = self.network.items.loss(now, items.recent, items.truth, items.sample)
         return said
 
-    def _next_items(self, cuts: Cuts, close: int) -> NDArray[np.int64]:
-        """Return the code of the item touched next from every cut on, -1 = none or unknown."""
-        return self.tokenizer.items(self.timeline.next_item(cuts, np.full(len(cuts), close)))
-
-    def _event_loss(
-        self, collated: Collated, hidden: Tensor, close: int, left_out: Tensor | None
-    ) -> Tensor:
+    def _event_loss(self, following: Following, hidden: Tensor) -> Tensor:
         """Cross-entropy of the event after some events, or of those left out themselves."""
-        events = collated.events
-        if left_out is not None:
-            chosen = np.flatnonzero(left_out.cpu().numpy())
-            before = events[chosen] - 1
-            chosen = chosen[before >= self.timeline.offsets[self.timeline.user[events[chosen]]]]
-            known = events[chosen] - 1
-        else:
-            chosen = np.arange(int(self.rng.integers(_NEXT_SHARE)), len(events), _NEXT_SHARE)
-            index = events[chosen]
-            inside = index + 1 < self.timeline.offsets[self.timeline.user[index] + 1]
-            following = np.minimum(index + 1, len(self.timeline.ts) - 1)
-            chosen = chosen[inside & (self.timeline.ts[following] < close)]
-            known = events[chosen]
-        if not len(chosen):
-            return hidden.new_zeros(())
-        truth = self.tokenizer.next_events(self.timeline, known, _NEXT_CODES)
-        places = collated.batch.event_place[torch.from_numpy(chosen)].to(self.device)
-        *logits, price = self.network.next_logits(hidden, places)
+        *logits, price = self.network.next_logits(hidden, following.places)
         losses = [
-            functional.cross_entropy(said, torch.from_numpy(was).to(self.device))
-            for said, was in zip(logits, truth.classes, strict=True)
+            functional.cross_entropy(said, was)
+            for said, was in zip(logits, following.classes, strict=True)
         ]
-        priced = np.isfinite(truth.price)
-        if priced.any():
-            said = price[torch.from_numpy(np.flatnonzero(priced)).to(self.device)]
-            was = torch.from_numpy(truth.price[priced]).to(self.device)
-            losses.append(functional.smooth_l1_loss(said, was))
+        if len(following.priced):
+            losses.append(functional.smooth_l1_loss(price[following.priced], following.price))
         return torch.stack(losses).sum()
 
-    def _labels(self, cuts: Cuts, close: int) -> Labels:
-        return self.timeline.labels(
-            cuts, events=self.heads.events, horizons=self.heads.amounts, close=close
-        )
 
-    def _cut_count(self, phase: Phase = Phase.FIT) -> int:
-        per_user = self.config.cuts_per_user
-        if self.bidirectional:
-            # Each cut takes a pass of its own: an epoch is to cost a few times another's only.
-            per_user = math.ceil(per_user / _BIDIRECTIONAL_CUTS)
-        elif phase is Phase.PRETRAIN:
-            per_user = math.ceil(per_user / _PRETRAIN_CUTS)
-        return max(1, per_user * self.timeline.sequences.users)
+def _choose_loaders(device: torch.device) -> dict[str, Any]:
+    """Return who makes steps: a thread, of a GPU, which takes more than one makes, processes.
 
-    def _sample(self, close: int, count: int) -> Cuts:
-        return sample_cuts(
-            self.timeline,
-            count=count,
-            first=self.periods.first,
-            last=close - self.heads.grid[0] * DAY,
-            active_days=self.periods.active_days,
-            half_life_days=self.config.half_life_days,
-            rng=self.rng,
-        )
-
-    def _batches(self, close: int, phase: Phase) -> tuple[int, Iterator[Collated]]:
-        """Draw an epoch; return how many batches it has, about, and the batches."""
-        config = self.config
-        cuts = self._sample(close, self._cut_count(phase))
-        users = self.timeline.sequences.users
-        # A bidirectional piece has one NOW token, at its end.
-        shift = None if self.bidirectional else self.rng.integers(config.stride, size=users)
-        pieces = cut_pieces(
-            self.timeline, cuts, context=config.context, stride=config.stride, shift=shift
-        )
-        row = config.context + 1 + int(np.diff(pieces.cut_start).max(initial=1))
-        per_batch = max(1, config.tokens_per_batch // row) * row
-        batches = iterate(
-            self.timeline,
-            self.tokenizer,
-            pieces,
-            row=row,
-            tokens_per_batch=config.tokens_per_batch,
-            features=config.fusion and phase is not Phase.PRETRAIN,
-            rng=self.rng,
-        )
-        return math.ceil(int(pieces.lengths.sum()) / per_batch), batches
-
-
-def _in_groups(batches: Iterable[Collated], count: int) -> Iterator[list[Collated]]:
-    """Yield so many batches together, at last those left over."""
-    left = iter(batches)
-    while group := list(islice(left, count)):
-        yield group
+    Beside threads its own, which launches what the GPU does, would wait for the interpreter.
+    """
+    if device.type == "cpu":
+        return {"workers": 1}
+    workers = max(1, min(_GPU_LOADERS, (os.cpu_count() or 1) - 1))
+    return {"workers": workers, "processes": "fork" in multiprocessing.get_all_start_methods()}
 
 
 def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -13,12 +13,13 @@ import torch
 from pipelines.config import EnsembleTrees, Train
 from pipelines.features.store import Sequences
 from pipelines.model import training
-from pipelines.model.batches import collate, cut_pieces, sample_cuts
+from pipelines.model.batches import Placement, cut_pieces, sample_cuts
 from pipelines.model.calibration import choose_threshold
 from pipelines.model.checkpoint import Checkpoint, pack_torch_chance, unpack_torch_chance
 from pipelines.model.heads import Heads
 from pipelines.model.network import Outputs
 from pipelines.model.predictor import Predictor
+from pipelines.model.steps import in_groups
 from pipelines.model.timeline import Cuts, Timeline
 from pipelines.model.tokens import Vocabulary
 from pipelines.model.training import (
@@ -35,7 +36,7 @@ PLAIN = TINY.model_copy(update={"epochs": 1, "trees": EnsembleTrees(rounds=0)})
 
 
 def make_fit(shop: Sequences, vocabulary: Vocabulary, config: Train) -> _Fit:
-    seed_everything(config.seed, config.threads)
+    seed_everything(config)
     heads = Heads.for_targets(TARGETS)
     return _Fit(Timeline(shop), PERIODS, heads, TARGETS, config, vocabulary)
 
@@ -90,8 +91,8 @@ def test_bfloat16_reaches_the_backbone(shop: Sequences, vocabulary: Vocabulary) 
     seen: list[torch.dtype] = []
     for block in fit.network.backbone.blocks:  # type: ignore[union-attr]
         block.attention_out.register_forward_hook(lambda m, x, y: seen.append(y.dtype))
-    _, batches = fit._batches(PERIODS.calibration, Phase.FIT)
-    hidden = fit._encode(next(batches).batch, None)
+    _, steps = fit.loader.epoch(PERIODS.calibration, Phase.FIT, fit.rng)
+    hidden = fit._encode(next(steps).batch, None)
     assert seen == [torch.bfloat16] * PLAIN.layers
     assert hidden.dtype == torch.float32
 
@@ -159,17 +160,14 @@ def test_two_halves_make_the_step_of_the_whole(shop: Sequences, vocabulary: Voca
         fit.start(PERIODS.calibration, {})
         torch.nn.init.normal_(fit.network.hazard.weight, generator=torch.Generator().manual_seed(1))
         for low, high in bounds:
-            collated = collate(
-                timeline,
-                fit.tokenizer,
-                pieces,
+            placement = Placement(
                 chosen=np.arange(low, high),
                 place=np.arange(high - low) * row,
                 shape=(high - low, row),
-                features=True,
             )
-            share = len(collated.cuts) / len(cuts)
-            fit._add_gradients(collated, PERIODS.calibration, Phase.FIT, share)
+            chance = fit.loader.draw(Phase.FIT, rng, pieces, placement)
+            (step,) = fit.loader.make(pieces, [placement], PERIODS.calibration, Phase.FIT, [chance])
+            fit._add_gradients(step, Phase.FIT, step.cuts / len(cuts))
         return {n: p.grad for n, p in fit.network.named_parameters() if p.grad is not None}
 
     whole, halves = gradients([(0, count)]), gradients([(0, count // 2), (count // 2, count)])
@@ -216,8 +214,7 @@ def test_steps_count_groups_and_what_is_left_over(
 
 
 def test_batches_left_over_are_a_group() -> None:
-    groups = training._in_groups(iter(range(5)), 2)  # type: ignore[arg-type]
-    assert list(groups) == [[0, 1], [2, 3], [4]]  # type: ignore[comparison-overlap]
+    assert list(in_groups(iter(range(5)), 2)) == [[0, 1], [2, 3], [4]]
 
 
 def test_accumulated_training_goes_on_from_a_checkpoint(

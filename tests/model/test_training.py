@@ -13,7 +13,7 @@ import torch
 from pipelines.config import Pretrain
 from pipelines.errors import UserError
 from pipelines.features.store import Sequences, encode_events
-from pipelines.model.batches import collate, cut_pieces
+from pipelines.model.batches import Placement, collate, cut_pieces
 from pipelines.model.heads import survival
 from pipelines.model.predictor import CONFIG, WEIGHTS, Predictor
 from pipelines.model.timeline import DAY, Cuts, Timeline
@@ -97,13 +97,17 @@ def test_many_nows_are_as_many_passes(shop: Sequences, lively: Predictor) -> Non
     # One piece with all five NOW tokens, as in training.
     pieces = cut_pieces(timeline, cuts, context=500, stride=500, shift=np.zeros(60, dtype=np.int64))
     assert len(pieces.start) == 1
-    collated = collate(
+    (collated,) = collate(
         timeline,
         lively.tokenizer,
         pieces,
-        chosen=np.array([0]),
-        place=np.array([4]),
-        shape=(1, 4 + int(pieces.lengths[0])),
+        [
+            Placement(
+                chosen=np.array([0]),
+                place=np.array([4]),
+                shape=(1, 4 + int(pieces.lengths[0])),
+            )
+        ],
         features=True,
     )
     with torch.inference_mode():

@@ -1,0 +1,386 @@
+"""What training steps read: packed batches with all that is told of them, made ahead on the CPU.
+
+Every draw of chance is made in the order of the steps, whoever makes them: the number of threads
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from itertools import chain, islice
+from typing import Final, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipelines.config import Train
+from pipelines.model import batches
+from pipelines.model.ahead import in_order
+from pipelines.model.batches import (
+    Collated,
+    Pieces,
+    Placement,
+    cut_pieces,
+    lay_out,
+    sample_cuts,
+)
+from pipelines.model.heads import HazardTargets, Heads, encode_labels
+from pipelines.model.items import RECENT
+from pipelines.model.network import Batch, pin_memory
+from pipelines.model.timeline import DAY, Cuts, Timeline
+from pipelines.model.tokens import Tokenizer
+
+T = TypeVar("T")
+
+NEXT_CODES: Final = 64  # classes of the next event's content
+NEXT_SHARE: Final = 4  # one event in so many carries the next-event loss
+LEFT_OUT: Final = 0.15  # of the events, in bidirectional pretraining (Devlin et al. 2019)
+ITEM_SHARE: Final = 4  # one NOW token in so many carries the next-item loss
+_BIDIRECTIONAL_CUTS: Final = 4
+_PRETRAIN_CUTS: Final = 4  # NOW tokens only mark which histories are read
+_TOGETHER: Final = 16384  # places of the batches that are made at a time
+_ITEM_SAMPLE: Final = 512  # items that stand for all of them in the next-item loss
+
+
+class Phase(StrEnum):
+    """What a run of epochs is for."""
+
+    PRETRAIN = "pretrain"
+    FIT = "fit"
+    REFIT = "refit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Following:
+    """Events that are to be told, N of them.
+
+    Attributes:
+        places: int64 (N,), flat places from which they are told.
+        classes: int64 (N,) each: type, interval of the gap before, content.
+        priced: int64 (K,), which of them have a price.
+        price: float32 (K,), their standardised log prices.
+    """
+
+    places: Tensor
+    classes: tuple[Tensor, ...]
+    priced: Tensor
+    price: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FollowingItems:
+    """Items that are to be told, N of them.
+
+    Attributes:
+        places: int64 (N,), flat places of the NOW tokens before them.
+        recent: int64 (N, RECENT), codes of the items touched last, latest first, -1 = none.
+        truth: int64 (N,), codes.
+        sample: int64 (S,), codes drawn uniformly.
+    """
+
+    places: Tensor
+    recent: Tensor
+    truth: Tensor
+    sample: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A batch and what is told of it; nothing else is read by a training step.
+
+    Attributes:
+        batch: E events, M NOW tokens.
+        events, cuts: E and M.
+        left_out: bool (E,), events whose content must be guessed; None = none.
+        targets: what followed the NOW tokens; None = they are not read.
+        following: events to tell; None = none.
+        items: items to tell; None = none.
+    """
+
+    batch: Batch
+    events: int
+    cuts: int
+    left_out: Tensor | None = None
+    targets: HazardTargets | None = None
+    following: Following | None = None
+    items: FollowingItems | None = None
+
+    def pin_memory(self) -> Step:
+        """Return the same in memory from which a GPU copies while it computes."""
+        return pin_memory(self)
+
+
+class _Tasks(Dataset[list[Step]]):
+    """Steps that are made when they are asked for."""
+
+    def __init__(self, tasks: Sequence[Callable[[], list[Step]]]) -> None:
+        self._tasks = tasks
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, index: int) -> list[Step]:
+        return self._tasks[index]()
+
+
+def in_groups(parts: Iterable[T], count: int) -> Iterator[list[T]]:
+    """Yield so many parts together, at last those left over."""
+    left = iter(parts)
+    while group := list(islice(left, count)):
+        yield group
+
+
+def _share(tasks: Sequence[Callable[[], list[Step]]], workers: int) -> DataLoader[list[Step]]:
+    """Let processes make steps; they inherit what has been read, and no part of it is sent."""
+    return DataLoader(
+        _Tasks(tasks),
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="fork",
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own seed is not to be drawn from that of training
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chance:
+    """What is drawn for a step: which events and NOW tokens tell what."""
+
+    event: int
+    item: int
+    sample: NDArray[np.int64]
+    left_out: NDArray[np.bool_] | None
+
+
+class Loader:
+    """Draws epochs and makes their steps.
+
+    Args:
+        timeline: all events.
+        tokenizer: makes tokens.
+        heads: what is predicted.
+        config: settings of training.
+        first: microseconds, no cut is before.
+        active_days: who is in the population at a cut; None = everyone seen so far.
+    """
+
+    def __init__(
+        self,
+        timeline: Timeline,
+        tokenizer: Tokenizer,
+        heads: Heads,
+        config: Train,
+        *,
+        first: int,
+        active_days: float | None,
+    ) -> None:
+        self.timeline = timeline
+        self.tokenizer = tokenizer
+        self.heads = heads
+        self.config = config
+        self.first = first
+        self.active_days = active_days
+        # Events see later events of their segment.
+        self.bidirectional = config.backbone == "bert"
+        self.items = len(tokenizer.vocabulary.item)
+
+    def epoch(
+        self,
+        close: int,
+        phase: Phase,
+        rng: np.random.Generator,
+        *,
+        workers: int = 0,
+        processes: bool = False,
+    ) -> tuple[int, Iterator[Step]]:
+        """Draw an epoch on windows that close by ``close``.
+
+        Args:
+            close: microseconds.
+            phase: what it is for.
+            rng: source of chance.
+            workers: that make steps ahead; 0 = none.
+            processes: workers are processes instead of threads, and steps lie in memory from which
+                a GPU copies while it computes.
+
+        Returns:
+            How many steps there are, and the steps.
+        """
+        pieces, placed = self.place(close, phase, rng)
+        together = max(1, _TOGETHER // self.config.tokens_per_batch)
+        tasks = (
+            partial(
+                self.make,
+                pieces,
+                some,
+                close,
+                phase,
+                [self.draw(phase, rng, pieces, placement) for placement in some],
+            )
+            for some in in_groups(placed, together)
+        )
+        made = _share(list(tasks), workers) if processes and workers else in_order(tasks, workers)
+        return len(placed), chain.from_iterable(made)
+
+    def place(
+        self, close: int, phase: Phase, rng: np.random.Generator
+    ) -> tuple[Pieces, list[Placement]]:
+        """Draw cuts, cut histories into pieces and say where each lies."""
+        config = self.config
+        cuts = self.sample(close, self._count_cuts(phase), rng)
+        users = self.timeline.sequences.users
+        # A bidirectional piece has one NOW token, at its end.
+        shift = None if self.bidirectional else rng.integers(config.stride, size=users)
+        pieces = cut_pieces(
+            self.timeline, cuts, context=config.context, stride=config.stride, shift=shift
+        )
+        row = config.context + 1 + int(np.diff(pieces.cut_start).max(initial=1))
+        placed = lay_out(pieces, row=row, tokens_per_batch=config.tokens_per_batch, rng=rng)
+        return pieces, placed
+
+    def sample(self, close: int, count: int, rng: np.random.Generator) -> Cuts:
+        """Draw so many cuts whose shortest window closes by ``close``."""
+        return sample_cuts(
+            self.timeline,
+            count=count,
+            first=self.first,
+            last=close - self.heads.grid[0] * DAY,
+            active_days=self.active_days,
+            half_life_days=self.config.half_life_days,
+            rng=rng,
+        )
+
+    def targets(self, cuts: Cuts, close: int) -> HazardTargets:
+        """Return what followed some cuts, as far as ``close`` lets see."""
+        labels = self.timeline.labels(
+            cuts, events=self.heads.events, horizons=self.heads.amounts, close=close
+        )
+        return encode_labels(self.heads, labels)
+
+    def next_items(self, cuts: Cuts, close: int) -> NDArray[np.int64]:
+        """Return the code of the item touched next from every cut on, -1 = none or unknown."""
+        return self.tokenizer.items(self.timeline.next_item(cuts, np.full(len(cuts), close)))
+
+    def _count_cuts(self, phase: Phase) -> int:
+        per_user = self.config.cuts_per_user
+        if self.bidirectional:
+            # Each cut takes a pass of its own: an epoch is to cost a few times another's only.
+            per_user = math.ceil(per_user / _BIDIRECTIONAL_CUTS)
+        elif phase is Phase.PRETRAIN:
+            per_user = math.ceil(per_user / _PRETRAIN_CUTS)
+        return max(1, per_user * self.timeline.sequences.users)
+
+    def _tells_events(self, phase: Phase) -> bool:
+        if phase is Phase.PRETRAIN:
+            return True
+        return self.config.next_event_weight > 0 and not self.bidirectional
+
+    def _tells_items(self, phase: Phase) -> bool:
+        return phase is not Phase.PRETRAIN and self.items > 0 and self.config.item_weight > 0
+
+    def draw(
+        self, phase: Phase, rng: np.random.Generator, pieces: Pieces, placement: Placement
+    ) -> Chance:
+        """Draw what a step has by chance."""
+        left_out = None
+        event = item = 0
+        sample = np.zeros(0, dtype=np.int64)
+        if self.bidirectional and phase is Phase.PRETRAIN:
+            chosen = placement.chosen
+            events = int((pieces.stop[chosen] - pieces.start[chosen]).sum())
+            left_out = rng.random(events) < LEFT_OUT
+        elif self._tells_events(phase):
+            event = int(rng.integers(NEXT_SHARE))
+        if self._tells_items(phase):
+            item = int(rng.integers(ITEM_SHARE))
+            sample = rng.integers(self.items, size=_ITEM_SAMPLE)
+        return Chance(event=event, item=item, sample=sample, left_out=left_out)
+
+    def make(
+        self,
+        pieces: Pieces,
+        placements: Sequence[Placement],
+        close: int,
+        phase: Phase,
+        chances: Sequence[Chance],
+    ) -> list[Step]:
+        """Make some steps at a time, which takes less than one by one; two threads may."""
+        read = phase is not Phase.PRETRAIN
+        made = batches.collate(
+            self.timeline,
+            self.tokenizer,
+            pieces,
+            placements,
+            features=self.config.fusion and read,
+        )
+        targets: list[HazardTargets] | list[None] = [None] * len(made)
+        if read:
+            whole = self.targets(Cuts.join([collated.cuts for collated in made]), close)
+            targets = whole.split([len(collated.cuts) for collated in made])
+        return [
+            Step(
+                batch=collated.batch,
+                events=len(collated.events),
+                cuts=len(collated.cuts),
+                left_out=None if chance.left_out is None else torch.from_numpy(chance.left_out),
+                targets=told,
+                following=self._follow(collated, close, chance)
+                if self._tells_events(phase)
+                else None,
+                items=self._follow_items(collated, close, chance)
+                if self._tells_items(phase)
+                else None,
+            )
+            for collated, told, chance in zip(made, targets, chances, strict=True)
+        ]
+
+    def _follow(self, collated: Collated, close: int, chance: Chance) -> Following | None:
+        """Describe the event after some events, or those left out themselves."""
+        timeline, events = self.timeline, collated.events
+        if chance.left_out is not None:
+            chosen = np.flatnonzero(chance.left_out)
+            before = events[chosen] - 1
+            chosen = chosen[before >= timeline.offsets[timeline.user[events[chosen]]]]
+            known = events[chosen] - 1
+        else:
+            chosen = np.arange(chance.event, len(events), NEXT_SHARE)
+            index = events[chosen]
+            inside = index + 1 < timeline.offsets[timeline.user[index] + 1]
+            following = np.minimum(index + 1, len(timeline.ts) - 1)
+            chosen = chosen[inside & (timeline.ts[following] < close)]
+            known = events[chosen]
+        if not len(chosen):
+            return None
+        truth = self.tokenizer.next_events(timeline, known, NEXT_CODES)
+        priced = np.flatnonzero(np.isfinite(truth.price))
+        return Following(
+            places=collated.batch.event_place[torch.from_numpy(chosen)],
+            classes=tuple(map(torch.from_numpy, truth.classes)),
+            priced=torch.from_numpy(priced),
+            price=torch.from_numpy(truth.price[priced]),
+        )
+
+    def _follow_items(
+        self, collated: Collated, close: int, chance: Chance
+    ) -> FollowingItems | None:
+        """Tell the item after some NOW tokens."""
+        chosen = np.arange(chance.item, len(collated.cuts), ITEM_SHARE)
+        truth = self.next_items(collated.cuts.take(chosen), close)
+        known = truth >= 0
+        if not known.any():
+            return None
+        chosen = chosen[known]
+        recent = self.timeline.recent_items(collated.cuts.take(chosen), RECENT)
+        return FollowingItems(
+            places=collated.batch.now_place[torch.from_numpy(chosen)],
+            recent=torch.from_numpy(self.tokenizer.items(recent)),
+            truth=torch.from_numpy(truth[known]),
+            sample=torch.from_numpy(chance.sample),
+        )
