@@ -28,7 +28,7 @@ def make_shopper(rng: np.random.Generator) -> list[dict[str, Any]]:
     """Views every day; a search is followed by a purchase on the next day."""
     kinds: list[tuple[float, str]] = [(day + 0.5, "view") for day in range(56)]
     for day in range(56):
-        if rng.random() < 0.04:
+        if rng.random() < 0.2:
             kinds += [(day + 0.6, "search"), (day + 1.6, "purchase")]
     return [{"ts": START + int(d * DAY), "event_type": k} for d, k in sorted(kinds)]
 
@@ -44,6 +44,7 @@ def model(shop: Sequences) -> Predictor:
     config = TINY.model_copy(
         update={
             "epochs": 8,
+            "cuts_per_user": 16,
             "learning_rate": 0.005,
             "fusion": False,
             "half_life_days": None,
@@ -60,7 +61,8 @@ def test_explained_events_matter_more_than_others(shop: Sequences, model: Predic
     )
     assert found is not None
     assert found["users"] == 80
-    assert found["explained"]["value"] > found["random"]["value"]
+    # A model that has learnt nothing would have its events "explained" all alike.
+    assert found["explained"]["value"] > 0.5 > 2 * found["random"]["value"]
     assert found["difference"]["low"] > 0
 
 
