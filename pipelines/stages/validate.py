@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pipelines.config import Params
 from pipelines.errors import UserError
 from pipelines.io import progress, replace_directory, write_json, write_table
+from pipelines.sources.base import QUARANTINE_SCHEMA
 from pipelines.validation.days import describe_days, describe_log
 from pipelines.validation.suites import Outcome, Validator
 
@@ -57,8 +58,11 @@ def run(params: Params, root: Path = Path()) -> str:
     settings = params.validate_
     with (
         replace_directory(root / VALID) as valid,
-        replace_directory(root / QUARANTINE) as quarantine,
+        replace_directory(root / QUARANTINE) as aside,
         replace_directory(root / DOCS) as docs,
+        pq.ParquetWriter(
+            aside / "part-0.parquet", QUARANTINE_SCHEMA, compression="zstd"
+        ) as quarantine,
     ):
         validator = Validator(
             root / EXPECTATIONS,
@@ -160,7 +164,7 @@ def _write_group(
     table: pa.Table,
     reasons: dict[int, list[str]],
     valid: Path,
-    quarantine: Path,
+    quarantine: pq.ParquetWriter,
 ) -> None:
     """Copy the days without bad rows, rewrite the others, set the bad rows aside."""
     start = 0
@@ -179,7 +183,7 @@ def _write_group(
             records = [
                 {
                     "source": str(EVENTS / partition.path.parent.name / partition.path.name),
-                    "row": row - start,
+                    "row": row - start + 1,
                     "reason": ", ".join(reasons[row]),
                     "record": json.dumps(
                         table.slice(row, 1).to_pylist()[0], default=str, ensure_ascii=False
@@ -187,8 +191,7 @@ def _write_group(
                 }
                 for row in bad
             ]
-            name = f"{partition.path.parent.name}.parquet"
-            write_table(quarantine / name, pa.Table.from_pylist(records))
+            quarantine.write_table(pa.Table.from_pylist(records, QUARANTINE_SCHEMA))
         start += partition.rows
 
 

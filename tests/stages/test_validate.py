@@ -69,6 +69,8 @@ def test_clean_events_pass_unchanged_twice_with_the_same_bytes(tmp_path: Path) -
     report = validate(tmp_path)
     assert report["passed"]
     assert report["quarantined"] == 0
+    # Not an empty folder, of which DVC would warn.
+    assert pq.read_table(tmp_path / "data/quarantine/validate").num_rows == 0
     assert report["warnings"] == []
     assert count_rows(tmp_path / "data/valid") == len(rows)
     docs = tmp_path / "reports/data_docs"
@@ -96,6 +98,9 @@ def test_rows_that_break_a_rule_are_set_aside_with_the_reason(tmp_path: Path) ->
         "e1-3": "column_values_to_be_in_set(event_type)",
         "e2-0": "column_values_to_be_between(quantity)",
     }
+    for row in kept:  # counted from 1, as those of ingest
+        source = pq.read_table(tmp_path / row["source"]).to_pylist()
+        assert source[row["row"] - 1]["event_id"] == json.loads(row["record"])["event_id"]
     assert any("price" in warning and "-4.0" in warning for warning in report["warnings"])
 
 
