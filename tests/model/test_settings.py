@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -276,3 +278,32 @@ def test_stored_thresholds_follow_the_objective(
     expected = choose_threshold(said, happened, objective)
     for predictor in (model.first, model.shipped, model.network):
         assert predictor.spec.thresholds[target.name] == pytest.approx(expected, abs=1e-6)
+
+
+def test_steps_of_a_gpu_are_made_by_processes() -> None:
+    assert training._choose_loaders(torch.device("cpu")) == {"workers": 1}
+    chosen = training._choose_loaders(torch.device("cuda"))
+    assert chosen["processes"] == ("fork" in multiprocessing.get_all_start_methods())
+    assert 1 <= chosen["workers"] <= 4
+
+
+@pytest.mark.parametrize(("backbone", "refuses"), [("gpt", True), ("bert", True), ("mlp", False)])
+def test_chance_is_refused_on_a_gpu_where_there_are_other_kernels(
+    shop: Sequences,
+    vocabulary: Vocabulary,
+    monkeypatch: pytest.MonkeyPatch,
+    backbone: str,
+    refuses: bool,
+) -> None:
+    """A parameter stands in that says it is on a GPU."""
+    network = make_fit(shop, vocabulary, PLAIN.model_copy(update={"backbone": backbone})).network
+    warns_only = torch.is_deterministic_algorithms_warn_only_enabled
+    with training._refuse_chance(network):
+        assert warns_only()
+    placed = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(network, "parameters", lambda: iter([placed]))
+    with pytest.raises(ValueError, match="stop"), training._refuse_chance(network):
+        assert warns_only() != refuses
+        raise ValueError("stop")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert warns_only()
