@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ from pipelines.evaluation.metrics import amount_metrics, draw_weights, rank_rows
 from pipelines.features.cuts import Split
 from pipelines.features.snapshot_table import SnapshotTable
 from pipelines.io import read_json
-from pipelines.model import batches
+from pipelines.model import batches, steps
 from pipelines.model.batches import Collated
 from pipelines.model.network import CALENDAR, GAP_BINS
 from pipelines.model.timeline import Timeline
@@ -106,13 +107,16 @@ HIDDEN: Final[dict[str, Hide]] = {"no NOW token": hide_now, "no time encoding": 
 @contextmanager
 def hidden(change: Hide | None) -> Iterator[None]:
     """Change every batch, in training and prediction."""
-    collate = batches.collate
-    if change is not None:
-        batches.collate = lambda *args, **named: [change(part) for part in collate(*args, **named)]
-    try:
+    if change is None:
         yield
-    finally:
-        batches.collate = collate
+        return
+
+    def collate(*given: Any, **named: Any) -> list[Collated]:
+        return [change(part) for part in batches_of(*given, **named)]
+
+    batches_of = batches.collate
+    with patch.object(batches, "collate", collate), patch.object(steps, "collate", collate):
+        yield
 
 
 def predict_test(

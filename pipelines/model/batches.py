@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -308,61 +309,57 @@ def collate(
     placed = [_lay_down(timeline, pieces, placement) for placement in placements]
     # What is told of a token does not depend on its batch: it is made for all at once.
     users = _join([pieces.user[placement.chosen] for placement in placements])
-    cuts = placed[0].cuts if len(placed) == 1 else Cuts.join([part.cuts for part in placed])
+    cuts = Cuts.join([part.cuts for part in placed])
     profiles = tokenizer.profiles(timeline.sequences, users)
     events = tokenizer.events(timeline, _join([part.events for part in placed]))
-    now_numbers = tokenizer.nows(timeline, cuts)
-    now_features = timeline.features(cuts) if features else np.zeros((len(cuts), 0), np.float32)
-    of_profiles = split_by([len(placement.chosen) for placement in placements])
-    of_events = split_by([len(part.events) for part in placed])
-    of_nows = split_by([len(part.cuts) for part in placed])
-    tensor = torch.from_numpy
+    nows = (
+        tokenizer.nows(timeline, cuts),
+        timeline.features(cuts) if features else np.zeros((len(cuts), 0), np.float32),
+    )
+    told = zip(
+        placed,
+        *_split(profiles, [len(placement.chosen) for placement in placements]),
+        *_split(events, [len(part.events) for part in placed]),
+        *_split(nows, [len(part.cuts) for part in placed]),
+        strict=True,
+    )
     collated = []
-    for part, profile, event, now in zip(placed, of_profiles, of_events, of_nows, strict=True):
-        query_rows, query_tokens, query_offsets = tokenizer.queries(timeline.sequences, part.events)
+    for part, profile_numbers, profile_codes, numbers, codes, now_numbers, now_features in told:
+        queries = tokenizer.queries(timeline.sequences, part.events)
+        query_rows, query_tokens, query_offsets = map(torch.from_numpy, queries)
         batch = Batch(
-            source=tensor(part.source),
-            segment=tensor(part.segment),
-            is_now=tensor(part.is_now),
-            position=tensor(part.position),
-            time=tensor(part.time),
-            profile_numbers=tensor(profiles[0][profile]),
-            profile_codes=tensor(profiles[1][profile]),
-            event_codes=tensor(events[1][event]),
-            event_numbers=tensor(events[0][event]),
-            query_rows=tensor(query_rows),
-            query_tokens=tensor(query_tokens),
-            query_offsets=tensor(query_offsets),
-            now_place=tensor(part.now_place),
-            now_numbers=tensor(now_numbers[now]),
-            now_features=tensor(now_features[now]),
-            event_place=tensor(part.event_place),
+            **part.places,
+            profile_numbers=profile_numbers,
+            profile_codes=profile_codes,
+            event_codes=codes,
+            event_numbers=numbers,
+            query_rows=query_rows,
+            query_tokens=query_tokens,
+            query_offsets=query_offsets,
+            now_numbers=now_numbers,
+            now_features=now_features,
         )
         collated.append(Collated(batch=batch, cuts=part.cuts, rows=part.rows, events=part.events))
     return collated
-
-
-def split_by(counts: Sequence[int]) -> list[slice]:
-    """Return the slices of parts of some lengths that lie end to end."""
-    ends = np.cumsum(counts).tolist()
-    return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
 def _join(parts: Sequence[Ints]) -> Ints:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+def _split(arrays: Sequence[NDArray[Any]], counts: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
+    """Cut arrays that lie end to end into parts of so many rows."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if len(counts) == 1:  # as where single histories are asked about
+        return [(tensor,) for tensor in tensors]
+    return [tensor.split(counts) for tensor in tensors]  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Placed:
-    """Which tokens a batch has, and where each lies; see ``Batch`` and ``Collated``."""
+    """Which tokens a batch has, see ``Collated``, and of ``Batch`` what says where they lie."""
 
-    source: Ints
-    segment: NDArray[np.int32]
-    is_now: NDArray[np.bool_]
-    position: NDArray[np.float32]
-    time: NDArray[np.float32]
-    now_place: Ints
-    event_place: Ints
+    places: dict[str, torch.Tensor]
     cuts: Cuts
     rows: Ints
     events: Ints
@@ -416,14 +413,17 @@ def _lay_down(timeline: Timeline, pieces: Pieces, placement: Placement) -> _Plac
     time[now_place] = (cuts.ts - reference[cut_piece]) / DAY
     is_now = np.zeros(size, dtype=bool)
     is_now[now_place] = True
+    tensor = torch.from_numpy
     return _Placed(
-        source=source.reshape(shape),
-        segment=segment.reshape(shape),
-        is_now=is_now.reshape(shape),
-        position=position.reshape(shape),
-        time=time.reshape(shape),
-        now_place=now_place,
-        event_place=event_place,
+        places={
+            "source": tensor(source).view(shape),
+            "segment": tensor(segment).view(shape),
+            "is_now": tensor(is_now).view(shape),
+            "position": tensor(position).view(shape),
+            "time": tensor(time).view(shape),
+            "now_place": tensor(now_place),
+            "event_place": tensor(event_place),
+        },
         cuts=cuts,
         rows=rows,
         events=events,

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipelines.config import Train
-from pipelines.model import batches
 from pipelines.model.ahead import in_order
 from pipelines.model.batches import (
     Collated,
     Pieces,
     Placement,
+    collate,
     cut_pieces,
     lay_out,
     sample_cuts,
@@ -40,9 +40,9 @@ from pipelines.model.tokens import Tokenizer
 T = TypeVar("T")
 
 NEXT_CODES: Final = 64  # classes of the next event's content
-NEXT_SHARE: Final = 4  # one event in so many carries the next-event loss
-LEFT_OUT: Final = 0.15  # of the events, in bidirectional pretraining (Devlin et al. 2019)
-ITEM_SHARE: Final = 4  # one NOW token in so many carries the next-item loss
+_NEXT_SHARE: Final = 4  # one event in so many carries the next-event loss
+_LEFT_OUT: Final = 0.15  # of the events, in bidirectional pretraining (Devlin et al. 2019)
+_ITEM_SHARE: Final = 4  # one NOW token in so many carries the next-item loss
 _BIDIRECTIONAL_CUTS: Final = 4
 _PRETRAIN_CUTS: Final = 4  # NOW tokens only mark which histories are read
 _TOGETHER: Final = 16384  # places of the batches that are made at a time
@@ -151,12 +151,19 @@ def _share(tasks: Sequence[Callable[[], list[Step]]], workers: int) -> DataLoade
 
 @dataclass(frozen=True, kw_only=True)
 class Chance:
-    """What is drawn for a step: which events and NOW tokens tell what."""
+    """What is drawn for a step, and so what is told in it.
 
-    event: int
-    item: int
-    sample: NDArray[np.int64]
-    left_out: NDArray[np.bool_] | None
+    Attributes:
+        event, item: the first event, and the first NOW token, that tells what comes next;
+            None = none does.
+        sample: int64 (S,), items that stand for all.
+        left_out: bool (E,), events that are told themselves; None = none.
+    """
+
+    event: int | None = None
+    item: int | None = None
+    sample: NDArray[np.int64] | None = None
+    left_out: NDArray[np.bool_] | None = None
 
 
 class Loader:
@@ -277,29 +284,21 @@ class Loader:
             per_user = math.ceil(per_user / _PRETRAIN_CUTS)
         return max(1, per_user * self.timeline.sequences.users)
 
-    def _tells_events(self, phase: Phase) -> bool:
-        if phase is Phase.PRETRAIN:
-            return True
-        return self.config.next_event_weight > 0 and not self.bidirectional
-
-    def _tells_items(self, phase: Phase) -> bool:
-        return phase is not Phase.PRETRAIN and self.items > 0 and self.config.item_weight > 0
-
     def draw(
         self, phase: Phase, rng: np.random.Generator, pieces: Pieces, placement: Placement
     ) -> Chance:
-        """Draw what a step has by chance."""
-        left_out = None
-        event = item = 0
-        sample = np.zeros(0, dtype=np.int64)
-        if self.bidirectional and phase is Phase.PRETRAIN:
-            chosen = placement.chosen
-            events = int((pieces.stop[chosen] - pieces.start[chosen]).sum())
-            left_out = rng.random(events) < LEFT_OUT
-        elif self._tells_events(phase):
-            event = int(rng.integers(NEXT_SHARE))
-        if self._tells_items(phase):
-            item = int(rng.integers(ITEM_SHARE))
+        """Draw what a step tells."""
+        pretraining = phase is Phase.PRETRAIN
+        left_out = event = item = sample = None
+        if self.bidirectional:
+            if pretraining:
+                chosen = placement.chosen
+                events = int((pieces.stop[chosen] - pieces.start[chosen]).sum())
+                left_out = rng.random(events) < _LEFT_OUT
+        elif pretraining or self.config.next_event_weight:
+            event = int(rng.integers(_NEXT_SHARE))
+        if self.items and self.config.item_weight and not pretraining:
+            item = int(rng.integers(_ITEM_SHARE))
             sample = rng.integers(self.items, size=_ITEM_SAMPLE)
         return Chance(event=event, item=item, sample=sample, left_out=left_out)
 
@@ -313,7 +312,7 @@ class Loader:
     ) -> list[Step]:
         """Make some steps at a time, which takes less than one by one; two threads may."""
         read = phase is not Phase.PRETRAIN
-        made = batches.collate(
+        made = collate(
             self.timeline,
             self.tokenizer,
             pieces,
@@ -331,12 +330,8 @@ class Loader:
                 cuts=len(collated.cuts),
                 left_out=None if chance.left_out is None else torch.from_numpy(chance.left_out),
                 targets=told,
-                following=self._follow(collated, close, chance)
-                if self._tells_events(phase)
-                else None,
-                items=self._follow_items(collated, close, chance)
-                if self._tells_items(phase)
-                else None,
+                following=self._follow(collated, close, chance),
+                items=self._follow_items(collated, close, chance),
             )
             for collated, told, chance in zip(made, targets, chances, strict=True)
         ]
@@ -349,8 +344,10 @@ class Loader:
             before = events[chosen] - 1
             chosen = chosen[before >= timeline.offsets[timeline.user[events[chosen]]]]
             known = events[chosen] - 1
+        elif chance.event is None:
+            return None
         else:
-            chosen = np.arange(chance.event, len(events), NEXT_SHARE)
+            chosen = np.arange(chance.event, len(events), _NEXT_SHARE)
             index = events[chosen]
             inside = index + 1 < timeline.offsets[timeline.user[index] + 1]
             following = np.minimum(index + 1, len(timeline.ts) - 1)
@@ -371,7 +368,9 @@ class Loader:
         self, collated: Collated, close: int, chance: Chance
     ) -> FollowingItems | None:
         """Tell the item after some NOW tokens."""
-        chosen = np.arange(chance.item, len(collated.cuts), ITEM_SHARE)
+        if chance.item is None or chance.sample is None:
+            return None
+        chosen = np.arange(chance.item, len(collated.cuts), _ITEM_SHARE)
         truth = self.next_items(collated.cuts.take(chosen), close)
         known = truth >= 0
         if not known.any():

@@ -114,6 +114,8 @@ class Cuts:
     @classmethod
     def join(cls, parts: Sequence[Cuts]) -> Cuts:
         """Put cuts end to end."""
+        if len(parts) == 1:
+            return parts[0]
         return cls(
             user=np.concatenate([part.user for part in parts]),
             ts=np.concatenate([part.ts for part in parts]),
