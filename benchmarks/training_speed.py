@@ -100,8 +100,8 @@ def run_epoch(fit: _Fit, close: int) -> tuple[float, float]:
 
 def repeat_batch(fit: _Fit, close: int, seconds: float = 5.0) -> float:
     """Return events per second of steps on one batch, which change no weight."""
-    _, steps = fit.loader.epoch(close, Phase.FIT, np.random.default_rng(0))
-    step = to_device(next(steps), fit.device)
+    step = next(fit.loader.steps(fit.loader.epoch(close, Phase.FIT, np.random.default_rng(0))))
+    step = to_device(step, fit.device)
     optimizer = _make_optimizer(fit.network, 0.0, 0.0)
     fit.network.train()
     for _ in range(3):
@@ -120,8 +120,8 @@ def repeat_batch(fit: _Fit, close: int, seconds: float = 5.0) -> float:
 def make_epoch(fit: _Fit, close: int) -> float:
     """Return events per second of batches that one thread makes."""
     began = time.perf_counter()
-    _, steps = fit.loader.epoch(close, Phase.FIT, np.random.default_rng(0))
-    events = sum(step.events for step in steps)
+    drawn = fit.loader.epoch(close, Phase.FIT, np.random.default_rng(0))
+    events = sum(step.events for step in fit.loader.steps(drawn))
     return events / (time.perf_counter() - began)
 
 

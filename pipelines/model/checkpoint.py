@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -96,13 +95,3 @@ def unpack_torch_chance(device: torch.device, tensors: dict[str, Tensor]) -> Non
     torch.set_rng_state(tensors["chance"])
     if device.type == "cuda" and "chance.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["chance.cuda"], device)
-
-
-def pack_chance(rng: np.random.Generator) -> str:
-    """Return a generator's state as JSON."""
-    return json.dumps(rng.bit_generator.state)
-
-
-def unpack_chance(rng: np.random.Generator, text: str) -> None:
-    """Set a generator to ``pack_chance``'s value."""
-    rng.bit_generator.state = json.loads(text)

@@ -145,12 +145,6 @@ def to_device(value: T, device: torch.device) -> T:
     return moved
 
 
-def pin_memory(value: T) -> T:
-    """Return the same in memory from which a GPU copies while others compute."""
-    pinned: T = _change(value, Tensor.pin_memory)
-    return pinned
-
-
 def _change(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)

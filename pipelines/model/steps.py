@@ -1,24 +1,22 @@
 """What training steps read: packed batches with all that is told of them, made ahead on the CPU.
 
-Every draw of chance is made in the order of the steps, whoever makes them: the number of threads
-changes nothing.
+An epoch is drawn as a whole, then its steps are made: how many threads do changes nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from itertools import chain, islice
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from pipelines.config import Train
 from pipelines.model.ahead import in_order
@@ -33,7 +31,7 @@ from pipelines.model.batches import (
 )
 from pipelines.model.heads import HazardTargets, Heads, encode_labels
 from pipelines.model.items import RECENT
-from pipelines.model.network import Batch, pin_memory
+from pipelines.model.network import Batch
 from pipelines.model.timeline import DAY, Cuts, Timeline
 from pipelines.model.tokens import Tokenizer
 
@@ -112,41 +110,12 @@ class Step:
     following: Following | None = None
     items: FollowingItems | None = None
 
-    def pin_memory(self) -> Step:
-        """Return the same in memory from which a GPU copies while it computes."""
-        return pin_memory(self)
-
-
-class _Tasks(Dataset[list[Step]]):
-    """Steps that are made when they are asked for."""
-
-    def __init__(self, tasks: Sequence[Callable[[], list[Step]]]) -> None:
-        self._tasks = tasks
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def __getitem__(self, index: int) -> list[Step]:
-        return self._tasks[index]()
-
 
 def in_groups(parts: Iterable[T], count: int) -> Iterator[list[T]]:
     """Yield so many parts together, at last those left over."""
     left = iter(parts)
     while group := list(islice(left, count)):
         yield group
-
-
-def _share(tasks: Sequence[Callable[[], list[Step]]], workers: int) -> DataLoader[list[Step]]:
-    """Let processes make steps; they inherit what has been read, and no part of it is sent."""
-    return DataLoader(
-        _Tasks(tasks),
-        batch_size=None,
-        num_workers=workers,
-        multiprocessing_context="fork",
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own seed is not to be drawn from that of training
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +133,30 @@ class Chance:
     item: int | None = None
     sample: NDArray[np.int64] | None = None
     left_out: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What is drawn for an epoch: enough to make its steps.
+
+    Attributes:
+        close: microseconds, windows close by then.
+        phase: what it is for.
+        pieces: of histories.
+        placements: of the pieces, one a step.
+        chances: one a step.
+        state: of the source of chance after all of it was drawn.
+    """
+
+    close: int
+    phase: Phase
+    pieces: Pieces
+    placements: list[Placement]
+    chances: list[Chance]
+    state: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.placements)
 
 
 class Loader:
@@ -198,43 +191,35 @@ class Loader:
         self.bidirectional = config.backbone == "bert"
         self.items = len(tokenizer.vocabulary.item)
 
-    def epoch(
-        self,
-        close: int,
-        phase: Phase,
-        rng: np.random.Generator,
-        *,
-        workers: int = 0,
-        processes: bool = False,
-    ) -> tuple[int, Iterator[Step]]:
+    def epoch(self, close: int, phase: Phase, rng: np.random.Generator) -> Epoch:
         """Draw an epoch on windows that close by ``close``.
 
         Args:
             close: microseconds.
             phase: what it is for.
             rng: source of chance.
-            workers: that make steps ahead; 0 = none.
-            processes: workers are processes instead of threads, and steps lie in memory from which
-                a GPU copies while it computes.
-
-        Returns:
-            How many steps there are, and the steps.
         """
-        pieces, placed = self.place(close, phase, rng)
-        together = max(1, _TOGETHER // self.config.tokens_per_batch)
-        tasks = (
-            partial(
-                self.make,
-                pieces,
-                some,
-                close,
-                phase,
-                [self.draw(phase, rng, pieces, placement) for placement in some],
-            )
-            for some in in_groups(placed, together)
+        pieces, placements = self.place(close, phase, rng)
+        return Epoch(
+            close=close,
+            phase=phase,
+            pieces=pieces,
+            placements=placements,
+            chances=[self.draw(phase, rng, pieces, placement) for placement in placements],
+            state=rng.bit_generator.state,
         )
-        made = _share(list(tasks), workers) if processes and workers else in_order(tasks, workers)
-        return len(placed), chain.from_iterable(made)
+
+    def steps(self, epoch: Epoch, workers: int = 0) -> Iterator[Step]:
+        """Make an epoch's steps.
+
+        Args:
+            epoch: drawn.
+            workers: threads that make steps ahead; 0 = none.
+        """
+        together = max(1, _TOGETHER // self.config.tokens_per_batch)
+        drawn = zip(epoch.placements, epoch.chances, strict=True)
+        tasks = (partial(self.make, epoch, some) for some in in_groups(drawn, together))
+        return chain.from_iterable(in_order(tasks, workers))
 
     def place(
         self, close: int, phase: Phase, rng: np.random.Generator
@@ -302,20 +287,14 @@ class Loader:
             sample = rng.integers(self.items, size=_ITEM_SAMPLE)
         return Chance(event=event, item=item, sample=sample, left_out=left_out)
 
-    def make(
-        self,
-        pieces: Pieces,
-        placements: Sequence[Placement],
-        close: int,
-        phase: Phase,
-        chances: Sequence[Chance],
-    ) -> list[Step]:
+    def make(self, epoch: Epoch, drawn: Sequence[tuple[Placement, Chance]]) -> list[Step]:
         """Make some steps at a time, which takes less than one by one; two threads may."""
-        read = phase is not Phase.PRETRAIN
+        read, close = epoch.phase is not Phase.PRETRAIN, epoch.close
+        placements, chances = zip(*drawn, strict=True)
         made = collate(
             self.timeline,
             self.tokenizer,
-            pieces,
+            epoch.pieces,
             placements,
             features=self.config.fusion and read,
         )

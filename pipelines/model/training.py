@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ from pipelines.errors import UserError
 from pipelines.events import EVENT_TYPES
 from pipelines.features.store import Sequences
 from pipelines.io import progress
+from pipelines.model.ahead import in_order
 from pipelines.model.backbones import Transformer
 from pipelines.model.boosting import TWEEDIE_POWER, Rows, collect_rows, grow_trees
 from pipelines.model.calibration import (
@@ -38,10 +39,8 @@ from pipelines.model.calibration import (
 )
 from pipelines.model.checkpoint import (
     Checkpoint,
-    pack_chance,
     pack_optimizer,
     pack_torch_chance,
-    unpack_chance,
     unpack_optimizer,
     unpack_torch_chance,
 )
@@ -706,7 +705,7 @@ class _Fit:
         self.first = _strip(tensors, "first.")
         self._optimizer_tensors = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
         unpack_torch_chance(self.device, tensors)
-        unpack_chance(self.rng, state["chance"])
+        self.rng.bit_generator.state = state["chance"]
         self.done = {phase: state["done"][phase.value] for phase in Phase}
         self.events, self.seconds, self.step = state["events"], state["seconds"], state["step"]
         self.flops = state.get("flops", 0.0)
@@ -715,7 +714,7 @@ class _Fit:
             on_epoch(epoch)
         return True
 
-    def _save(self, optimizer: torch.optim.Optimizer) -> None:
+    def _save(self, optimizer: torch.optim.Optimizer, chance: Mapping[str, Any]) -> None:
         if self.checkpoint is None:
             return
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
@@ -723,7 +722,7 @@ class _Fit:
         tensors |= pack_optimizer(optimizer) | pack_torch_chance(self.device)
         state = {
             "done": {phase.value: count for phase, count in self.done.items()},
-            "chance": pack_chance(self.rng),
+            "chance": chance,
             "events": self.events,
             "seconds": self.seconds,
             "flops": self.flops,
@@ -778,20 +777,19 @@ class _Fit:
         if 0 < self.done[phase] < epochs and self._optimizer_tensors:
             unpack_optimizer(optimizer, self._optimizer_tensors)
         self.network.train()
-        for epoch in range(self.done[phase], epochs):
+        workers = _count_loaders(self.device)
+        draw = partial(self.loader.epoch, close, phase, self.rng)
+        # The next epoch is drawn while one goes on.
+        drawn = in_order(repeat(draw, epochs - self.done[phase]), 1)
+        for epoch, plan in enumerate(drawn, start=self.done[phase]):
             began = time.perf_counter()
             total = torch.zeros(3, dtype=torch.float64, device=self.device)
             steps = events = 0
             flops = 0.0
-            batch_count, batches = self.loader.epoch(
-                close,
-                phase,
-                self.rng,
-                **_choose_loaders(self.device),
-            )
-            count = math.ceil(batch_count / self.config.accumulate)
+            count = math.ceil(len(plan) / self.config.accumulate)
             label = f"{phase} {epoch + 1}/{epochs}"
-            shown = progress(batches, label, total=batch_count, unit="batch")
+            made = self.loader.steps(plan, workers)
+            shown = progress(made, label, total=len(plan), unit="batch")
             for together in in_groups(shown, self.config.accumulate):
                 done = (epoch + steps / max(count, 1)) / epochs
                 rate = learning_rate * min(1.0, (done + 1e-3) / _WARM_UP) * max(1.0 - done, 0.0)
@@ -826,7 +824,7 @@ class _Fit:
                 "flops_per_s": flops / max(seconds, 1e-9),
             }
             self.history.append(told)
-            self._save(optimizer)
+            self._save(optimizer, plan.state)
             on_epoch(told)
         self.network.eval()
 
@@ -903,15 +901,9 @@ class _Fit:
         return torch.stack(losses).sum()
 
 
-def _choose_loaders(device: torch.device) -> dict[str, Any]:
-    """Return who makes steps: a thread, of a GPU, which takes more than one makes, processes.
-
-    Beside threads its own, which launches what the GPU does, would wait for the interpreter.
-    """
-    if device.type == "cpu":
-        return {"workers": 1}
-    workers = max(1, min(_GPU_LOADERS, (os.cpu_count() or 1) - 1))
-    return {"workers": workers, "processes": "fork" in multiprocessing.get_all_start_methods()}
+def _count_loaders(device: torch.device) -> int:
+    """Return how many threads make steps: a GPU takes more than one makes."""
+    return 1 if device.type == "cpu" else max(1, min(_GPU_LOADERS, (os.cpu_count() or 1) - 1))
 
 
 def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

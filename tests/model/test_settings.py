@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from pipelines.model.checkpoint import Checkpoint, pack_torch_chance, unpack_tor
 from pipelines.model.heads import Heads
 from pipelines.model.network import Outputs
 from pipelines.model.predictor import Predictor
-from pipelines.model.steps import in_groups
+from pipelines.model.steps import Epoch, in_groups
 from pipelines.model.timeline import Cuts, Timeline
 from pipelines.model.tokens import Vocabulary
 from pipelines.model.training import (
@@ -93,8 +92,8 @@ def test_bfloat16_reaches_the_backbone(shop: Sequences, vocabulary: Vocabulary) 
     seen: list[torch.dtype] = []
     for block in fit.network.backbone.blocks:  # type: ignore[union-attr]
         block.attention_out.register_forward_hook(lambda m, x, y: seen.append(y.dtype))
-    _, steps = fit.loader.epoch(PERIODS.calibration, Phase.FIT, fit.rng)
-    hidden = fit._encode(next(steps).batch, None)
+    epoch = fit.loader.epoch(PERIODS.calibration, Phase.FIT, fit.rng)
+    hidden = fit._encode(next(fit.loader.steps(epoch)).batch, None)
     assert seen == [torch.bfloat16] * PLAIN.layers
     assert hidden.dtype == torch.float32
 
@@ -167,8 +166,15 @@ def test_two_halves_make_the_step_of_the_whole(shop: Sequences, vocabulary: Voca
                 place=np.arange(high - low) * row,
                 shape=(high - low, row),
             )
-            chance = fit.loader.draw(Phase.FIT, rng, pieces, placement)
-            (step,) = fit.loader.make(pieces, [placement], PERIODS.calibration, Phase.FIT, [chance])
+            epoch = Epoch(
+                close=PERIODS.calibration,
+                phase=Phase.FIT,
+                pieces=pieces,
+                placements=[placement],
+                chances=[fit.loader.draw(Phase.FIT, rng, pieces, placement)],
+                state={},
+            )
+            (step,) = fit.loader.steps(epoch)
             fit._add_gradients(step, Phase.FIT, step.cuts / len(cuts))
         return {n: p.grad for n, p in fit.network.named_parameters() if p.grad is not None}
 
@@ -280,11 +286,9 @@ def test_stored_thresholds_follow_the_objective(
         assert predictor.spec.thresholds[target.name] == pytest.approx(expected, abs=1e-6)
 
 
-def test_steps_of_a_gpu_are_made_by_processes() -> None:
-    assert training._choose_loaders(torch.device("cpu")) == {"workers": 1}
-    chosen = training._choose_loaders(torch.device("cuda"))
-    assert chosen["processes"] == ("fork" in multiprocessing.get_all_start_methods())
-    assert 1 <= chosen["workers"] <= 4
+def test_a_gpu_has_its_steps_made_by_several() -> None:
+    assert training._count_loaders(torch.device("cpu")) == 1
+    assert 1 <= training._count_loaders(torch.device("cuda")) <= 4
 
 
 @pytest.mark.parametrize(("backbone", "refuses"), [("gpt", True), ("bert", True), ("mlp", False)])

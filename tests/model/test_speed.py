@@ -23,8 +23,8 @@ def make_fit(shop: Sequences, vocabulary: Vocabulary, backbone: str) -> _Fit:
 
 def test_operations_are_those_of_the_formula(shop: Sequences, vocabulary: Vocabulary) -> None:
     fit = make_fit(shop, vocabulary, "gpt")
-    _, steps = fit.loader.epoch(PERIODS.calibration, Phase.FIT, fit.rng)
-    batch = next(steps).batch
+    epoch = fit.loader.epoch(PERIODS.calibration, Phase.FIT, fit.rng)
+    batch = next(fit.loader.steps(epoch)).batch
     width, layers = TINY.width, TINY.layers
     tokens = int((batch.segment > 0).sum())
     events, nows = len(batch.event_place), len(batch.now_place)
@@ -49,8 +49,8 @@ def test_operations_are_those_of_the_formula(shop: Sequences, vocabulary: Vocabu
 def test_every_backbone_counts(shop: Sequences, vocabulary: Vocabulary, backbone: str) -> None:
     fit = make_fit(shop, vocabulary, backbone)
     for phase in (Phase.PRETRAIN, Phase.FIT):
-        _, steps = fit.loader.epoch(PERIODS.calibration, phase, fit.rng)
-        assert fit._count_flops(next(steps)) > 0
+        epoch = fit.loader.epoch(PERIODS.calibration, phase, fit.rng)
+        assert fit._count_flops(next(fit.loader.steps(epoch))) > 0
 
 
 def test_peaks_are_looked_up_by_name_and_precision() -> None:

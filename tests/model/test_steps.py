@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -56,21 +57,14 @@ def test_steps_do_not_depend_on_who_makes_them(
     shop: Sequences, backbone: str, phase: Phase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TINY.model_copy(update={"backbone": backbone, "tokens_per_batch": 128})
-    ways: list[dict[str, Any]] = [
-        {"workers": 0},
-        {"workers": 1},
-        {"workers": 3},
-        {"workers": 2, "processes": True},
-    ]
     found: list[list[Step]] = []
     for together in (1, 1000):
         monkeypatch.setattr(steps, "_TOGETHER", together)
-        for way in ways:
-            rng = np.random.default_rng(5)
+        for workers in (0, 1, 3):
             loader = make_loader(shop, config)
-            count, made = loader.epoch(PERIODS.calibration, phase, rng, **way)
-            found.append(list(made))
-            assert len(found[-1]) == count > 5
+            epoch = loader.epoch(PERIODS.calibration, phase, np.random.default_rng(5))
+            found.append(list(loader.steps(epoch, workers)))
+            assert len(found[-1]) == len(epoch) > 5
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert (a.events, a.cuts) == (b.events, b.cuts)
@@ -81,23 +75,26 @@ def test_steps_do_not_depend_on_who_makes_them(
     assert all((step.targets is None) == (phase is Phase.PRETRAIN) for step in found[0])
 
 
-def test_chance_is_drawn_alike_by_all(shop: Sequences) -> None:
-    states = []
-    for way in ({"workers": 0}, {"workers": 2}, {"workers": 1, "processes": True}):
-        rng, before = np.random.default_rng(5), torch.get_rng_state()
-        _, made = make_loader(shop, TINY).epoch(PERIODS.calibration, Phase.FIT, rng, **way)
-        assert sum(step.cuts for step in made) > 0
-        states.append(rng.bit_generator.state)
-        assert torch.get_rng_state().equal(before)
-    assert states[0] == states[1] == states[2]
+def test_an_epoch_drawn_ahead_is_that_which_a_resumed_training_draws(shop: Sequences) -> None:
+    rng, before = np.random.default_rng(5), torch.get_rng_state()
+    loader = make_loader(shop, TINY)
+    first, second = (loader.epoch(PERIODS.calibration, Phase.FIT, rng) for _ in range(2))
+    other = np.random.default_rng()
+    other.bit_generator.state = json.loads(json.dumps(first.state))
+    again = loader.epoch(PERIODS.calibration, Phase.FIT, other)
+    for one, two in zip(loader.steps(second), loader.steps(again, 2), strict=True):
+        for a, b in zip(find_tensors(one), find_tensors(two), strict=True):
+            assert a.equal(b)
+    assert again.state == second.state != first.state
+    assert torch.get_rng_state().equal(before)
 
 
 def test_a_step_moves_as_a_whole(shop: Sequences) -> None:
     rng = np.random.default_rng(5)
     config = TINY.model_copy(update={"backbone": "bert"})
     for phase in (Phase.PRETRAIN, Phase.FIT):
-        _, made = make_loader(shop, config).epoch(PERIODS.calibration, phase, rng)
-        step = next(made)
+        loader = make_loader(shop, config)
+        step = next(loader.steps(loader.epoch(PERIODS.calibration, phase, rng)))
         moved = to_device(step, torch.device("meta"))
         assert (moved.events, moved.cuts) == (step.events, step.cuts)
         held, there = list(find_tensors(step)), list(find_tensors(moved))
