@@ -20,7 +20,7 @@ from pipelines.baselines import histories, items
 from pipelines.baselines.bgnbd import BuyTillYouDie
 from pipelines.baselines.boosting import Boosting
 from pipelines.baselines.density import Density
-from pipelines.baselines.linear import Linear
+from pipelines.baselines.linear import Linear, scale
 from pipelines.baselines.protocol import fit_twice
 from pipelines.baselines.simple import Majority, Recency
 from pipelines.config import EnsembleTrees, LstmConfig, Params, Source, Train
@@ -54,6 +54,7 @@ def run(params: Params, root: Path = Path()) -> str:
     sequences = Sequences.load(root / FEATURES / "sequences")
     events = dict.fromkeys(_find_event(target) for target in table.targets)
     known = {event: histories.with_histories(table, sequences, event) for event in events}
+    scaled, scaling = scale(table)
     oracle: dict[str, Floats] = {}
     if params.ingest.source is Source.SIMULATOR:
         # Two threads take twice the processor, and no less time.
@@ -62,12 +63,17 @@ def run(params: Params, root: Path = Path()) -> str:
     predictions: dict[str, dict[str, Floats]] = {}
     fitted: dict[str, dict[str, Any]] = {}
     texts: dict[str, str] = {}
-    # Trees of small data gain little from threads of their own; targets side by side do.
+    # Trees of small data gain little from threads of their own; targets side by side do. The
+    # longest task is the first: at the end it would run alone.
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool, threadpool_limits(1):
         local = threading.local()
+        lstm = None
+        if params.baselines.lstm.epochs:
+            lstm = pool.submit(_predict_lstm, root, params.baselines.lstm, params.baselines.seed)
         results = pool.map(
-            lambda t: _fit_target(table, known[_find_event(t)], t, params, local), table.targets
+            lambda t: _fit_target(table, scaled, known[_find_event(t)], t, params, local),
+            table.targets,
         )
         fits = progress(results, "baselines", total=len(table.targets), unit="target")
         for target, (values, parameters, text) in zip(table.targets, fits, strict=True):
@@ -76,6 +82,7 @@ def run(params: Params, root: Path = Path()) -> str:
             for name, value in parameters.items():
                 fitted.setdefault(name, {})[target.name] = value
             texts[target.name] = text
+        recurrent = lstm.result() if lstm else None
     if oracle:
         predictions["oracle"] = oracle
     with replace_directory(root / ITEMS) as folder:
@@ -84,16 +91,18 @@ def run(params: Params, root: Path = Path()) -> str:
     with replace_directory(root / MODELS) as folder:
         for name, parameters in fitted.items():
             names = histories.COLUMNS if name in ("density", "bgnbd") else table.feature_names
-            write_json(folder / f"{name}.json", {"features": names} | parameters)
+            shared: dict[str, Any] = {"features": names}
+            if name in ("linear", "logistic"):
+                shared["scaling"] = scaling.to_dict()
+            write_json(folder / f"{name}.json", shared | parameters)
         for name, text in texts.items():
             write_text(folder / "lightgbm" / f"{name}.txt", text)
     with replace_directory(root / PREDICTIONS) as folder:
         for name, columns in predictions.items():
             write_table(folder / f"{name}.parquet", table.predictions_table(columns))
-        if params.baselines.lstm.epochs:
-            told = _predict_lstm(root, params.baselines.lstm, params.baselines.seed)
-            write_table(folder / "lstm.parquet", told)
-    names = [*predictions, *(["lstm"] if params.baselines.lstm.epochs else [])]
+        if recurrent is not None:
+            write_table(folder / "lstm.parquet", recurrent)
+    names = [*predictions, *(["lstm"] if recurrent is not None else [])]
     return f"{', '.join(names)} on {len(table.targets)} targets in {MODELS}"
 
 
@@ -191,6 +200,7 @@ def _rank_items(
 
 def _fit_target(
     table: SnapshotTable,
+    scaled: SnapshotTable,
     known: SnapshotTable,
     target: Target,
     params: Params,
@@ -200,6 +210,7 @@ def _fit_target(
 
     Args:
         table: snapshots with their features.
+        scaled: the same as columns of a linear model.
         known: the same with histories of the target's event.
         target: what to predict.
         params: all settings.
@@ -213,7 +224,7 @@ def _fit_target(
         local.boosting = Boosting(table, params.baselines)
     predictions: dict[str, Floats] = {}
     parameters: dict[str, Any] = {}
-    for name, rows, first, second in _make_pairs(table, known, target):
+    for name, rows, first, second in _make_pairs(table, scaled, known, target):
         predictions[name] = fit_twice(rows, target, first, second)
         parameters[name] = second.to_dict()
     predictions["lightgbm"], text = local.boosting.fit_target(target)
@@ -226,7 +237,7 @@ def _find_event(target: Target) -> str | None:
 
 
 def _make_pairs(
-    table: SnapshotTable, known: SnapshotTable, target: Target
+    table: SnapshotTable, scaled: SnapshotTable, known: SnapshotTable, target: Target
 ) -> list[tuple[str, SnapshotTable, Any, Any]]:
     """Name, rows, and two unfitted objects of every baseline."""
     event = _find_event(target)
@@ -236,7 +247,7 @@ def _make_pairs(
         ("majority", table, Majority(), Majority()),
         ("recency", table, Recency(column), Recency(column)),
         ("density", known, Density(target), Density(target)),
-        (linear, table, Linear(target.kind), Linear(target.kind)),
+        (linear, scaled, Linear(target.kind), Linear(target.kind)),
     ]
     if event == "purchase":
         first, second = (BuyTillYouDie(target.kind, target.horizon_days) for _ in range(2))

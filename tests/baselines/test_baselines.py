@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from threadpoolctl import threadpool_limits
 
 from pipelines.baselines.boosting import Boosting
-from pipelines.baselines.linear import Linear
+from pipelines.baselines.linear import Linear, Scaling, scale
 from pipelines.baselines.protocol import fit_twice
 from pipelines.baselines.simple import Majority, Recency
 from pipelines.config import Baselines, LightGBMConfig, TreeSettings
@@ -142,7 +142,7 @@ def test_order_tells_buyers_in_every_model_but_the_majority(table: SnapshotTable
     scores = {
         "majority": fit_twice(table, BUY, Majority(), Majority()),
         "recency": fit_twice(table, BUY, Recency(0), Recency(0)),
-        "logistic": fit_twice(table, BUY, Linear(Kind.BINARY), Linear(Kind.BINARY)),
+        "logistic": fit_twice(scale(table)[0], BUY, Linear(Kind.BINARY), Linear(Kind.BINARY)),
         "lightgbm": Boosting(table, Baselines()).fit_target(BUY)[0],
     }
     auc = {name: roc_auc_score(y[test], p[test]) for name, p in scores.items()}
@@ -157,7 +157,7 @@ def test_order_tells_buyers_in_every_model_but_the_majority(table: SnapshotTable
 def test_expected_totals_match(table: SnapshotTable) -> None:
     y = table.labels[SPEND.name][table.rows_of(Split.CALIBRATION, Split.TEST)]
     for p in (
-        fit_twice(table, SPEND, Linear(Kind.AMOUNT), Linear(Kind.AMOUNT)),
+        fit_twice(scale(table)[0], SPEND, Linear(Kind.AMOUNT), Linear(Kind.AMOUNT)),
         Boosting(table, Baselines()).fit_target(SPEND)[0],
     ):
         assert (p >= 0).all()
@@ -168,9 +168,8 @@ def test_the_test_labels_change_nothing(table: SnapshotTable) -> None:
     other = make_table()
     other.labels[BUY.name][other.rows_of(Split.TEST)] = 1
     for model in (Majority, lambda: Recency(0), lambda: Linear(Kind.BINARY)):
-        np.testing.assert_array_equal(
-            fit_twice(table, BUY, model(), model()), fit_twice(other, BUY, model(), model())
-        )
+        ours, theirs = (fit_twice(scale(t)[0], BUY, model(), model()) for t in (table, other))
+        np.testing.assert_array_equal(ours, theirs)
     ours, text = Boosting(table, Baselines()).fit_target(BUY)
     theirs, other_text = Boosting(other, Baselines()).fit_target(BUY)
     np.testing.assert_array_equal(ours, theirs)
@@ -182,8 +181,10 @@ def test_calibration_rows_are_predicted_without_their_labels(table: SnapshotTabl
     calibration = other.rows_of(Split.CALIBRATION)
     other.labels[BUY.name][calibration] = 1 - other.labels[BUY.name][calibration]
     first = slice(0, int(calibration.sum()))
-    a = fit_twice(table, BUY, Linear(Kind.BINARY), Linear(Kind.BINARY))
-    b = fit_twice(other, BUY, Linear(Kind.BINARY), Linear(Kind.BINARY))
+    a, b = (
+        fit_twice(scale(t)[0], BUY, Linear(Kind.BINARY), Linear(Kind.BINARY))
+        for t in (table, other)
+    )
     np.testing.assert_array_equal(a[first], b[first])
     assert not np.array_equal(a, b)
 
@@ -210,13 +211,26 @@ def test_a_single_class_gives_its_rate() -> None:
     assert (model.predict(x) == 0).all()
 
 
+def test_scaling_is_blind_to_what_closed_later() -> None:
+    table, later = make_weekly_table(), make_weekly_table()
+    # The days whose windows of two weeks close by the calibration cut.
+    later.features[later.features[:, -1] > 7] += 100
+    first, second = scale(table), scale(later)
+    assert first[1].to_dict() == second[1].to_dict()
+    early = table.features[:, -1] <= 7
+    np.testing.assert_array_equal(first[0].features[early], second[0].features[early])
+    assert first[0].features[early].mean(axis=0) == pytest.approx(0, abs=1e-9)
+
+
 def test_a_column_that_is_never_known_is_no_error() -> None:
     x = np.random.default_rng(0).normal(size=(80, 3))
     x[:, 1] = np.nan
     y = (x[:, 0] > 0).astype(float)
     model = Linear(Kind.BINARY)
-    model.fit(x, y)
-    assert np.isfinite(model.predict(x)).all()
+    columns = Scaling.of(x).apply(x)
+    assert columns.shape == (80, 4)
+    model.fit(columns, y)
+    assert np.isfinite(model.predict(columns)).all()
     recency = Recency(1)
     recency.fit(x, y)
     assert recency.predict(x) == pytest.approx(y.mean())
