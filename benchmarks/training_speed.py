@@ -93,7 +93,7 @@ def measure(root: Path, config: Train, repeats: int) -> dict[str, Any]:
 def run_epoch(fit: _Fit, close: int) -> tuple[float, float]:
     """Return events and floating-point operations per second of an epoch."""
     fit.done = dict.fromkeys(Phase, 0)
-    fit.run(Phase.FIT, 1, close, fit.config.learning_rate, lambda _: None)
+    fit.run(Phase.FIT, 1, close, fit.schedule.learning_rate, lambda _: None)
     told = fit.history[-1]
     return told["events_per_s"], told["flops_per_s"]
 

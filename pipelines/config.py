@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import (
@@ -43,7 +43,7 @@ Positive = Annotated[int, Field(gt=0)]
 class Simulator(Section):
     """The simulated shop (pipelines.sources.simulator)."""
 
-    users: Annotated[int, Field(gt=0, le=5_000_000)] = 6000
+    users: Annotated[int, Field(gt=0, le=5_000_000)] = 10_000
     days: Annotated[int, Field(ge=1, le=3650)] = 180
     seed: Annotated[int, Field(ge=0)] = 7
     start: str = "2025-01-01"
@@ -271,6 +271,8 @@ class EnsembleTrees(TreeSettings):
     max_rows: Annotated[int, Field(ge=100)] = 200_000
 
 
+MAX_EPOCHS: Final = 1000
+Epochs = Annotated[int, Field(ge=1, le=MAX_EPOCHS)]
 Backbone = Literal["gpt", "bert", "lstm", "cnn", "mlp"]
 
 
@@ -288,12 +290,13 @@ class Train(Section):
     heads: Annotated[int, Field(ge=1, le=64)] = 4
     context: Annotated[int, Field(ge=8, le=8192)] = 128
     stride: Positive = 96
-    epochs: Annotated[int, Field(ge=1, le=1000)] = 6
-    refit_epochs: Annotated[int, Field(ge=0, le=1000)] = 1
+    # None of either: pipelines.model.training.Schedule.
+    epochs: Epochs | None = None
+    refit_epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 1
     cuts_per_user: Annotated[int, Field(ge=1, le=64)] = 16
     tokens_per_batch: Annotated[int, Field(ge=256)] = 2048
     accumulate: Annotated[int, Field(ge=1, le=1024)] = 1
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     refit_rate: Annotated[float, Field(gt=0, le=1)] = 0.3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -323,7 +326,7 @@ class Train(Section):
 class Pretrain(Section):
     """The pretrain stage; the network's settings are those of train."""
 
-    epochs: Annotated[int, Field(ge=0, le=1000)] = 1
+    epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 1
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
 
 
@@ -341,7 +344,8 @@ class LightGBMConfig(TreeSettings):
 class LstmConfig(Section):
     """Settings of the LSTM baseline."""
 
-    epochs: Annotated[int, Field(ge=0, le=1000)] = 6
+    # None: as many as the behaviour model; 0: no such baseline.
+    epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] | None = None
     width: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 64
     layers: Annotated[int, Field(ge=1, le=64)] = 1
     context: Annotated[int, Field(ge=8, le=8192)] = 128

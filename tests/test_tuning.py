@@ -14,7 +14,7 @@ from pipelines.config import Params, Pretrain, Train, load_params, parse_params
 from pipelines.errors import UserError
 from pipelines.model import tuning as model_tuning
 from pipelines.model.timeline import Timeline
-from pipelines.model.training import pretrain_model, train_model
+from pipelines.model.training import Schedule, pretrain_model, train_model
 from pipelines.model.tuning import (
     Found,
     calibration_loss,
@@ -126,10 +126,12 @@ EDGES = {
 @pytest.mark.parametrize("changes", EDGES.values(), ids=EDGES)
 @pytest.mark.filterwarnings("error")
 def test_whatever_is_drawn_is_allowed(changes: dict[str, Any]) -> None:
-    config = Train.model_validate(changes)
+    config = Train.model_validate({"epochs": 6, "learning_rate": 2e-3} | changes)
+    assert config.epochs and config.learning_rate
+    schedule = Schedule(epochs=config.epochs, learning_rate=config.learning_rate)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     study.enqueue_trial({name: getattr(config, name) for name in model_tuning._SEARCHED})
-    drawn = [suggest(study.ask(), config) for _ in range(40)]
+    drawn = [suggest(study.ask(), config, schedule) for _ in range(40)]
     for settings in drawn:
         parse_params({"train": changes | settings})
     assert drawn[0] == {name: getattr(config, name) for name in model_tuning._SEARCHED}
@@ -184,6 +186,14 @@ class Shop:
         )
 
 
+def test_what_the_settings_leave_open_is_searched_around_what_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    shop = Shop(monkeypatch, request)
+    shop.search(2, TINY.model_copy(update={"epochs": None, "learning_rate": None}))
+    assert (shop.tried[0].epochs, shop.tried[0].learning_rate) == (6, 0.002)
+
+
 @pytest.mark.parametrize("waits", [False, True])
 def test_interrupted_at_once_the_settings_as_they_are_come_again(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, waits: bool
@@ -207,8 +217,10 @@ def test_current_is_that_of_the_settings_not_of_the_first_trial(
 ) -> None:
     shop = Shop(monkeypatch, request)
     shop.study.enqueue_trial({"weight_decay": 2 * TINY.weight_decay})
+    schedule = Schedule.of(TINY, Timeline(shop.sequences), PERIODS.calibration)
     shop.study.optimize(
-        lambda trial: shop.judge(TINY.model_copy(update=suggest(trial, TINY))), n_trials=5
+        lambda trial: shop.judge(TINY.model_copy(update=suggest(trial, TINY, schedule))),
+        n_trials=5,
     )
     found = shop.search(5)
     assert found.current == shop.judge(TINY)

@@ -69,6 +69,10 @@ _STATISTICS_CUTS: Final = 20_000
 _WARM_UP: Final = 0.05  # of all steps
 _MAX_NORM: Final = 1.0
 _FLOOR: Final = 1e-6  # of a probability in a loss
+_READ: Final = 2_500_000  # events, over all epochs
+_FEWEST, _MOST = 3, 6  # epochs
+_PACE: Final = 0.012  # learning rate times epochs, between
+_SLOWEST, _FASTEST = 0.002, 0.006
 _GPU_LOADERS: Final = 4
 _NICENESS: Final = 10  # of what runs beside the steps
 _LEVEL_CUTS: Final = 4096  # that tell the level of a refit from that of the first fit
@@ -122,6 +126,32 @@ class TrainedModel:
     def save(self, directory: Path) -> None:
         """Write the shipped model into an existing directory."""
         self.shipped.save(directory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How often a fit reads the log, and how fast it learns.
+
+    Where the settings leave it open: epochs until 2.5 million events have been read, three at
+    least and six at most, and a rate of .012 over the epochs. A large log is read fewer times in
+    larger steps, to which a sparse one would be fitted too closely (measured in
+    benchmarks/README.md).
+
+    Attributes:
+        epochs: of the first fit.
+        learning_rate: at its highest.
+    """
+
+    epochs: int
+    learning_rate: float
+
+    @classmethod
+    def of(cls, config: Train, timeline: Timeline, close: int) -> Schedule:
+        """Choose for the events before ``close``, microseconds."""
+        events = max(1, int((timeline.ts < close).sum()))
+        epochs = config.epochs or min(max(round(_READ / events), _FEWEST), _MOST)
+        rate = config.learning_rate or min(max(_PACE / epochs, _SLOWEST), _FASTEST)
+        return cls(epochs=epochs, learning_rate=rate)
 
 
 def pretrain_model(
@@ -209,10 +239,11 @@ def train_model(
             tell = _shift_epochs(on_epoch, fits)
             if not fit.resume(checkpoint.part(member) if checkpoint else None, tell):
                 fit.start(periods.calibration, pretrained or {})
-            fit.run(Phase.FIT, config.epochs, periods.calibration, config.learning_rate, tell)
+            schedule = fit.schedule
+            fit.run(Phase.FIT, schedule.epochs, periods.calibration, schedule.learning_rate, tell)
             fit.keep_first()
             if config.refit_epochs:
-                rate = config.learning_rate * config.refit_rate
+                rate = schedule.learning_rate * config.refit_rate
                 fit.run(Phase.REFIT, config.refit_epochs, periods.test, rate, tell)
             fits.append(fit)
         grown = grower.take()
@@ -616,6 +647,7 @@ class _Fit:
         self.periods = periods
         self.heads = heads
         self.config = config
+        self.schedule = Schedule.of(config, timeline, periods.calibration)
         self.rng = np.random.default_rng(config.seed)
         self.device = choose_device(config.device)
         vocabulary = replace(

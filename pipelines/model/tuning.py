@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import yaml
 
-from pipelines.config import Pretrain, Train
+from pipelines.config import MAX_EPOCHS, Pretrain, Train
 from pipelines.errors import UserError
 from pipelines.features.store import Sequences
 from pipelines.model.heads import Target
@@ -27,6 +27,7 @@ from pipelines.model.timeline import ANY_EVENT, DAY, Timeline
 from pipelines.model.tokens import Vocabulary
 from pipelines.model.training import (
     Periods,
+    Schedule,
     TrainedModel,
     population,
     pretrain_model,
@@ -70,13 +71,13 @@ class Found:
     trials: int
 
 
-def suggest(trial: optuna.Trial, config: Train) -> dict[str, Any]:
+def suggest(trial: optuna.Trial, config: Train, schedule: Schedule) -> dict[str, Any]:
     """Draw settings of the train section around those that stand there, within its bounds."""
-    rate, decay = config.learning_rate, config.weight_decay
+    rate, decay = schedule.learning_rate, config.weight_decay
     low, high = (decay / 10, 5 * decay) if decay else (0.0, _DECAY)
     weights = sorted({0.0, 0.1, 0.2, 0.5, config.next_event_weight})
     layers = min(config.layers + 1, _find_most("layers"))
-    epochs = min(config.epochs + 2, _find_most("epochs"))
+    epochs = min(schedule.epochs + 2, MAX_EPOCHS)
     return {
         "learning_rate": trial.suggest_float("learning_rate", rate / 4, min(1, 3 * rate), log=True),
         "weight_decay": trial.suggest_float("weight_decay", low, high, log=bool(decay)),
@@ -84,7 +85,7 @@ def suggest(trial: optuna.Trial, config: Train) -> dict[str, Any]:
         "width": trial.suggest_categorical("width", _list_widths(config)),
         "layers": trial.suggest_int("layers", 1, layers),
         "next_event_weight": trial.suggest_categorical("next_event_weight", weights),
-        "epochs": trial.suggest_int("epochs", max(1, config.epochs // 2), epochs),
+        "epochs": trial.suggest_int("epochs", max(1, schedule.epochs // 2), epochs),
     }
 
 
@@ -132,10 +133,11 @@ def search(
     if not any(target.kind == "binary" for target in targets):
         raise UserError("tune: there is no binary target to judge by")
     timeline = Timeline(sequences)
-    now = {name: getattr(config, name) for name in _SEARCHED}
+    schedule = Schedule.of(config, timeline, periods.calibration)
+    now = {name: getattr(config, name) for name in _SEARCHED} | asdict(schedule)
 
     def judge(trial: optuna.Trial) -> float:
-        changes = suggest(trial, config)
+        changes = suggest(trial, config, schedule)
         # Trees would hide what the network's settings are worth.
         trees = config.trees.model_copy(update={"rounds": 0})
         settings = config.model_copy(update={**changes, "refit_epochs": 0, "trees": trees})

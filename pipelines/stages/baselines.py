@@ -69,7 +69,7 @@ def run(params: Params, root: Path = Path()) -> str:
     with ThreadPoolExecutor(workers) as pool, threadpool_limits(1):
         local = threading.local()
         lstm = None
-        if params.baselines.lstm.epochs:
+        if params.baselines.lstm.epochs != 0:
             lstm = pool.submit(_predict_lstm, root, params.baselines.lstm, params.baselines.seed)
         results = pool.map(
             lambda t: _fit_target(table, scaled, known[_find_event(t)], t, params, local),

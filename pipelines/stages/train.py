@@ -8,6 +8,7 @@ import io
 import json
 import resource
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -41,6 +42,7 @@ from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Vocabulary
 from pipelines.model.training import (
     Periods,
+    Schedule,
     TrainedModel,
     choose_precision,
     count_workers,
@@ -78,7 +80,8 @@ def run(params: Params, root: Path = Path()) -> str:
     sequences, periods, targets, vocabulary = load_inputs(root)
     checkpoint = open_checkpoint(root, CHECKPOINT, params)
     curves: list[dict[str, float]] = []
-    settings = params.train.model_dump()
+    schedule = Schedule.of(params.train, Timeline(sequences), periods.calibration)
+    settings = params.train.model_dump() | asdict(schedule)
     # Before anything else keeps the cores busy.
     device = choose_device(params.train.device)
     peak = find_peak(device, choose_precision(params.train), params.train.threads)

@@ -40,6 +40,7 @@ TINY = Train(
     tokens_per_batch=512,
     item_buckets=16,
     query_buckets=16,
+    learning_rate=2e-3,
     device="cpu",
 )
 

@@ -25,6 +25,7 @@ from pipelines.model.timeline import Cuts, Timeline
 from pipelines.model.tokens import Vocabulary
 from pipelines.model.training import (
     Phase,
+    Schedule,
     TrainedModel,
     _Fit,
     population,
@@ -284,6 +285,26 @@ def test_stored_thresholds_follow_the_objective(
     expected = choose_threshold(said, happened, objective)
     for predictor in (model.first, model.shipped, model.network):
         assert predictor.spec.thresholds[target.name] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("events", "given", "epochs", "rate"),
+    [
+        (0, {}, 6, 0.002),
+        (400_000, {}, 6, 0.002),
+        (600_000, {}, 4, 0.003),
+        (2_000_000, {}, 3, 0.004),
+        (2_000_000, {"epochs": 1}, 1, 0.006),
+        (2_000_000, {"epochs": 100}, 100, 0.002),
+        (400_000, {"epochs": 3, "learning_rate": 0.1}, 3, 0.1),
+    ],
+)
+def test_large_logs_are_read_fewer_times_in_larger_steps(
+    events: int, given: dict[str, Any], epochs: int, rate: float
+) -> None:
+    timeline = SimpleNamespace(ts=np.array([0] * events + [7] * 10_000_000, dtype=np.int8))
+    found = Schedule.of(Train(**given), timeline, 7)  # type: ignore[arg-type]
+    assert (found.epochs, found.learning_rate) == (epochs, pytest.approx(rate))
 
 
 def test_a_gpu_has_its_steps_made_by_several() -> None:
