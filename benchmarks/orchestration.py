@@ -10,7 +10,7 @@ Method: two fresh clones of the committed code, each with a cache of its own, on
 The platform's start is not counted: it runs all day. Of every task the seconds between the end of
 what it waited for and its own start are told, and the seconds that it ran.
 
-    python benchmarks/orchestration.py [--users 10000]
+    python benchmarks/orchestration.py [--users 9000]
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ POLL_SECONDS = 2
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--users", type=int, default=10_000)
+    parser.add_argument("--users", type=int, default=9_000)
     users = parser.parse_args().users
     with tempfile.TemporaryDirectory(prefix="forecart-bench-") as folder:
         plain = measure_plain(clone(Path(folder) / "plain"), users)
@@ -56,7 +56,7 @@ def measure_plain(project: Path, users: int) -> float:
     """Seconds of `dvc repro`."""
     params = project / "params.yaml"
     text = params.read_text()
-    params.write_text(text.replace("users: 10000", f"users: {users}", 1))
+    params.write_text(text.replace("users: 9000", f"users: {users}", 1))
     started = time.perf_counter()
     run(project, "dvc", "repro")
     return round(time.perf_counter() - started, 1)

@@ -43,7 +43,7 @@ Positive = Annotated[int, Field(gt=0)]
 class Simulator(Section):
     """The simulated shop (pipelines.sources.simulator)."""
 
-    users: Annotated[int, Field(gt=0, le=5_000_000)] = 10_000
+    users: Annotated[int, Field(gt=0, le=5_000_000)] = 9_000
     days: Annotated[int, Field(ge=1, le=3650)] = 180
     seed: Annotated[int, Field(ge=0)] = 7
     start: str = "2025-01-01"

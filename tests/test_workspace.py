@@ -81,7 +81,7 @@ def test_a_workspace_has_the_committed_code_and_the_changed_settings(home: Path)
 
 
 def test_settings_of_the_checkout_that_are_not_committed_count(home: Path) -> None:
-    text = (home / "params.yaml").read_text().replace("users: 10000", "users: 500", 1)
+    text = (home / "params.yaml").read_text().replace("users: 9000", "users: 500", 1)
     (home / "params.yaml").write_text(text)
     folder = prepare(home, "one", {})
     assert load_params(folder / "params.yaml").ingest.simulator.users == 500

@@ -69,7 +69,7 @@ _STATISTICS_CUTS: Final = 20_000
 _WARM_UP: Final = 0.05  # of all steps
 _MAX_NORM: Final = 1.0
 _FLOOR: Final = 1e-6  # of a probability in a loss
-_READ: Final = 2_500_000  # events, over all epochs
+_READ: Final = 2_200_000  # events, over all epochs
 _FEWEST, _MOST = 3, 6  # epochs
 _PACE: Final = 0.012  # learning rate times epochs, between
 _SLOWEST, _FASTEST = 0.002, 0.006
@@ -132,7 +132,7 @@ class TrainedModel:
 class Schedule:
     """How often a fit reads the log, and how fast it learns.
 
-    Where the settings leave it open: epochs until 2.5 million events have been read, three at
+    Where the settings leave it open: epochs until 2.2 million events have been read, three at
     least and six at most, and a rate of .012 over the epochs. A large log is read fewer times in
     larger steps, to which a sparse one would be fitted too closely (measured in
     benchmarks/README.md).

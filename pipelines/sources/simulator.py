@@ -57,7 +57,7 @@ PROFILE_MISSING: Final = 0.1
 class SimulatorParams:
     """What is drawn. The fields are those of params.yaml `ingest.simulator`."""
 
-    users: int = 10_000
+    users: int = 9_000
     days: int = 180
     seed: int = 7
     start: str = "2025-01-01"

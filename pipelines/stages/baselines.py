@@ -244,7 +244,7 @@ def _make_pairs(
     column = table.feature_names.index(f"f_recency_{event}" if event else "f_recency")
     linear = "logistic" if target.kind is Kind.BINARY else "linear"
     pairs: list[tuple[str, SnapshotTable, Any, Any]] = [
-        ("majority", table, Majority(), Majority()),
+        ("majority", known, Majority(), Majority()),  # looks at no feature, so at the fewest
         ("recency", table, Recency(column), Recency(column)),
         ("density", known, Density(target), Density(target)),
         (linear, scaled, Linear(target.kind), Linear(target.kind)),
