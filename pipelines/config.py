@@ -272,7 +272,6 @@ class EnsembleTrees(TreeSettings):
 
 
 MAX_EPOCHS: Final = 1000
-Epochs = Annotated[int, Field(ge=1, le=MAX_EPOCHS)]
 Backbone = Literal["gpt", "bert", "lstm", "cnn", "mlp"]
 
 
@@ -291,7 +290,7 @@ class Train(Section):
     context: Annotated[int, Field(ge=8, le=8192)] = 128
     stride: Positive = 96
     # None of either: pipelines.model.training.Schedule.
-    epochs: Epochs | None = None
+    epochs: Annotated[int, Field(ge=1, le=MAX_EPOCHS)] | None = None
     refit_epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 1
     cuts_per_user: Annotated[int, Field(ge=1, le=64)] = 16
     tokens_per_batch: Annotated[int, Field(ge=256)] = 2048
