@@ -1,18 +1,19 @@
-"""Events per second of a training epoch, beside the same model on one batch prepared in memory.
+"""Events per second of a training epoch, beside the same model on batches prepared in memory.
 
 Method: on the features of a finished run, with the network of params.yaml:
 
     epoch      a whole epoch as training runs it: cuts drawn, histories cut and packed, labels,
                forward, backward, optimiser
-    prepared   the same step over and over on one batch that is held in memory (of the GPU, where
-               there is one), with all that is told of it: what the input pipeline costs is the
-               ratio of the two
+    prepared   the steps of that very epoch, all of them held in memory (of the GPU, where there
+               is one) with all that is told of them: what the input pipeline costs is the ratio
+    one batch  the same step over and over on the first of them, which stays in the caches
     pipeline   an epoch's batches made by one thread, and nothing done with them
     MFU        operations of the model by second (see pipelines.model.speed) over the most that the
                device can do: on the CPU a measured matrix product, of a GPU the data sheet's
 
-Each figure is the median of the repeats; on a GPU, or compiled, one epoch goes before. Settings of
-`train` may be given another value: --set width=512 --set layers=8.
+One after the other in every repeat, as the speed of shared machines changes from minute to
+minute; medians of the repeats, also of the ratios. On a GPU, or compiled, one epoch goes before.
+Settings of `train` may be given another value: --set width=512 --set layers=8.
 
 Threads wait as the command `forecart` lets them wait:
 
@@ -27,6 +28,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from pipelines.config import Train, load_params
 from pipelines.model.heads import Heads
 from pipelines.model.network import to_device
 from pipelines.model.speed import find_peak
+from pipelines.model.steps import Step
 from pipelines.model.timeline import Timeline
 from pipelines.model.training import Phase, _Fit, _make_optimizer, seed_everything
 from pipelines.stages.train import load_inputs, measure_memory
@@ -70,22 +73,30 @@ def measure(root: Path, config: Train, repeats: int) -> dict[str, Any]:
         run_epoch(fit, close)
     epochs: list[tuple[float, float]] = []
     prepared: list[float] = []
+    one_batch: list[float] = []
     for _ in range(repeats):
+        chance = np.random.default_rng()
+        chance.bit_generator.state = fit.rng.bit_generator.state
         epochs.append(run_epoch(fit, close))
-        prepared.append(repeat_batch(fit, close))
-    events, flops = (statistics.median(told) for told in zip(*epochs, strict=True))
+        steps = hold_epoch(fit, close, chance)
+        prepared.append(repeat_steps(fit, steps))
+        one_batch.append(repeat_steps(fit, steps[:1] * len(steps)))
+    events, flops = zip(*epochs, strict=True)
     cuda = fit.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
         "precision": str(fit.precision).removeprefix("torch."),
         "compiled": fit.backbone is not None,
         "weights": sum(p.numel() for p in fit.network.parameters()),
-        "events_per_s": round(events),
+        "events_per_s": round(statistics.median(events)),
         "prepared_events_per_s": round(statistics.median(prepared)),
-        "ratio": round(events / statistics.median(prepared), 3),
+        "one_batch_events_per_s": round(statistics.median(one_batch)),
+        "ratio": compare(events, prepared),
+        "ratios": [round(a / b, 3) for a, b in zip(events, prepared, strict=True)],
+        "ratio_to_one_batch": compare(events, one_batch),
         "pipeline_events_per_s": round(make_epoch(fit, close)),
-        "tflops": round(flops / 1e12, 4),
-        "mfu": None if peak is None else round(flops / peak, 3),
+        "tflops": round(statistics.median(flops) / 1e12, 4),
+        "mfu": None if peak is None else round(statistics.median(flops) / peak, 3),
         **{name: round(value) for name, value in measure_memory(fit.device).items()},
     }
 
@@ -98,23 +109,29 @@ def run_epoch(fit: _Fit, close: int) -> tuple[float, float]:
     return told["events_per_s"], told["flops_per_s"]
 
 
-def repeat_batch(fit: _Fit, close: int, seconds: float = 5.0) -> float:
-    """Return events per second of steps on one batch, which change no weight."""
-    step = next(fit.loader.steps(fit.loader.epoch(close, Phase.FIT, np.random.default_rng(0))))
-    step = to_device(step, fit.device)
+def compare(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the median of the ratios of what was measured side by side."""
+    return round(statistics.median(x / y for x, y in zip(a, b, strict=True)), 3)
+
+
+def hold_epoch(fit: _Fit, close: int, chance: np.random.Generator) -> list[Step]:
+    """Return all steps of an epoch, in the device's memory."""
+    drawn = fit.loader.epoch(close, Phase.FIT, chance)
+    return [to_device(step, fit.device) for step in fit.loader.steps(drawn)]
+
+
+def repeat_steps(fit: _Fit, steps: Sequence[Step]) -> float:
+    """Return events per second of prepared steps, which change no weight."""
     optimizer = _make_optimizer(fit.network, 0.0, 0.0)
     fit.network.train()
-    for _ in range(3):
+    for step in steps[:3]:
         fit._train_step(step, optimizer, Phase.FIT)
     _wait(fit.device)
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    began = time.perf_counter()
+    for step in steps:
         fit._train_step(step, optimizer, Phase.FIT)
-        count += 1
-        if count % 20 == 0:
-            _wait(fit.device)
     _wait(fit.device)
-    return count * step.events / (time.perf_counter() - began)
+    return sum(step.events for step in steps) / (time.perf_counter() - began)
 
 
 def make_epoch(fit: _Fit, close: int) -> float:

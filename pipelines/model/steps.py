@@ -40,7 +40,7 @@ T = TypeVar("T")
 NEXT_CODES: Final = 64  # classes of the next event's content
 _NEXT_SHARE: Final = 4  # one event in so many carries the next-event loss
 _LEFT_OUT: Final = 0.15  # of the events, in bidirectional pretraining (Devlin et al. 2019)
-_ITEM_SHARE: Final = 4  # one NOW token in so many carries the next-item loss
+_ITEM_SHARE: Final = 4  # likewise one NOW token, in pretraining event, the next-item loss
 _BIDIRECTIONAL_CUTS: Final = 4
 _PRETRAIN_CUTS: Final = 4  # NOW tokens only mark which histories are read
 _TOGETHER: Final = 16384  # places of the batches that are made at a time
@@ -77,7 +77,7 @@ class FollowingItems:
     """Items that are to be told, N of them.
 
     Attributes:
-        places: int64 (N,), flat places of the NOW tokens before them.
+        places: int64 (N,), flat places of the tokens before them: NOWs, in pretraining events.
         recent: int64 (N, RECENT), codes of the items touched last, latest first, -1 = none.
         truth: int64 (N,), codes.
         sample: int64 (S,), codes drawn uniformly.
@@ -123,8 +123,8 @@ class Chance:
     """What is drawn for a step, and so what is told in it.
 
     Attributes:
-        event, item: the first event, and the first NOW token, that tells what comes next;
-            None = none does.
+        event: the first event that tells the next one; None = none does.
+        item: the first NOW token, in pretraining event, that tells the next item; likewise.
         sample: int64 (S,), items that stand for all.
         left_out: bool (E,), events that are told themselves; None = none.
     """
@@ -282,7 +282,7 @@ class Loader:
                 left_out = rng.random(events) < _LEFT_OUT
         elif pretraining or self.config.next_event_weight:
             event = int(rng.integers(_NEXT_SHARE))
-        if self.items and self.config.item_weight and not pretraining:
+        if self.items and self.config.item_weight and left_out is None:
             item = int(rng.integers(_ITEM_SHARE))
             sample = rng.integers(self.items, size=_ITEM_SAMPLE)
         return Chance(event=event, item=item, sample=sample, left_out=left_out)
@@ -310,7 +310,7 @@ class Loader:
                 left_out=None if chance.left_out is None else torch.from_numpy(chance.left_out),
                 targets=told,
                 following=self._follow(collated, close, chance),
-                items=self._follow_items(collated, close, chance),
+                items=self._follow_items(collated, close, chance, read=read),
             )
             for collated, told, chance in zip(made, targets, chances, strict=True)
         ]
@@ -344,20 +344,23 @@ class Loader:
         )
 
     def _follow_items(
-        self, collated: Collated, close: int, chance: Chance
+        self, collated: Collated, close: int, chance: Chance, *, read: bool
     ) -> FollowingItems | None:
-        """Tell the item after some NOW tokens."""
+        """Tell the item after some NOW tokens, or, where those are not read, after some events."""
         if chance.item is None or chance.sample is None:
             return None
-        chosen = np.arange(chance.item, len(collated.cuts), _ITEM_SHARE)
-        truth = self.next_items(collated.cuts.take(chosen), close)
+        cuts, places = collated.cuts, collated.batch.now_place
+        if not read:
+            cuts, places = self.timeline.after(collated.events), collated.batch.event_place
+        chosen = np.arange(chance.item, len(cuts), _ITEM_SHARE)
+        truth = self.next_items(cuts.take(chosen), close)
         known = truth >= 0
         if not known.any():
             return None
         chosen = chosen[known]
-        recent = self.timeline.recent_items(collated.cuts.take(chosen), RECENT)
+        recent = self.timeline.recent_items(cuts.take(chosen), RECENT)
         return FollowingItems(
-            places=collated.batch.now_place[torch.from_numpy(chosen)],
+            places=places[torch.from_numpy(chosen)],
             recent=torch.from_numpy(self.tokenizer.items(recent)),
             truth=torch.from_numpy(truth[known]),
             sample=torch.from_numpy(chance.sample),

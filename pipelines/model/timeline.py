@@ -294,6 +294,10 @@ class Timeline:
         position = bisect(self.ts, self.offsets[users], self.offsets[users + 1], ts)
         return Cuts(user=users, ts=np.asarray(ts, dtype=np.int64), position=position)
 
+    def after(self, index: Ints) -> Cuts:
+        """Return the cuts right after some events, which see them."""
+        return Cuts(user=self.user[index], ts=self.ts[index] + 1, position=index + 1)
+
     def features(self, cuts: Cuts) -> Floats:
         """Return ``len(feature_names())`` features of every cut, (M, F); all are finite."""
         start, position, now = self.offsets[cuts.user], cuts.position, cuts.ts

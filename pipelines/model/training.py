@@ -63,7 +63,8 @@ from pipelines.model.timeline import ANY_EVENT, DAY, Cuts, Labels, Timeline, fea
 from pipelines.model.tokens import Tokenizer, Vocabulary
 from pipelines.model.trees import Mix, Trees
 
-_LABELLED: Final = ("hazard.", "amount.", "join.", "fusion.", "items.")  # not pretrained
+_LABELLED: Final = ("hazard.", "amount.", "join.", "fusion.")  # not pretrained
+_PRETRAIN_ITEMS: Final = 5.0  # times item_weight: what the next-event loss gains there as well
 _SEED_STEP: Final = 10_000  # between the members of a model, so that near seeds share none
 _STATISTICS_CUTS: Final = 20_000
 _WARM_UP: Final = 0.05  # of all steps
@@ -71,8 +72,7 @@ _MAX_NORM: Final = 1.0
 _FLOOR: Final = 1e-6  # of a probability in a loss
 _READ: Final = 2_200_000  # events, over all epochs
 _FEWEST, _MOST = 3, 6  # epochs
-_PACE: Final = 0.012  # learning rate times epochs, between
-_SLOWEST, _FASTEST = 0.002, 0.006
+_FASTEST, _SLOWEST = 0.006, 0.002  # learning rates of the fewest and the most
 _GPU_LOADERS: Final = 4
 _NICENESS: Final = 10  # of what runs beside the steps
 _LEVEL_CUTS: Final = 4096  # that tell the level of a refit from that of the first fit
@@ -133,9 +133,9 @@ class Schedule:
     """How often a fit reads the log, and how fast it learns.
 
     Where the settings leave it open: epochs until 2.2 million events have been read, three at
-    least and six at most, and a rate of .012 over the epochs. A large log is read fewer times in
-    larger steps, to which a sparse one would be fitted too closely (measured in
-    benchmarks/README.md).
+    least and six at most, and a rate that falls evenly from .006 with three to .002 with six. A
+    large log is read fewer times in larger steps, to which a sparse one would be fitted too closely
+    (measured in benchmarks/README.md).
 
     Attributes:
         epochs: of the first fit.
@@ -150,7 +150,8 @@ class Schedule:
         """Choose for the events before ``close``, microseconds."""
         events = max(1, int((timeline.ts < close).sum()))
         epochs = config.epochs or min(max(round(_READ / events), _FEWEST), _MOST)
-        rate = config.learning_rate or min(max(_PACE / epochs, _SLOWEST), _FASTEST)
+        between = np.interp(epochs, (_FEWEST, _MOST), (_FASTEST, _SLOWEST))
+        rate = config.learning_rate or float(between)
         return cls(epochs=epochs, learning_rate=rate)
 
 
@@ -164,7 +165,7 @@ def pretrain_model(
     on_epoch: Callable[[dict[str, float]], None] = lambda _: None,
     checkpoint: Checkpoint | None = None,
 ) -> dict[str, Tensor]:
-    """Learn to tell the next event (``bert``: events left out), without any label.
+    """Learn to tell the next event and item (``bert``: events left out), without any label.
 
     Args:
         sequences: all events; those before the calibration cut are looked at.
@@ -187,7 +188,8 @@ def pretrain_model(
     seed_everything(config)
     heads = Heads.for_targets(targets)
     fit = _Fit(Timeline(sequences), periods, heads, targets, config, vocabulary)
-    fit.resume(checkpoint, on_epoch)
+    if not fit.resume(checkpoint, on_epoch):
+        fit.start_items(fit.draw_some(periods.calibration), periods.calibration)
     fit.run(Phase.PRETRAIN, pretrain.epochs, periods.calibration, pretrain.learning_rate, on_epoch)
     return {
         name: tensor.detach().clone()
@@ -768,8 +770,7 @@ class _Fit:
         unexpected = self.network.load_state_dict(pretrained, strict=False).unexpected_keys
         if unexpected:
             raise UserError(f"models/pretrained: {unexpected[0]} is not of this network")
-        wanted = self.config.cuts_per_user * self.timeline.sequences.users
-        cuts = self.loader.sample(close, min(_STATISTICS_CUTS, max(1, wanted)), self.rng)
+        cuts = self.draw_some(close)
         if not len(cuts):
             raise UserError(
                 "train: nobody has a history and a closed window before the calibration cut; "
@@ -787,10 +788,21 @@ class _Fit:
             self.network.amount.bias.copy_(torch.cat([mean, scale]))
             if self.spec.network.features:
                 self.network.fusion.fit(self.timeline.features(cuts))
-            if self.network.items is not None:
-                following = self.loader.next_items(cuts, close)
-                counts = np.bincount(following[following >= 0], minlength=self.spec.network.items)
-                self.network.items.bias.copy_(start_bias(counts))
+        self.start_items(cuts, close)
+
+    def draw_some(self, close: int) -> Cuts:
+        """Draw cuts that tell how often something happens."""
+        wanted = self.config.cuts_per_user * self.timeline.sequences.users
+        return self.loader.sample(close, min(_STATISTICS_CUTS, max(1, wanted)), self.rng)
+
+    def start_items(self, cuts: Cuts, close: int) -> None:
+        """Set how often each item comes next."""
+        if self.network.items is None:
+            return
+        following = self.loader.next_items(cuts, close)
+        counts = np.bincount(following[following >= 0], minlength=self.spec.network.items)
+        with torch.no_grad():
+            self.network.items.bias.copy_(start_bias(counts))
 
     def run(
         self,
@@ -893,7 +905,9 @@ class _Fit:
             weight = 1.0 if phase is Phase.PRETRAIN else self.config.next_event_weight
             loss = loss + weight * following
         if step.items is not None:
-            loss = loss + self.config.item_weight * self._item_loss(step.items, hidden)
+            weight = self.config.item_weight
+            weight *= _PRETRAIN_ITEMS if phase is Phase.PRETRAIN else 1.0
+            loss = loss + weight * self._item_loss(step.items, hidden)
         if loss.requires_grad:
             (share * loss).backward()  # type: ignore[no-untyped-call]
         return share * torch.stack([hazard, amount, following]).detach().double()

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.config import Pretrain
 from pipelines.features.store import encode_events, hash_text
 from pipelines.model.items import RECENT, ItemHead
 from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import TrainedModel, train_model
+from pipelines.model.training import TrainedModel, pretrain_model, train_model
 from tests.model.conftest import PERIODS, START, TARGETS, TINY
 
 ITEMS = ("a", "b", "c", "d", "e", "f")
@@ -72,6 +73,24 @@ def test_a_model_of_no_items_tells_none() -> None:
     assert codes.shape == values.shape == (20, 0)
 
 
+@pytest.mark.parametrize(
+    ("given", "learns"),
+    [({}, True), ({"item_weight": 0.0}, False), ({"backbone": "bert"}, False)],
+)
+def test_pretraining_tells_the_next_item(given: dict[str, Any], learns: bool) -> None:
+    rng = np.random.default_rng(2)
+    shop = encode_events([make_loyal(rng) for _ in range(40)])
+    weights = pretrain_model(
+        shop,
+        PERIODS,
+        TARGETS[-2:-1],
+        TINY.model_copy(update=given),
+        Pretrain(epochs=1, learning_rate=0.01),
+        VOCABULARY,
+    )
+    assert bool(weights["items.place.weight"].any()) == learns  # zero at first
+
+
 def test_probabilities_sum_to_what_the_known_items_hold() -> None:
     torch.manual_seed(0)
     head = ItemHead(7, 4)
@@ -110,6 +129,10 @@ def test_recent_and_next_items_of_a_timeline() -> None:
     close = np.full(4, START + 4 * DAY)
     assert [named[int(h)] for h in timeline.next_item(cuts, close)] == ["a", "", "", ""]
     assert [named[int(h)] for h in timeline.next_item(cuts, close + 1)] == ["a", "c", "", ""]
+    after = timeline.after(np.array([0, 2, 3, 4]))
+    recent = [[named[int(h)] for h in row] for row in timeline.recent_items(after, 2)]
+    assert recent == [["a", ""], ["b", "a"], ["c", "b"], ["", ""]]
+    assert [named[int(h)] for h in timeline.next_item(after, close + 1)] == ["b", "c", "", ""]
 
 
 def test_days_until_the_event_is_the_median(trained: TrainedModel) -> None:

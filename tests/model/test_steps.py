@@ -75,6 +75,23 @@ def test_steps_do_not_depend_on_who_makes_them(
     assert all((step.targets is None) == (phase is Phase.PRETRAIN) for step in found[0])
 
 
+@pytest.mark.parametrize("phase", list(Phase))
+def test_items_are_told_at_nows_and_in_pretraining_at_events(shop: Sequences, phase: Phase) -> None:
+    told = {}
+    for backbone in ("gpt", "bert"):
+        loader = make_loader(shop, TINY.model_copy(update={"backbone": backbone}))
+        epoch = loader.epoch(PERIODS.calibration, phase, np.random.default_rng(5))
+        told[backbone] = [step for step in loader.steps(epoch) if step.items is not None]
+        for step in told[backbone]:
+            assert step.items is not None
+            batch = step.batch
+            where = batch.event_place if phase is Phase.PRETRAIN else batch.now_place
+            assert torch.isin(step.items.places, where).all()
+    assert told["gpt"]
+    # Masked pretraining shows what comes next.
+    assert bool(told["bert"]) == (phase is not Phase.PRETRAIN)
+
+
 def test_an_epoch_drawn_ahead_is_that_which_a_resumed_training_draws(shop: Sequences) -> None:
     rng, before = np.random.default_rng(5), torch.get_rng_state()
     loader = make_loader(shop, TINY)
