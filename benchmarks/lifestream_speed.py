@@ -7,8 +7,8 @@ Both run in turns, each in a process of its own; told is the median of the round
 events only, never padding.
 
     ours     an epoch of the stage `pretrain` with the network of params.yaml: next type, category
-             (item where the data name no categories), gap and amount, of one event in four, from
-             packed batches of 2,048 tokens
+             (item where the data name no categories), gap and amount, of one event in four, and
+             the item likewise where the peer tells it, too; from packed batches of 2,048 tokens
     theirs   GptPretrainModule with GptEncoder (Hugging Face's GPT-2) and TrxEncoder, as its
              documentation shows, on GptDataset: a random slice of 16 to 128 events of each shopper
              with as many, padded batches, its NAdam; a plain loop, which spares it the costs of
@@ -56,35 +56,37 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=15.0, help="of each of the peer's runs")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 64, 128])
-    parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--ours", choices=list(HEADS), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.ours:
-        print(measure_ours(given.root, given.threads))
+        print(measure_ours(given.root, given.threads, "item" in HEADS[given.ours]))
         return
     python = make_environment(given.environment)
     with tempfile.TemporaryDirectory(prefix="forecart-bench-") as folder:
         export(given.root, Path(folder))
-        ours: list[float] = []
+        ours: dict[str, list[float]] = {name: [] for name in HEADS}
         theirs: dict[str, dict[int, list[float]]] = {name: {} for name in HEADS}
         for _ in range(given.rounds):
-            own = [sys.executable, __file__, "--ours", "--root", str(given.root)]
-            own += ["--environment", str(given.environment), "--threads", str(given.threads)]
-            # As the command `forecart` sets them; the peer has what its user has: nothing set.
-            ours.append(run(own, THREADS))
             for name, columns in HEADS.items():
+                own = [sys.executable, __file__, "--ours", name, "--root", str(given.root)]
+                own += ["--environment", str(given.environment), "--threads", str(given.threads)]
+                # As the command `forecart` sets them; the peer has what its user has: nothing set.
+                ours[name].append(run(own, THREADS))
                 for size in given.batch_sizes:
                     command = [str(python), str(Path(__file__).with_name("lifestream_peer.py"))]
                     command += [folder, ",".join(columns), str(size), str(given.seconds)]
                     theirs[name].setdefault(size, []).append(run([*command, str(given.threads)]))
-    speed = statistics.median(ours)
-    result: dict[str, Any] = {"threads": given.threads, "ours_events_per_s": round(speed)}
+    result: dict[str, Any] = {"threads": given.threads}
     for name, by_size in theirs.items():
         medians = {size: statistics.median(values) for size, values in by_size.items()}
         best = max(medians, key=lambda size: medians[size])
+        speed = statistics.median(ours[name])
         result[name] = {
+            "ours_events_per_s": round(speed),
             "events_per_s": round(medians[best]),
             "batch_size": best,
             "ratio": round(speed / medians[best], 2),
+            "ratios": [round(a / b, 2) for a, b in zip(ours[name], by_size[best], strict=True)],
         }
     print(json.dumps(result, indent=2))
 
@@ -124,8 +126,8 @@ def export(root: Path, folder: Path) -> None:
     np.save(folder / "offsets.npy", offsets)
 
 
-def measure_ours(root: Path, threads: int) -> float:
-    """Return events per second of an epoch of pretraining."""
+def measure_ours(root: Path, threads: int, items: bool) -> float:
+    """Return events per second of an epoch of pretraining, with the next item told or without."""
 
     from pipelines.config import load_params
     from pipelines.model.heads import Heads
@@ -135,6 +137,8 @@ def measure_ours(root: Path, threads: int) -> float:
 
     params = load_params(root / "params.yaml")
     config = params.train.model_copy(update={"threads": threads})
+    if not items:
+        config = config.model_copy(update={"item_weight": 0.0})
     sequences, periods, targets, vocabulary = load_inputs(root)
     seed_everything(config)
     heads = Heads.for_targets(targets)
