@@ -44,7 +44,7 @@ STAGES = {
     "ingest": "Read events from the source into day partitions.",
     "validate": "Check the events with Great Expectations.",
     "features": "Build sequences, snapshot features and labels.",
-    "pretrain": "Teach the network to tell the next event, without labels.",
+    "pretrain": "Teach the network to tell the next event and item, without labels.",
     "train": "Train, calibrate and refit the behaviour model.",
     "baselines": "Fit what the model must beat.",
     "evaluate": "Compare all models out of time; write the report.",

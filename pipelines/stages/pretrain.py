@@ -1,4 +1,4 @@
-"""Stage: teach the network to tell the next event, without labels."""
+"""Stage: teach the network to tell the next event and item, without labels."""
 
 from __future__ import annotations
 
