@@ -349,18 +349,17 @@ class Loader:
         """Tell the item after some NOW tokens, or, where those are not read, after some events."""
         if chance.item is None or chance.sample is None:
             return None
-        cuts, places = collated.cuts, collated.batch.now_place
-        if not read:
-            cuts, places = self.timeline.after(collated.events), collated.batch.event_place
-        chosen = np.arange(chance.item, len(cuts), _ITEM_SHARE)
-        truth = self.next_items(cuts.take(chosen), close)
-        known = truth >= 0
-        if not known.any():
+        places = collated.batch.now_place if read else collated.batch.event_place
+        chosen = np.arange(chance.item, len(places), _ITEM_SHARE)
+        after = self.timeline.after
+        cuts = collated.cuts.take(chosen) if read else after(collated.events[chosen])
+        truth = self.next_items(cuts, close)
+        known = np.flatnonzero(truth >= 0)
+        if not len(known):
             return None
-        chosen = chosen[known]
-        recent = self.timeline.recent_items(cuts.take(chosen), RECENT)
+        recent = self.timeline.recent_items(cuts.take(known), RECENT)
         return FollowingItems(
-            places=places[torch.from_numpy(chosen)],
+            places=places[torch.from_numpy(chosen[known])],
             recent=torch.from_numpy(self.tokenizer.items(recent)),
             truth=torch.from_numpy(truth[known]),
             sample=torch.from_numpy(chance.sample),
