@@ -353,6 +353,10 @@ def build(*, require_approval: bool) -> Any:
     def promotion(result: Any) -> None:
         approve = ApprovalOperator(
             task_id="approve",
+            # An answer within moments of the question, while the process that asked still ends,
+            # is lost on Airflow, and the task fails: it asks again.
+            retries=2,
+            retry_delay=RETRY_DELAY,
             subject="Promote the model of {{ run_id }}?",
             body="The gate has passed it.\n\n"
             "- report: {{ ti.xcom_pull(task_ids='commit')['training'] or "

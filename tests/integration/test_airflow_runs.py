@@ -83,9 +83,13 @@ class Airflow:
             assert time.monotonic() < deadline, str(states)
             assert states["promotion.outcome"] is None, str(states)
             time.sleep(1)
-        # A person takes a moment. What is answered while the process that has asked still ends
-        # starts the task again too early for Airflow, which then takes it for failed.
-        time.sleep(5)
+        # What is answered before the scheduler has seen the process that asked end starts the
+        # task again too early for Airflow, which then takes it for failed and asks again.
+        log = self.project.path / ".forecart/logs/scheduler.log"
+        end = f"TaskInstance Finished: dag_id={DAG}, task_id=promotion.approve, run_id={run_id},"
+        while end not in log.read_text(errors="replace"):
+            assert time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
+            time.sleep(1)
         self.call("PATCH", path, {"chosen_options": [option]})
 
     def tell_failures(self, run_id: str) -> str:
