@@ -97,21 +97,23 @@ def grow_trees(
     refit: Rows,
     *,
     amounts: int,
+    wanted: NDArray[np.bool_],
     config: EnsembleTrees,
     seed: int,
 ) -> tuple[Trees, Trees]:
-    """Grow the trees of all outputs, as many rounds as the later rows bear.
+    """Grow the trees of some outputs, as many rounds as the later rows bear.
 
     Args:
         fit: of the first trees.
         stop: later; the round of least loss on them is the last.
         refit: of the second trees, which grow as many rounds.
         amounts: how many of the outputs, the last ones, are amounts.
+        wanted: (O,), which outputs are to have trees.
         config: settings.
         seed: of the rows and features that each tree sees.
 
     Returns:
-        The first and the second trees. Outputs of which too little is known have none.
+        The first and the second trees. Outputs of which too little is known have none, either.
     """
     import lightgbm as lgb
 
@@ -124,7 +126,8 @@ def grow_trees(
 
     def grow(output: int) -> tuple[list[Any], list[Any]]:
         kind: Literal["binary", "amount"] = "binary" if output < outputs - amounts else "amount"
-        if not all(_tells(rows.y[:, output]) for rows in (fit, stop, refit)):
+        known = all(_tells(rows.y[:, output]) for rows in (fit, stop, refit))
+        if not (wanted[output] and known):
             return [], []
         parameters = tree_parameters(kind, config, seed) | {"max_depth": _MAX_DEPTH}
         first = lgb.train(
@@ -156,8 +159,19 @@ def _tells(y: NDArray[np.float64]) -> bool:
 def _choose(data: Any, rows: Rows, output: int) -> Any:
     """Return the part of a LightGBM data set of which one outcome is known."""
     known = np.flatnonzero(np.isfinite(rows.y[:, output]))
-    part = data.subset(known, params=dict(data.params)).construct()
-    part.set_label(rows.y[known, output])
+    return label_part(data, known, rows.y[known, output])
+
+
+def label_part(data: Any, rows: NDArray[np.int64], y: NDArray[np.float64]) -> Any:
+    """Return some rows of a LightGBM data set, binned as they are there, with labels of their own.
+
+    Args:
+        data: constructed; not changed, so that several threads may ask at a time.
+        rows: (R,), numbers of its rows.
+        y: (R,).
+    """
+    part = data.subset(rows, params=dict(data.params)).construct()
+    part.set_label(y)
     return part
 
 

@@ -252,13 +252,14 @@ class Predictor:
         if not len(self.trees):
             return raw
         events, bins = len(self.spec.heads.events), len(self.spec.heads.grid)
-        own, share = self._believed
+        own, share, speaks = self._believed
         stays = raw.survival
         if len(own):
             stays = stays.copy()
             said = log_odds(1.0 - raw.survival[:, own])
             grown = scores[:, : events * bins].reshape(-1, events, bins)[:, own]
-            odds = share * said + (1.0 - share) * grown
+            change = (1.0 - share) * (grown - said)
+            odds = said + np.take_along_axis(change, speaks[None], axis=2)
             # The trees of two intervals may disagree.
             stays[:, own] = 1.0 - np.maximum.accumulate(sigmoid(odds), axis=2)
         told = self.trees.known[events * bins :]
@@ -266,14 +267,24 @@ class Predictor:
         return replace(raw, survival=stays, spend=spend)
 
     @cached_property
-    def _believed(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Events of which trees are believed, (E,), and the network's share of them, (E, bins)."""
+    def _believed(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+        """Events of which trees are believed, the network's share of them, whose word counts.
+
+        Returns:
+            int64 (E,); (E, bins), 1 where there are no trees; and int64 (E, bins), the interval
+            whose trees change the log odds: its own, or for what no target asks about, and so has
+            no trees, the next that is asked about.
+        """
         heads = self.spec.heads
         events, bins = len(heads.events), len(heads.grid)
         known = self.trees.known[: events * bins].reshape(events, bins)
         weight = np.array([self.spec.mix.events.get(name, 1.0) for name in heads.events])
         own = np.flatnonzero((weight != 1.0) & known.any(axis=1))
-        return own, np.where(known[own], weight[own, None], 1.0)
+        places = np.arange(bins)
+        asked = np.isin(heads.grid, [target.horizon_days for target in self.targets])
+        after = places[asked][np.searchsorted(places[asked], places)]
+        share = np.where(known[own], weight[own, None], 1.0)
+        return own, share, np.where(known[own], places, after)
 
     def parts(
         self, timeline: Timeline, cuts: Cuts, count: int = 0, workers: int = 1

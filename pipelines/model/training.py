@@ -421,6 +421,9 @@ class _Grower:
             return collect_rows(timeline, cuts, heads, close)
 
         held = _calibration_cuts(timeline, periods, targets)
+        # The network alone answers between the horizons.
+        asked = np.isin(heads.grid, [target.horizon_days for target in targets])
+        amounts = np.ones(len(heads.amounts), dtype=np.bool_)
         # Here, not beside the networks: what a timeline remembers is not made for two threads.
         self._grow = partial(
             grow_trees,
@@ -428,6 +431,7 @@ class _Grower:
             collect_rows(timeline, held, heads, periods.test),
             look_back(periods.test),
             amounts=len(heads.amounts),
+            wanted=np.concatenate([*[asked] * len(heads.events), amounts]),
             config=config.trees,
             seed=config.seed,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -67,12 +66,12 @@ def run(params: Params, root: Path = Path()) -> str:
     # longest task is the first: at the end it would run alone.
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool, threadpool_limits(1):
-        local = threading.local()
+        boosting = Boosting(table, params.baselines)
         lstm = None
         if params.baselines.lstm.epochs != 0:
             lstm = pool.submit(_predict_lstm, root, params.baselines.lstm, params.baselines.seed)
         results = pool.map(
-            lambda t: _fit_target(table, scaled, known[_find_event(t)], t, params, local),
+            lambda t: _fit_target(table, scaled, known[_find_event(t)], t, boosting),
             table.targets,
         )
         fits = progress(results, "baselines", total=len(table.targets), unit="target")
@@ -203,8 +202,7 @@ def _fit_target(
     scaled: SnapshotTable,
     known: SnapshotTable,
     target: Target,
-    params: Params,
-    local: threading.local,
+    boosting: Boosting,
 ) -> tuple[dict[str, Floats], dict[str, Any], str]:
     """Fit all baselines on one target.
 
@@ -213,21 +211,17 @@ def _fit_target(
         scaled: the same as columns of a linear model.
         known: the same with histories of the target's event.
         target: what to predict.
-        params: all settings.
-        local: what this thread keeps from one target to the next.
+        boosting: of the same table.
 
     Returns:
         Predictions and parameters by baseline, and the trees as text.
     """
-    if not hasattr(local, "boosting"):
-        # One for a thread, since the labels are set on the data it holds.
-        local.boosting = Boosting(table, params.baselines)
     predictions: dict[str, Floats] = {}
     parameters: dict[str, Any] = {}
     for name, rows, first, second in _make_pairs(table, scaled, known, target):
         predictions[name] = fit_twice(rows, target, first, second)
         parameters[name] = second.to_dict()
-    predictions["lightgbm"], text = local.boosting.fit_target(target)
+    predictions["lightgbm"], text = boosting.fit_target(target)
     return predictions, parameters, text
 
 

@@ -204,6 +204,15 @@ def test_trees_never_take_threads_of_their_own(table: SnapshotTable) -> None:
     assert after == before
 
 
+def test_targets_side_by_side_have_the_trees_they_have_alone(table: SnapshotTable) -> None:
+    targets = [BUY, SPEND] * 4
+    shared = Boosting(table, Baselines())
+    with ThreadPoolExecutor(len(targets)) as pool:
+        together = list(pool.map(lambda target: shared.fit_target(target)[1], targets))
+    alone = {t.name: Boosting(table, Baselines()).fit_target(t)[1] for t in (BUY, SPEND)}
+    assert together == [alone[target.name] for target in targets]
+
+
 def test_a_single_class_gives_its_rate() -> None:
     x = np.random.default_rng(0).normal(size=(50, 3))
     model = Linear(Kind.BINARY)

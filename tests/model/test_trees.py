@@ -125,12 +125,18 @@ def test_missing_and_misshapen_arrays_are_refused(trees: Trees) -> None:
                 Trees.from_tensors(tensors, outputs=3, features=6)
 
 
-def test_outputs_of_which_too_little_is_known_have_no_trees() -> None:
+def test_outputs_unwanted_or_of_which_too_little_is_known_have_no_trees() -> None:
     x, y = make_data(400)
     outcomes = np.stack([y, np.zeros(400), np.full(400, np.nan), y * 2], axis=1)
     rows = Rows(x=x, y=outcomes)
-    first, second = grow_trees(rows, rows, rows, amounts=1, config=SETTINGS, seed=1)
-    assert first.known.tolist() == second.known.tolist() == [True, False, False, True]
+    for wanted, known in (
+        ([True, True, True, True], [True, False, False, True]),
+        ([False, True, True, True], [False, False, False, True]),
+    ):
+        first, second = grow_trees(
+            rows, rows, rows, amounts=1, wanted=np.array(wanted), config=SETTINGS, seed=1
+        )
+        assert first.known.tolist() == second.known.tolist() == known
 
 
 @pytest.mark.parametrize(("good", "expected"), [(0, 0.0), (20, 1.0), (None, 0.5)])
@@ -183,14 +189,26 @@ def test_both_answer_as_one(shop: Sequences, model: TrainedModel) -> None:
 
     np.testing.assert_array_equal(join(1.0), said.survival)
     known = predictor.trees.known[: events * bins].reshape(events, bins)
+    asked = np.isin(heads.grid, [target.horizon_days for target in predictor.targets])
     assert known.any()
+    assert not known[:, ~asked].any()
     odds = scores[:, : events * bins].reshape(-1, events, bins)
     alone = np.where(known, 1.0 / (1.0 + np.exp(odds)), said.survival)
+    # Between the horizons the odds change as at the next one.
+    for event in range(events):
+        for place in np.flatnonzero(~asked):
+            later = place + int(asked[place:].argmax())
+            own, its = (said.survival[:, event, p].clip(1e-6, 1 - 1e-6) for p in (place, later))
+            new = alone[:, event, later].clip(1e-6, 1 - 1e-6)
+            ratio = new / (1 - new) * (1 - its) / its
+            alone[:, event, place] = ratio * own / (1 - own + ratio * own)
     np.testing.assert_allclose(join(0.0), np.minimum.accumulate(alone, axis=2), atol=1e-5)
     half = join(0.5)
     assert np.abs(half - said.survival).max() > 0.01
     assert (np.diff(half, axis=2) <= 0).all()
-    for event in np.flatnonzero(known.all(axis=1)):
+    whole = np.flatnonzero(known[:, asked].all(axis=1))
+    assert len(whole)
+    for event in whole:
         both = np.stack([join(0.0)[:, event], said.survival[:, event]])
         assert (half[:, event] >= both.min(axis=0) - 1e-5).all()
         assert (half[:, event] <= both.max(axis=0) + 1e-5).all()
