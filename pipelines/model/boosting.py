@@ -1,8 +1,8 @@
 """Grows the trees that answer beside the network, with LightGBM.
 
-One model for every event and interval of the grid (does the event happen until its end?), and one
-for every amount. Rows are everyone in the population at equally spaced times of the past, as in
-production; windows that close late count for the horizons that they allow alone.
+One model for every event and horizon that is asked about (does the event happen until its end?),
+and one for every amount. Rows are everyone in the population at equally spaced times of the past,
+as in production; windows that close late count for the horizons that they allow alone.
 """
 
 from __future__ import annotations

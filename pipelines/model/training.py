@@ -421,7 +421,7 @@ class _Grower:
             return collect_rows(timeline, cuts, heads, close)
 
         held = _calibration_cuts(timeline, periods, targets)
-        # The network alone answers between the horizons.
+        # Between the horizons nobody is asked; there ``join`` changes the network as at the next.
         asked = np.isin(heads.grid, [target.horizon_days for target in targets])
         amounts = np.ones(len(heads.amounts), dtype=np.bool_)
         # Here, not beside the networks: what a timeline remembers is not made for two threads.
