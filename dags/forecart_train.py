@@ -362,7 +362,8 @@ def build(*, require_approval: bool) -> Any:
             "- report: {{ ti.xcom_pull(task_ids='commit')['training'] or "
             "ti.xcom_pull(task_ids='commit')['report'] }}\n"
             "- branch: `{{ ti.xcom_pull(task_ids='commit')['branch'] }}`",
-            doc_md="Waits for a person. Rejecting promotes nothing.",
+            doc_md="Waits for a person. Rejecting promotes nothing. An answer in the very first "
+            "moments may be lost; it is then asked for again.",
         )
         chosen = verdict(result, params="{{ params }}")
         made = promote(run_id="{{ run_id }}")
