@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby
@@ -28,6 +29,9 @@ _ALONE: Final = frozenset({"package"})
 _NICENESS: Final = 10
 
 _PATIENCE: Final = 0.2  # seconds until what DVC started meanwhile is ended, too
+# Seconds for a stage to end by itself after Ctrl-C. A shell whose command took the interrupt and
+# ended well goes on with its next one.
+_GRACE: Final = 5.0
 
 Chain = tuple[str, ...]
 
@@ -114,14 +118,21 @@ def _run_block(root: Path, chains: Sequence[Chain]) -> None:
         codes = [process.wait() for process in running]
     except BaseException as error:
         # Ctrl-C reaches them, too; what else ends this process is to end them.
-        if not isinstance(error, KeyboardInterrupt):
-            _terminate(running)
-        for process in running:
-            process.wait()
+        if isinstance(error, KeyboardInterrupt):
+            _wait(running, _GRACE)
+        _terminate(running)
         raise
     failed = [" ".join(chain) for chain, code in zip(chains, codes, strict=True) if code]
     if failed:
         raise UserError(f"not done: {', '.join(failed)}; see above")
+
+
+def _wait(running: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Wait until all have ended, at most so long."""
+    until = time.monotonic() + seconds
+    with suppress(subprocess.TimeoutExpired):
+        for process in running:
+            process.wait(max(until - time.monotonic(), 0))
 
 
 def _terminate(running: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -133,15 +133,23 @@ def test_what_failed_is_told_and_the_others_are_gone_on_with(project: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("number", "to_all", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)]
+    ("number", "to_all", "code", "before"),
+    [
+        (signal.SIGINT, True, 130, ""),
+        (signal.SIGINT, True, 130, "trap '' INT; "),
+        (signal.SIGTERM, False, 143, ""),
+    ],
 )
 def test_a_signal_ends_all_of_it(
-    project: Path, number: signal.Signals, to_all: bool, code: int
+    project: Path, number: signal.Signals, to_all: bool, code: int, before: str
 ) -> None:
-    """Ctrl-C in a terminal reaches the whole group, what a service manager sends the first."""
+    """Ctrl-C in a terminal reaches the whole group, what a service manager sends the first.
+
+    A stage that does not hear it is ended, too.
+    """
     stages = {
-        name: {"cmd": f"touch {name}.began; sleep 60; touch {name}", "outs": [name]}
-        for name in ("a", "b")
+        name: {"cmd": f"{own}touch {name}.began; sleep 300; touch {name}", "outs": [name]}
+        for name, own in (("a", ""), ("b", before))
     }
     stages["end"] = {"cmd": "touch end", "deps": ["a", "b"], "outs": ["end"]}
     make(project, stages)
@@ -161,7 +169,7 @@ def test_a_signal_ends_all_of_it(
     started = psutil.Process(process.pid).children(recursive=True)
     assert len(started) >= 4  # of each stage DVC and its command
     (os.killpg if to_all else os.kill)(process.pid, number)
-    process.communicate(timeout=50)
+    process.communicate(timeout=120)
     assert process.returncode == code
     _, left = psutil.wait_procs(started, timeout=10)
     assert not left
