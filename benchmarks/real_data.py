@@ -4,7 +4,9 @@ Method: each set goes through the stages as `dvc repro` would run them, with the
 params.yaml but for what the length of the log asks for (horizons and cuts below). Judged is the
 test cut, once; with --tests several, a training step apart, all after what either model learnt
 from. Told for every target: ROC-AUC, PR-AUC, Brier score and ECE, or MAE and Gini of spend, of both
-models, and the paired difference with its 95 % interval (bootstrap over users).
+models, and the paired difference with its 95 % interval (bootstrap over users). With --seeds both
+are trained so many times, each time from another seed; told are means over the seeds, with the
+interval of their mean difference (one bootstrap for all), and each seed's difference.
 
 Sets (files of these names in --folder; none is part of this project):
 
@@ -16,7 +18,7 @@ Sets (files of these names in --folder; none is part of this project):
     trivago            trivago RecSys 2019 sessions: searches, views and click-outs, a week
 
     python benchmarks/real_data.py --folder DIR [--only online_retail taobao] [--tests 4]
-        [--members 1] [--no-tables]
+        [--seeds 1] [--members 1] [--no-tables]
 """
 
 from __future__ import annotations
@@ -25,27 +27,30 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import yaml
 
 from pipelines.config import parse_params
 from pipelines.errors import UserError
-from pipelines.io import read_json
+from pipelines.evaluation.comparison import collect_test_rows
+from pipelines.evaluation.metrics import Floats, amount_metrics, binary_metrics, draw_weights
+from pipelines.features.cuts import Split
+from pipelines.features.labels import Kind
+from pipelines.features.snapshot_table import SnapshotTable
+from pipelines.stages.train import FEATURES
 
-STAGES: Final = (
-    "fingerprint",
-    "ingest",
-    "validate",
-    "features",
-    "pretrain",
-    "train",
-    "baselines",
-    "evaluate",
-)
+ONCE: Final = ("fingerprint", "ingest", "validate", "features")
+OF_A_SEED: Final = ("pretrain", "train", "baselines")
+PAIR: Final = ("ensemble", "lightgbm")
+PREDICTIONS: Final = Path("data/predictions")
+TOLD: Final = ("roc_auc", "pr_auc", "brier", "ece", "mae", "gini")
 SHORT: Final = {
     "targets": {"horizons_days": [1, 2], "primary_horizon_days": 1},
     "population": {"active_within_days": 3},
@@ -158,6 +163,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=list(SETS))
     parser.add_argument("--tests", type=int, default=1, help="test cuts")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of either model")
     parser.add_argument("--members", type=int, help="networks that answer together")
     parser.add_argument("--no-tables", action="store_true", help="of items and shoppers")
     given = parser.parse_args()
@@ -171,7 +177,7 @@ def main() -> None:
             root = Path(folder)
             (root / "expectations").symlink_to(expectations)
             tables = {} if given.no_tables else write_tables(name, given.folder, root)
-            found = measure(name, settings, given.folder, root, tables)
+            found = measure(name, settings, given.folder, root, tables, given.seeds)
             print(json.dumps({name: found}), flush=True)
 
 
@@ -195,7 +201,12 @@ def write_tables(name: str, folder: Path, root: Path) -> dict[str, str]:
 
 
 def measure(
-    name: str, settings: dict[str, Any], folder: Path, root: Path, tables: dict[str, str]
+    name: str,
+    settings: dict[str, Any],
+    folder: Path,
+    root: Path,
+    tables: dict[str, str],
+    seeds: int,
 ) -> dict[str, Any]:
     """Run the stages on one set and compare the two models."""
     entry = SETS[name]
@@ -208,35 +219,84 @@ def measure(
     }
     merged = dict(settings)
     merged["ingest"] = {**settings["ingest"], "source": "files", "files": files}
+    # Nobody asks for it here.
+    lstm = {**settings["baselines"]["lstm"], "epochs": 0}
+    merged["baselines"] = {**settings["baselines"], "lstm": lstm}
     for section, changes in entry["params"].items():
         merged[section] = {**settings[section], **changes}
-    params = parse_params(merged)
     began = time.perf_counter()
     try:
-        for stage in STAGES:
-            import_module(f"pipelines.stages.{stage}").run(params, root)
+        _run(ONCE, merged, root)
+        scored = []
+        for seed in range(1, seeds + 1):
+            for section in ("train", "baselines"):
+                merged[section] = {**merged[section], "seed": seed}
+            _run(OF_A_SEED, merged, root)
+            scored.append(score(root, merged))
     except UserError as error:
         return {"stopped": str(error)}
-    evaluation = read_json(root / "reports/evaluation.json")
-    result: dict[str, Any] = {
-        "events": evaluation["data"]["events"],
+    table = SnapshotTable.load(root / FEATURES)
+    offsets = np.load(root / FEATURES / "sequences/offsets.npy", allow_pickle=False)
+    return {
+        "events": int(offsets[-1]),
+        "shoppers": len(np.unique(table.user[table.rows_of(Split.TEST)])),
         "seconds": round(time.perf_counter() - began),
+        **{target: join([found[target] for found in scored]) for target in scored[0]},
     }
-    for target, found in evaluation["targets"].items():
-        paired = found["paired"]["ensemble-lightgbm"]
-        result[target] = {
-            "users": found["users"],
-            **{
-                metric: [
-                    round(found["models"]["ensemble"][metric]["value"], 4),
-                    round(found["models"]["lightgbm"][metric]["value"], 4),
-                    *(round(paired[metric][bound], 4) for bound in ("diff", "low", "high")),
-                ]
-                for metric in ("roc_auc", "pr_auc", "brier", "ece", "mae", "gini")
-                if metric in paired and found["models"]["ensemble"][metric]["value"] is not None
-            },
+
+
+def _run(stages: Sequence[str], settings: dict[str, Any], root: Path) -> None:
+    for stage in stages:
+        import_module(f"pipelines.stages.{stage}").run(parse_params(settings), root)
+
+
+def score(root: Path, settings: dict[str, Any]) -> dict[str, dict[str, Floats]]:
+    """Score both models on the test rows.
+
+    Returns:
+        Target -> metric -> (2, B) of the ensemble and LightGBM: the value, then its samples.
+    """
+    table = SnapshotTable.load(root / FEATURES)
+    config = parse_params(settings).evaluation
+    files = (PREDICTIONS / "ensemble.parquet", PREDICTIONS / "baselines/lightgbm.parquet")
+    read = {name: pq.read_table(root / file) for name, file in zip(PAIR, files, strict=True)}
+    rows = table.rows_of(Split.TEST)
+    weights = draw_weights(table.user[rows], samples=config.bootstrap_samples, seed=config.seed)
+    predictions = {
+        name: {t.name: found[t.name].to_numpy().astype(np.float64) for t in table.targets}
+        for name, found in read.items()
+    }
+    scored = {}
+    for part in collect_test_rows(table, predictions, config):
+        models = [
+            binary_metrics(part.y, p, weights, threshold=part.thresholds[name])
+            if part.target.kind is Kind.BINARY
+            else amount_metrics(part.y, p, weights)
+            for name, p in part.predictions.items()
+        ]
+        scored[part.target.name] = {
+            metric: np.array([model[metric] for model in models])
+            for metric in TOLD
+            if metric in models[0]
         }
-    return result
+    return scored
+
+
+def join(seeds: list[dict[str, Floats]]) -> dict[str, Any]:
+    """Means over seeds of both models, their difference, its bounds, and it by seed."""
+    joined: dict[str, Any] = {}
+    for metric in seeds[0]:
+        values = np.array([found[metric] for found in seeds])
+        if not np.isfinite(values[:, :, 0]).all():
+            continue
+        by_seed = values[:, 0] - values[:, 1]
+        means = values[:, :, 0].mean(axis=0)
+        difference = by_seed.mean(axis=0)
+        bounds = np.nanquantile(difference[1:], [0.025, 0.975])
+        joined[metric] = np.round([*means, difference[0], *bounds], 4).tolist()
+        if len(seeds) > 1:
+            joined[f"{metric}_by_seed"] = np.round(by_seed[:, 0], 4).tolist()
+    return joined
 
 
 if __name__ == "__main__":
