@@ -5,8 +5,11 @@ params.yaml but for what the length of the log asks for (horizons and cuts below
 test cut, once; with --tests several, a training step apart, all after what either model learnt
 from. Told for every target: ROC-AUC, PR-AUC, Brier score and ECE, or MAE and Gini of spend, of both
 models, and the paired difference with its 95 % interval (bootstrap over users). With --seeds both
-are trained so many times, each time from another seed; told are means over the seeds, with the
-interval of their mean difference (one bootstrap for all), and each seed's difference.
+are trained so many times, each time from another seed; with --origins as if the log had ended
+earlier as well, so many times, eight weeks apart, so that no two have a window in common (rolling
+origin; Tashman, International Journal of Forecasting 16, 2000). Told are then means over all of
+these fits, the interval of their mean difference (one bootstrap over users for all), and each fit's
+difference.
 
 Sets (files of these names in --folder; none is part of this project):
 
@@ -18,7 +21,7 @@ Sets (files of these names in --folder; none is part of this project):
     trivago            trivago RecSys 2019 sessions: searches, views and click-outs, a week
 
     python benchmarks/real_data.py --folder DIR [--only online_retail taobao] [--tests 4]
-        [--seeds 1] [--members 1] [--no-tables]
+        [--seeds 1] [--origins 1] [--members 1] [--no-tables]
 """
 
 from __future__ import annotations
@@ -28,28 +31,34 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from numpy.typing import NDArray
 
 from pipelines.config import parse_params
 from pipelines.errors import UserError
-from pipelines.evaluation.comparison import collect_test_rows
+from pipelines.evaluation.comparison import TestRows, collect_test_rows
 from pipelines.evaluation.metrics import Floats, amount_metrics, binary_metrics, draw_weights
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind
 from pipelines.features.snapshot_table import SnapshotTable
+from pipelines.io import read_json
 from pipelines.stages.train import FEATURES
 
 ONCE: Final = ("fingerprint", "ingest", "validate", "features")
 OF_A_SEED: Final = ("pretrain", "train", "baselines")
 PAIR: Final = ("ensemble", "lightgbm")
 PREDICTIONS: Final = Path("data/predictions")
+EVERY_DAYS: Final = 56
 TOLD: Final = ("roc_auc", "pr_auc", "brier", "ece", "mae", "gini")
 SHORT: Final = {
     "targets": {"horizons_days": [1, 2], "primary_horizon_days": 1},
@@ -164,6 +173,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(SETS))
     parser.add_argument("--tests", type=int, default=1, help="test cuts")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of either model")
+    parser.add_argument("--origins", type=int, default=1, help="days that the log is read until")
     parser.add_argument("--members", type=int, help="networks that answer together")
     parser.add_argument("--no-tables", action="store_true", help="of items and shoppers")
     given = parser.parse_args()
@@ -177,7 +187,9 @@ def main() -> None:
             root = Path(folder)
             (root / "expectations").symlink_to(expectations)
             tables = {} if given.no_tables else write_tables(name, given.folder, root)
-            found = measure(name, settings, given.folder, root, tables, given.seeds)
+            found = measure(
+                name, settings, given.folder, root, tables, seeds=given.seeds, origins=given.origins
+            )
             print(json.dumps({name: found}), flush=True)
 
 
@@ -206,7 +218,9 @@ def measure(
     folder: Path,
     root: Path,
     tables: dict[str, str],
+    *,
     seeds: int,
+    origins: int,
 ) -> dict[str, Any]:
     """Run the stages on one set and compare the two models."""
     entry = SETS[name]
@@ -225,21 +239,35 @@ def measure(
     for section, changes in entry["params"].items():
         merged[section] = {**settings[section], **changes}
     began = time.perf_counter()
+    fits: list[Fit] = []
+    events, end = 0, None
     try:
-        _run(ONCE, merged, root)
-        scored = []
-        for seed in range(1, seeds + 1):
-            for section in ("train", "baselines"):
-                merged[section] = {**merged[section], "seed": seed}
-            _run(OF_A_SEED, merged, root)
-            scored.append(score(root, merged))
+        for origin in range(origins):
+            if end is not None:
+                until = f"{end - timedelta(days=EVERY_DAYS * origin):%Y-%m-%d}"
+                merged["ingest"] = {**merged["ingest"], "until": until}
+            _run(ONCE, merged, root)
+            if end is None:
+                end = datetime.fromisoformat(read_json(root / FEATURES / "cuts.json")["end_ts"])
+                events = int(np.load(root / FEATURES / "sequences/offsets.npy")[-1])
+            for seed in range(1, seeds + 1):
+                for section in ("train", "baselines"):
+                    merged[section] = {**merged[section], "seed": seed}
+                _run(OF_A_SEED, merged, root)
+                fits.append(read_fit(root, merged))
     except UserError as error:
         return {"stopped": str(error)}
-    table = SnapshotTable.load(root / FEATURES)
-    offsets = np.load(root / FEATURES / "sequences/offsets.npy", allow_pickle=False)
+    names, code = np.unique(np.concatenate([fit.user for fit in fits]), return_inverse=True)
+    config = parse_params(merged).evaluation
+    weights = draw_weights(
+        code.astype(np.int32), samples=config.bootstrap_samples, seed=config.seed
+    )
+    parts = np.split(weights, np.cumsum([len(fit.user) for fit in fits])[:-1], axis=1)
+    scored = [score(fit, part) for fit, part in zip(fits, parts, strict=True)]
     return {
-        "events": int(offsets[-1]),
-        "shoppers": len(np.unique(table.user[table.rows_of(Split.TEST)])),
+        "events": events,
+        "shoppers": len(names),
+        "rows": [len(fit.user) for fit in fits],
         "seconds": round(time.perf_counter() - began),
         **{target: join([found[target] for found in scored]) for target in scored[0]},
     }
@@ -250,24 +278,48 @@ def _run(stages: Sequence[str], settings: dict[str, Any], root: Path) -> None:
         import_module(f"pipelines.stages.{stage}").run(parse_params(settings), root)
 
 
-def score(root: Path, settings: dict[str, Any]) -> dict[str, dict[str, Floats]]:
-    """Score both models on the test rows.
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What both models say of the test rows.
 
-    Returns:
-        Target -> metric -> (2, B) of the ensemble and LightGBM: the value, then its samples.
+    Attributes:
+        user: (N,) ids.
+        rows: outcomes and predictions by target.
     """
+
+    user: NDArray[np.str_]
+    rows: list[TestRows]
+
+
+def read_fit(root: Path, settings: dict[str, Any]) -> Fit:
+    """Read what the stages wrote."""
     table = SnapshotTable.load(root / FEATURES)
-    config = parse_params(settings).evaluation
     files = (PREDICTIONS / "ensemble.parquet", PREDICTIONS / "baselines/lightgbm.parquet")
     read = {name: pq.read_table(root / file) for name, file in zip(PAIR, files, strict=True)}
-    rows = table.rows_of(Split.TEST)
-    weights = draw_weights(table.user[rows], samples=config.bootstrap_samples, seed=config.seed)
     predictions = {
         name: {t.name: found[t.name].to_numpy().astype(np.float64) for t in table.targets}
         for name, found in read.items()
     }
+    ids = pq.read_table(root / FEATURES / "users.parquet")["user_id"]
+    user = table.user[table.rows_of(Split.TEST)]
+    return Fit(
+        user=np.array(ids.take(pa.array(user)).to_pylist(), dtype=np.str_),
+        rows=collect_test_rows(table, predictions, parse_params(settings).evaluation),
+    )
+
+
+def score(fit: Fit, weights: Floats) -> dict[str, dict[str, Floats]]:
+    """Score both models.
+
+    Args:
+        fit: of N rows.
+        weights: (B, N), the first all ones.
+
+    Returns:
+        Target -> metric -> (2, B) of the ensemble and LightGBM.
+    """
     scored = {}
-    for part in collect_test_rows(table, predictions, config):
+    for part in fit.rows:
         models = [
             binary_metrics(part.y, p, weights, threshold=part.thresholds[name])
             if part.target.kind is Kind.BINARY
@@ -282,20 +334,20 @@ def score(root: Path, settings: dict[str, Any]) -> dict[str, dict[str, Floats]]:
     return scored
 
 
-def join(seeds: list[dict[str, Floats]]) -> dict[str, Any]:
-    """Means over seeds of both models, their difference, its bounds, and it by seed."""
+def join(fits: list[dict[str, Floats]]) -> dict[str, Any]:
+    """Means over fits of both models, their difference, its bounds, and it by fit."""
     joined: dict[str, Any] = {}
-    for metric in seeds[0]:
-        values = np.array([found[metric] for found in seeds])
+    for metric in fits[0]:
+        values = np.array([found[metric] for found in fits])
         if not np.isfinite(values[:, :, 0]).all():
             continue
-        by_seed = values[:, 0] - values[:, 1]
+        by_fit = values[:, 0] - values[:, 1]
         means = values[:, :, 0].mean(axis=0)
-        difference = by_seed.mean(axis=0)
+        difference = by_fit.mean(axis=0)
         bounds = np.nanquantile(difference[1:], [0.025, 0.975])
         joined[metric] = np.round([*means, difference[0], *bounds], 4).tolist()
-        if len(seeds) > 1:
-            joined[f"{metric}_by_seed"] = np.round(by_seed[:, 0], 4).tolist()
+        if len(fits) > 1:
+            joined[f"{metric}_by_fit"] = np.round(by_fit[:, 0], 4).tolist()
     return joined
 
 
