@@ -261,13 +261,15 @@ class TreeSettings(Section):
     min_child_samples: Positive = 40
 
 
-class EnsembleTrees(TreeSettings):
+class EnsembleTrees(Section):
     """Trees that answer beside the network."""
 
-    rounds: Annotated[int, Field(ge=0, le=10_000)] = 300
+    rounds: Annotated[int, Field(ge=0, le=10_000)] = 1000
     early_stopping: Positive = 20
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    # None: pipelines.model.training.Schedule.
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     num_leaves: Annotated[int, Field(ge=2)] = 15
+    min_child_samples: Positive = 40
     max_rows: Annotated[int, Field(ge=100)] = 200_000
 
 
@@ -289,11 +291,11 @@ class Train(Section):
     heads: Annotated[int, Field(ge=1, le=64)] = 4
     context: Annotated[int, Field(ge=8, le=8192)] = 128
     stride: Positive = 96
-    # None of either: pipelines.model.training.Schedule.
+    # None of these, of tokens_per_batch and learning_rate: pipelines.model.training.Schedule.
     epochs: Annotated[int, Field(ge=1, le=MAX_EPOCHS)] | None = None
     refit_epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 1
     cuts_per_user: Annotated[int, Field(ge=1, le=64)] = 16
-    tokens_per_batch: Annotated[int, Field(ge=256)] = 2048
+    tokens_per_batch: Annotated[int, Field(ge=256)] | None = None
     accumulate: Annotated[int, Field(ge=1, le=1024)] = 1
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     refit_rate: Annotated[float, Field(gt=0, le=1)] = 0.3
@@ -348,7 +350,7 @@ class LstmConfig(Section):
     width: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 64
     layers: Annotated[int, Field(ge=1, le=64)] = 1
     context: Annotated[int, Field(ge=8, le=8192)] = 128
-    tokens_per_batch: Annotated[int, Field(ge=256)] = 2048
+    tokens_per_batch: Annotated[int, Field(ge=256)] | None = None  # None: as the behaviour model's
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 4e-3
 
 

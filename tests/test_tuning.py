@@ -128,7 +128,12 @@ EDGES = {
 def test_whatever_is_drawn_is_allowed(changes: dict[str, Any]) -> None:
     config = Train.model_validate({"epochs": 6, "learning_rate": 2e-3} | changes)
     assert config.epochs and config.learning_rate
-    schedule = Schedule(epochs=config.epochs, learning_rate=config.learning_rate)
+    schedule = Schedule(
+        epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        tokens_per_batch=512,
+        tree_rate=0.1,
+    )
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     study.enqueue_trial({name: getattr(config, name) for name in model_tuning._SEARCHED})
     drawn = [suggest(study.ask(), config, schedule) for _ in range(40)]

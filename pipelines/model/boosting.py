@@ -99,6 +99,7 @@ def grow_trees(
     amounts: int,
     wanted: NDArray[np.bool_],
     config: EnsembleTrees,
+    learning_rate: float,
     seed: int,
 ) -> tuple[Trees, Trees]:
     """Grow the trees of some outputs, as many rounds as the later rows bear.
@@ -110,6 +111,7 @@ def grow_trees(
         amounts: how many of the outputs, the last ones, are amounts.
         wanted: (O,), which outputs are to have trees.
         config: settings.
+        learning_rate: of the trees.
         seed: of the rows and features that each tree sees.
 
     Returns:
@@ -119,6 +121,11 @@ def grow_trees(
 
     outputs = fit.y.shape[1]
     shared = {"feature_pre_filter": False, "num_threads": 1, "verbose": -1}
+    setting = TreeSettings(
+        learning_rate=learning_rate,
+        num_leaves=config.num_leaves,
+        min_child_samples=config.min_child_samples,
+    )
     # Binned once; every output takes the rows of which it knows.
     fit_data = lgb.Dataset(fit.x, params=shared).construct()
     stop_data = fit_data.create_valid(stop.x, params=shared).construct()
@@ -129,7 +136,7 @@ def grow_trees(
         known = all(_tells(rows.y[:, output]) for rows in (fit, stop, refit))
         if not (wanted[output] and known):
             return [], []
-        parameters = tree_parameters(kind, config, seed) | {"max_depth": _MAX_DEPTH}
+        parameters = tree_parameters(kind, setting, seed) | {"max_depth": _MAX_DEPTH}
         first = lgb.train(
             parameters,
             _choose(fit_data, fit, output),

@@ -167,6 +167,7 @@ class Loader:
         tokenizer: makes tokens.
         heads: what is predicted.
         config: settings of training.
+        tokens_per_batch: places of a batch.
         first: microseconds, no cut is before.
         active_days: who is in the population at a cut; None = everyone seen so far.
     """
@@ -178,6 +179,7 @@ class Loader:
         heads: Heads,
         config: Train,
         *,
+        tokens_per_batch: int,
         first: int,
         active_days: float | None,
     ) -> None:
@@ -185,6 +187,7 @@ class Loader:
         self.tokenizer = tokenizer
         self.heads = heads
         self.config = config
+        self.tokens_per_batch = tokens_per_batch
         self.first = first
         self.active_days = active_days
         # Events see later events of their segment.
@@ -216,7 +219,7 @@ class Loader:
             epoch: drawn.
             workers: threads that make steps ahead; 0 = none.
         """
-        together = max(1, _TOGETHER // self.config.tokens_per_batch)
+        together = max(1, _TOGETHER // self.tokens_per_batch)
         drawn = zip(epoch.placements, epoch.chances, strict=True)
         tasks = (partial(self.make, epoch, some) for some in in_groups(drawn, together))
         return chain.from_iterable(in_order(tasks, workers))
@@ -234,7 +237,7 @@ class Loader:
             self.timeline, cuts, context=config.context, stride=config.stride, shift=shift
         )
         row = config.context + 1 + int(np.diff(pieces.cut_start).max(initial=1))
-        placed = lay_out(pieces, row=row, tokens_per_batch=config.tokens_per_batch, rng=rng)
+        placed = lay_out(pieces, row=row, tokens_per_batch=self.tokens_per_batch, rng=rng)
         return pieces, placed
 
     def sample(self, close: int, count: int, rng: np.random.Generator) -> Cuts:

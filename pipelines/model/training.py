@@ -73,6 +73,9 @@ _FLOOR: Final = 1e-6  # of a probability in a loss
 _READ: Final = 2_200_000  # events, over all epochs
 _FEWEST, _MOST = 3, 6  # epochs
 _FASTEST, _SLOWEST = 0.006, 0.002  # learning rates of the fewest and the most
+_MOST_PLACES, _FEWEST_PLACES = 2048, 512  # of a batch
+_STEPS: Final = 32  # of an epoch, from events alone
+_TREE_RATE, _SLOW_TREE_RATE = 0.1, 0.03
 _GPU_LOADERS: Final = 4
 _NICENESS: Final = 10  # of what runs beside the steps
 _LEVEL_CUTS: Final = 4096  # that tell the level of a refit from that of the first fit
@@ -134,25 +137,40 @@ class Schedule:
 
     Where the settings leave it open: epochs until 2.2 million events have been read, three at
     least and six at most, and a rate that falls evenly from .006 with three to .002 with six. A
-    large log is read fewer times in larger steps, to which a sparse one would be fitted too closely
-    (measured in benchmarks/README.md).
+    large log is read fewer times in larger steps, to which a sparse one would be fitted too
+    closely. Batches have 2,048 places, half as many where there are less than 65,536 events, and a
+    quarter below 32,768, so that an epoch has steps enough. Of a log that is read six times the
+    trees beside the network learn at .03 instead of .1 (all measured in benchmarks/README.md).
 
     Attributes:
         epochs: of the first fit.
         learning_rate: at its highest.
+        tokens_per_batch: places of a batch.
+        tree_rate: learning rate of the trees.
     """
 
     epochs: int
     learning_rate: float
+    tokens_per_batch: int
+    tree_rate: float
 
     @classmethod
     def of(cls, config: Train, timeline: Timeline, close: int) -> Schedule:
         """Choose for the events before ``close``, microseconds."""
         events = max(1, int((timeline.ts < close).sum()))
-        epochs = config.epochs or min(max(round(_READ / events), _FEWEST), _MOST)
+        enough = min(max(round(_READ / events), _FEWEST), _MOST)
+        epochs = config.epochs or enough
         between = np.interp(epochs, (_FEWEST, _MOST), (_FASTEST, _SLOWEST))
-        rate = config.learning_rate or float(between)
-        return cls(epochs=epochs, learning_rate=rate)
+        places = _MOST_PLACES
+        while places > _FEWEST_PLACES and events < _STEPS * places:
+            places //= 2
+        return cls(
+            epochs=epochs,
+            learning_rate=config.learning_rate or float(between),
+            tokens_per_batch=config.tokens_per_batch or places,
+            tree_rate=config.trees.learning_rate
+            or (_SLOW_TREE_RATE if enough == _MOST else _TREE_RATE),
+        )
 
 
 def pretrain_model(
@@ -433,6 +451,7 @@ class _Grower:
             amounts=len(heads.amounts),
             wanted=np.concatenate([*[asked] * len(heads.events), amounts]),
             config=config.trees,
+            learning_rate=Schedule.of(config, timeline, periods.calibration).tree_rate,
             seed=config.seed,
         )
         if choose_device(config.device).type != "cpu" or config.threads < (os.cpu_count() or 1):
@@ -698,6 +717,7 @@ class _Fit:
             self.tokenizer,
             heads,
             config,
+            tokens_per_batch=self.schedule.tokens_per_batch,
             first=periods.first,
             active_days=periods.active_days,
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -134,7 +134,10 @@ def search(
         raise UserError("tune: there is no binary target to judge by")
     timeline = Timeline(sequences)
     schedule = Schedule.of(config, timeline, periods.calibration)
-    now = {name: getattr(config, name) for name in _SEARCHED} | asdict(schedule)
+    now = {name: getattr(config, name) for name in _SEARCHED} | {
+        "learning_rate": schedule.learning_rate,
+        "epochs": schedule.epochs,
+    }
 
     def judge(trial: optuna.Trial) -> float:
         changes = suggest(trial, config, schedule)

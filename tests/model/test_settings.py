@@ -288,23 +288,28 @@ def test_stored_thresholds_follow_the_objective(
 
 
 @pytest.mark.parametrize(
-    ("events", "given", "epochs", "rate"),
+    ("events", "given", "epochs", "rate", "places", "trees"),
     [
-        (0, {}, 6, 0.002),
-        (400_000, {}, 6, 0.002),
-        (600_000, {}, 4, 0.014 / 3),
-        (2_000_000, {}, 3, 0.006),
-        (2_000_000, {"epochs": 1}, 1, 0.006),
-        (2_000_000, {"epochs": 100}, 100, 0.002),
-        (400_000, {"epochs": 3, "learning_rate": 0.1}, 3, 0.1),
+        (0, {}, 6, 0.002, 512, 0.03),
+        (32_767, {}, 6, 0.002, 512, 0.03),
+        (32_768, {}, 6, 0.002, 1024, 0.03),
+        (65_536, {}, 6, 0.002, 2048, 0.03),
+        (400_000, {}, 6, 0.002, 2048, 0.03),
+        (600_000, {}, 4, 0.014 / 3, 2048, 0.1),
+        (2_000_000, {}, 3, 0.006, 2048, 0.1),
+        (2_000_000, {"epochs": 1}, 1, 0.006, 2048, 0.1),
+        (2_000_000, {"epochs": 100}, 100, 0.002, 2048, 0.1),
+        (400_000, {"epochs": 3, "learning_rate": 0.1}, 3, 0.1, 2048, 0.03),
+        (0, {"tokens_per_batch": 4096, "trees": {"learning_rate": 0.2}}, 6, 0.002, 4096, 0.2),
     ],
 )
 def test_large_logs_are_read_fewer_times_in_larger_steps(
-    events: int, given: dict[str, Any], epochs: int, rate: float
+    events: int, given: dict[str, Any], epochs: int, rate: float, places: int, trees: float
 ) -> None:
     timeline = SimpleNamespace(ts=np.array([0] * events + [7] * 10_000_000, dtype=np.int8))
     found = Schedule.of(Train(**given), timeline, 7)  # type: ignore[arg-type]
     assert (found.epochs, found.learning_rate) == (epochs, pytest.approx(rate))
+    assert (found.tokens_per_batch, found.tree_rate) == (places, trees)
 
 
 def test_a_gpu_has_its_steps_made_by_several() -> None:

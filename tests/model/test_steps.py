@@ -35,6 +35,7 @@ def make_loader(shop: Sequences, config: Train) -> Loader:
         tokenizer,
         Heads.for_targets(TARGETS),
         config,
+        tokens_per_batch=config.tokens_per_batch or 2048,
         first=PERIODS.first,
         active_days=PERIODS.active_days,
     )

@@ -134,7 +134,14 @@ def test_outputs_unwanted_or_of_which_too_little_is_known_have_no_trees() -> Non
         ([False, True, True, True], [False, False, False, True]),
     ):
         first, second = grow_trees(
-            rows, rows, rows, amounts=1, wanted=np.array(wanted), config=SETTINGS, seed=1
+            rows,
+            rows,
+            rows,
+            amounts=1,
+            wanted=np.array(wanted),
+            config=SETTINGS,
+            learning_rate=0.1,
+            seed=1,
         )
         assert first.known.tolist() == second.known.tolist() == known
 
