@@ -17,14 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config import EnsembleTrees, TreeSettings
+from pipelines.model.calibration import sigmoid
 from pipelines.model.heads import Heads
-from pipelines.model.timeline import Cuts, Labels, Timeline
+from pipelines.model.timeline import DAY, Cuts, Labels, Timeline
 from pipelines.model.trees import Trees
 
 # Between Poisson (1) and gamma (2): many zeros and a long tail.
 TWEEDIE_POWER: Final = 1.4
 
 _FEWEST: Final = 20  # rows of either outcome; fewer teach nothing
+_MOVE_ROWS: Final = 50_000  # that tell how much levels move
 _MAX_DEPTH: Final = 6  # every walk takes as many steps as the longest
 
 
@@ -59,10 +61,12 @@ class Rows:
     Attributes:
         x: float32 (M, F).
         y: float64 (M, O), outcomes; NaN where the window was not closed.
+        ts: int64 (M,), microseconds, when each cut is.
     """
 
     x: NDArray[np.float32]
     y: NDArray[np.float64]
+    ts: NDArray[np.int64]
 
 
 def collect_rows(timeline: Timeline, cuts: Cuts, heads: Heads, close: int) -> Rows:
@@ -75,7 +79,7 @@ def collect_rows(timeline: Timeline, cuts: Cuts, heads: Heads, close: int) -> Ro
         close: microseconds; nothing at or after it is looked at.
     """
     labels = timeline.labels(cuts, events=heads.events, horizons=heads.amounts, close=close)
-    return Rows(x=timeline.features(cuts), y=_outcomes(heads, labels))
+    return Rows(x=timeline.features(cuts), y=_outcomes(heads, labels), ts=cuts.ts)
 
 
 def _outcomes(heads: Heads, labels: Labels) -> NDArray[np.float64]:
@@ -155,6 +159,48 @@ def grow_trees(
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         grown = list(pool.map(grow, range(outputs)))
     return flatten([first for first, _ in grown]), flatten([second for _, second in grown])
+
+
+def measure_moves(
+    rows: Rows, trees: Trees, days: NDArray[np.float64], *, step: int
+) -> NDArray[np.float64]:
+    """Say how much the level of a window differs from that of the next, beyond chance.
+
+    Of every time: how far the log odds of its rows are from what the trees, which have seen them,
+    say, to first order. Half the mean square of the difference between two times that are as far
+    apart as the window is long, less what chance makes of it (the semivariogram at that lag:
+    Matheron, Economic Geology 58, 1963).
+
+    Args:
+        rows: everyone in the population at equally spaced times.
+        trees: grown on them.
+        days: (O,), length of the window of each output; NaN = not asked about.
+        step: microseconds between the times.
+
+    Returns:
+        (O,), variances of log odds, at least 0; 0 where nothing is known, or not asked about.
+    """
+    chosen = np.unique(np.linspace(0, len(rows.ts) - 1, min(len(rows.ts), _MOVE_ROWS)).astype(int))
+    moves = np.zeros(len(days))
+    if not len(chosen):
+        return moves
+    place = (rows.ts[chosen] - rows.ts.min()) // step
+    said = sigmoid(trees.score(rows.x[chosen]))
+    for output in np.flatnonzero(trees.known & np.isfinite(days)):
+        known = np.isfinite(rows.y[chosen, output])
+        if not known.any():
+            continue
+        p, y, when = said[known, output], rows.y[chosen, output][known], place[known]
+        weight = np.bincount(when, p * (1 - p))
+        seen = weight > 0
+        inverse = np.divide(1.0, weight, out=np.zeros_like(weight), where=seen)
+        level = np.bincount(when, y - p) * inverse
+        lag = max(1, round(days[output] * DAY / step))
+        both = seen[lag:] & seen[:-lag]
+        if both.any():
+            square = (level[lag:] - level[:-lag]) ** 2 - inverse[lag:] - inverse[:-lag]
+            moves[output] = max(0.0, float(square[both].mean()) / 2)
+    return moves
 
 
 def _tells(y: NDArray[np.float64]) -> bool:

@@ -22,15 +22,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.config import Objective, Pretrain, Train
+from pipelines.config import EnsembleTrees, Objective, Pretrain, Train
 from pipelines.errors import UserError
 from pipelines.events import EVENT_TYPES
 from pipelines.features.store import Sequences
 from pipelines.io import progress
 from pipelines.model.ahead import in_order
 from pipelines.model.backbones import Transformer
-from pipelines.model.boosting import TWEEDIE_POWER, Rows, collect_rows, grow_trees
+from pipelines.model.boosting import (
+    TWEEDIE_POWER,
+    Rows,
+    collect_rows,
+    grow_trees,
+    measure_moves,
+)
 from pipelines.model.calibration import (
+    DOUBT,
     Calibration,
     choose_threshold,
     fit_factor,
@@ -79,6 +86,7 @@ _TREE_RATE, _SLOW_TREE_RATE = 0.1, 0.03
 _GPU_LOADERS: Final = 4
 _NICENESS: Final = 10  # of what runs beside the steps
 _LEVEL_CUTS: Final = 4096  # that tell the level of a refit from that of the first fit
+_LAST_STEPS: Final = 0.05  # of log odds, by which they leave the level too high or too low
 _SHARES: Final = np.linspace(0.0, 1.0, 21)  # of belief, tried
 _DOUBT: Final = 0.5  # standard errors within which a share may be as good as the best
 
@@ -270,15 +278,16 @@ def train_model(
     joined = _join([fit.take_first() for fit in fits])
     alone = _join([fit.predictor() for fit in fits])
     cuts = _calibration_cuts(timeline, periods, targets)
-    beside = joined.beside(grown[0], Mix()) if grown else joined
+    beside = joined.beside(grown.first, Mix()) if grown else joined
     # What the networks say is the same with the trees and without.
     ahead, scores = beside.parts(timeline, cuts, workers=count_workers(config))
     first = alone_first = calibrate(joined, timeline, periods, cuts, ahead.raw, scores, threshold)
     shipped = alone
     if grown:
         first = calibrate(beside, timeline, periods, cuts, ahead.raw, scores, threshold)
-        shipped = alone.beside(grown[1], first.spec.mix)
+        shipped = alone.beside(grown.second, first.spec.mix)
     few = np.unique(np.linspace(0, len(cuts) - 1, min(len(cuts), _LEVEL_CUTS)).astype(np.int64))
+    trust = _trust_level(heads, ahead.raw, periods, cuts, grown.moves if grown else 0.0)
     later, later_scores = shipped.parts(timeline, cuts.take(few), workers=count_workers(config))
     alone, shipped = (
         _correct(
@@ -286,6 +295,7 @@ def train_model(
             predictor.join(later.raw, later_scores),
             model,
             model.join(ahead.raw.take(few), scores[few]),
+            trust,
         )
         for predictor, model in ((alone, alone_first), (shipped, first))
     )
@@ -424,8 +434,8 @@ class _Grower:
         config: Train,
     ) -> None:
         self._pool = ThreadPoolExecutor(1, initializer=_yield_to_others)
-        self._growing: Future[tuple[Trees, Trees]] | None = None
-        self._grow: Callable[[], tuple[Trees, Trees]] | None = None
+        self._growing: Future[_Grown] | None = None
+        self._grow: Callable[[], _Grown] | None = None
         if not config.trees.rounds:
             return
         shortest = min(target.horizon_days for target in targets)
@@ -439,17 +449,15 @@ class _Grower:
             return collect_rows(timeline, cuts, heads, close)
 
         held = _calibration_cuts(timeline, periods, targets)
-        # Between the horizons nobody is asked; there ``join`` changes the network as at the next.
-        asked = np.isin(heads.grid, [target.horizon_days for target in targets])
-        amounts = np.ones(len(heads.amounts), dtype=np.bool_)
         # Here, not beside the networks: what a timeline remembers is not made for two threads.
         self._grow = partial(
-            grow_trees,
+            _grow,
+            heads,
             look_back(periods.calibration),
             collect_rows(timeline, held, heads, periods.test),
             look_back(periods.test),
-            amounts=len(heads.amounts),
-            wanted=np.concatenate([*[asked] * len(heads.events), amounts]),
+            asked=np.isin(heads.grid, [target.horizon_days for target in targets]),
+            step=shortest * DAY,
             config=config.trees,
             learning_rate=Schedule.of(config, timeline, periods.calibration).tree_rate,
             seed=config.seed,
@@ -463,11 +471,62 @@ class _Grower:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def take(self) -> tuple[Trees, Trees] | None:
-        """Wait for the first and the second trees; None where none are wanted."""
+    def take(self) -> _Grown | None:
+        """Wait for what has grown; None where no trees are wanted."""
         if self._growing is not None:
             return self._growing.result()
         return self._grow() if self._grow is not None else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Grown:
+    """Trees, and what they tell.
+
+    Attributes:
+        first: of events before the calibration cut.
+        second: of events before the test cut.
+        moves: (events, bins), how much the level of a window moves: see ``measure_moves``.
+    """
+
+    first: Trees
+    second: Trees
+    moves: NDArray[np.float64]
+
+
+def _grow(
+    heads: Heads,
+    before: Rows,
+    held: Rows,
+    later: Rows,
+    *,
+    asked: NDArray[np.bool_],
+    step: int,
+    config: EnsembleTrees,
+    learning_rate: float,
+    seed: int,
+) -> _Grown:
+    """Grow trees as ``grow_trees`` does, for the intervals that are asked about, (bins,)."""
+    # Between the horizons nobody is asked; there ``join`` changes the network as at the next, and
+    # the next horizon tells how much levels move.
+    amounts = np.ones(len(heads.amounts), dtype=np.bool_)
+    first, second = grow_trees(
+        before,
+        held,
+        later,
+        amounts=len(amounts),
+        wanted=np.concatenate([*[asked] * len(heads.events), amounts]),
+        config=config,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    days = np.where(asked, np.array(heads.grid, dtype=np.float64), np.nan)
+    every = np.concatenate([*[days] * len(heads.events), np.full(len(amounts), np.nan)])
+    moves = measure_moves(before, first, every, step=step)[: len(every) - len(amounts)]
+    places = np.flatnonzero(asked)
+    following = places[np.searchsorted(places, np.arange(len(asked)))]
+    return _Grown(
+        first=first, second=second, moves=moves.reshape(len(heads.events), -1)[:, following]
+    )
 
 
 def _yield_to_others() -> None:
@@ -478,28 +537,64 @@ def _yield_to_others() -> None:
         os.setpriority(os.PRIO_PROCESS, this, max(now, _NICENESS))
 
 
-def _correct(predictor: Predictor, raw: Raw, first: Predictor, first_raw: Raw) -> Predictor:
-    """Give a refitted model the corrections of the first fit, and the level that they made.
+def _trust_level(
+    heads: Heads,
+    said: Raw,
+    periods: Periods,
+    cuts: Cuts,
+    moves: NDArray[np.float64] | float,
+) -> NDArray[np.float64]:
+    """Say how much the level of the calibration windows is believed beside that of the refit.
+
+    Both estimate the level to come, and count by their inverse variances (as in a fixed-effect
+    meta-analysis). That of the refit is off by what its last steps leave (see ``_correct``); that
+    of the windows by chance, and by how much one window differs from the next.
+
+    Args:
+        heads: what is predicted.
+        said: of the first fit, uncalibrated, at the calibration windows.
+        periods: the bounds.
+        cuts: those of ``said``.
+        moves: (events, bins), variances of log odds, by which the levels of windows differ.
+
+    Returns:
+        (events, bins), from 0 (the refit's alone) to 1 (that of the windows alone).
+    """
+    grid = np.array(heads.grid, dtype=np.float64)
+    closed = grid <= (periods.test - cuts.ts)[:, None] / DAY
+    information = (said.survival * (1.0 - said.survival) * closed[:, None]).sum(axis=0)
+    windows = np.maximum((periods.test - periods.calibration) / DAY / grid, 1.0)
+    variance = 1.0 / (information + DOUBT) + moves / windows
+    return np.asarray(_LAST_STEPS**2 / (_LAST_STEPS**2 + variance))
+
+
+def _correct(
+    predictor: Predictor, raw: Raw, first: Predictor, first_raw: Raw, trust: NDArray[np.float64]
+) -> Predictor:
+    """Give a refitted model the corrections of the first fit, and a level between both.
 
     The last steps of a fit leave its predictions a few hundredths of log odds too high or too low,
     all shoppers alike. Of the first fit the calibration windows put that right; of the refit, which
-    has learnt from them, they cannot tell as well. So its mean predictions there become those of
-    the corrected first fit, and no outcome is looked at again.
+    has learnt from them, they cannot tell as well. So its mean predictions there move towards those
+    of the corrected first fit, as far as these weeks are believed to tell the next; no outcome is
+    looked at again.
 
     Args:
         predictor: refitted, not calibrated.
         raw: of some cuts.
         first: calibrated.
         first_raw: of the same cuts.
+        trust: (events, bins), how much the level of the first fit is believed.
     """
     heads, calibration = predictor.spec.heads, first.spec.calibration
     if not len(raw.survival):
         return predictor.calibrated(calibration, first.spec.thresholds)
     expected = calibration.probability(heads.events, 1.0 - first_raw.survival)
-    shift = {
-        name: fit_level(1.0 - raw.survival[:, i], expected[:, i], calibration.slope[name])
-        for i, name in enumerate(heads.events)
-    }
+    shift = {}
+    for i, name in enumerate(heads.events):
+        own, slope = 1.0 - raw.survival[:, i], calibration.slope[name]
+        theirs, ours = (np.array(fit_level(own, mean, slope)) for mean in (expected[:, i], own))
+        shift[name] = [float(v) for v in trust[i] * theirs + (1.0 - trust[i]) * ours]
     level = Calibration(slope=calibration.slope, shift=shift)
     told, wanted = predictor.calibrated(level, {}).finish(raw), first.finish(first_raw)
     factor = {}

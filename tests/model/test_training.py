@@ -14,11 +14,18 @@ from pipelines.config import Pretrain
 from pipelines.errors import UserError
 from pipelines.features.store import Sequences, encode_events
 from pipelines.model.batches import Placement, collate, cut_pieces
-from pipelines.model.heads import survival
-from pipelines.model.predictor import CONFIG, WEIGHTS, Predictor
+from pipelines.model.calibration import Calibration
+from pipelines.model.heads import Heads, survival
+from pipelines.model.predictor import CONFIG, WEIGHTS, Predictor, Raw
 from pipelines.model.timeline import DAY, Cuts, Timeline
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import TrainedModel, population, pretrain_model, train_model
+from pipelines.model.training import (
+    TrainedModel,
+    _trust_level,
+    population,
+    pretrain_model,
+    train_model,
+)
 from tests.model.conftest import PERIODS, START, TARGETS, TINY
 
 
@@ -169,9 +176,14 @@ def test_nothing_after_the_bound_reaches_the_first_fit(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_refit_keeps_the_level_of_the_corrected_first_fit(
-    shop: Sequences, vocabulary: Vocabulary
+@pytest.mark.parametrize("believed", [True, False])
+def test_a_refit_gets_the_level_that_is_believed(
+    shop: Sequences,
+    vocabulary: Vocabulary,
+    monkeypatch: pytest.MonkeyPatch,
+    believed: bool,
 ) -> None:
+    monkeypatch.setattr("pipelines.model.training._LAST_STEPS", 1e6 if believed else 1e-9)
     config = TINY.model_copy(update={"refit_epochs": 2, "refit_rate": 1.0})
     trained = train_model(shop, PERIODS, TARGETS, config, vocabulary)
     shortest = min(target.horizon_days for target in TARGETS) * DAY
@@ -183,10 +195,41 @@ def test_a_refit_keeps_the_level_of_the_corrected_first_fit(
         (trained.first, trained.shipped),
         (trained.network_first, trained.network),
     ):
-        before, after = (p.predict_cuts(timeline, cuts.user, cuts.ts) for p in (first, refit))
+        before, after, alone = (
+            p.predict_cuts(timeline, cuts.user, cuts.ts)
+            for p in (first, refit, refit.calibrated(Calibration(), {}))
+        )
         for name, values in after.items():
-            assert values.mean() == pytest.approx(before[name].mean(), rel=1e-3), name
+            # That of amounts is the corrected first fit's in any case.
+            kept = before if believed or name.startswith("spend") else alone
+            assert values.mean() == pytest.approx(kept[name].mean(), rel=1e-3), name
             assert np.abs(values - before[name]).max() > 1e-5
+
+
+def test_the_level_of_many_alike_windows_is_believed_most() -> None:
+    heads = Heads.for_targets(TARGETS)
+    # All windows closed, and four weeks of them.
+    periods = replace(PERIODS, test=PERIODS.calibration + 28 * DAY)
+    rows = 4_000
+    users = np.arange(rows)
+    cuts = Cuts(user=users, ts=np.full(rows, PERIODS.calibration), position=users)
+    bins = len(heads.grid)
+    shape = (rows, len(heads.events), bins)
+    none = np.zeros((rows, 0))
+    said = Raw(survival=np.full(shape, 0.5), amount=none, spend=none)
+    # 1,000 of information and 100 of doubt; of the windows that differ by .3 four are seen.
+    trust = _trust_level(heads, said, periods, cuts, np.full(shape[1:], 0.09))
+    week = heads.grid.index(7)
+    np.testing.assert_allclose(trust[:, week], 0.0025 / (0.0025 + 1 / 1_100 + 0.09 / 4))
+    alike = _trust_level(heads, said, periods, cuts, 0.0)
+    np.testing.assert_allclose(alike, 0.0025 / (0.0025 + 1 / 1_100))
+    fewer = _trust_level(heads, said.take(np.arange(40)), periods, cuts.take(np.arange(40)), 0.0)
+    np.testing.assert_allclose(fewer, 0.0025 / (0.0025 + 1 / 110))
+    # Windows that end after the test cut tell nothing.
+    early = replace(periods, test=PERIODS.calibration + 5 * DAY)
+    for place, days in enumerate(heads.grid):
+        closed = _trust_level(heads, said, early, cuts, 0.0)[:, place]
+        np.testing.assert_allclose(closed, 0.0025 / (0.0025 + 1 / (1_100 if days <= 5 else 100)))
 
 
 def auc(score: np.ndarray[Any, Any], label: np.ndarray[Any, Any]) -> float:

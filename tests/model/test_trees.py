@@ -14,7 +14,7 @@ import torch
 from pipelines.config import EnsembleTrees, Train
 from pipelines.errors import UserError
 from pipelines.features.store import Sequences
-from pipelines.model.boosting import Rows, flatten, grow_trees
+from pipelines.model.boosting import Rows, flatten, grow_trees, measure_moves
 from pipelines.model.explanation import explain
 from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Vocabulary
@@ -128,7 +128,7 @@ def test_missing_and_misshapen_arrays_are_refused(trees: Trees) -> None:
 def test_outputs_unwanted_or_of_which_too_little_is_known_have_no_trees() -> None:
     x, y = make_data(400)
     outcomes = np.stack([y, np.zeros(400), np.full(400, np.nan), y * 2], axis=1)
-    rows = Rows(x=x, y=outcomes)
+    rows = Rows(x=x, y=outcomes, ts=np.zeros(400, dtype=np.int64))
     for wanted, known in (
         ([True, True, True, True], [True, False, False, True]),
         ([False, True, True, True], [False, False, False, True]),
@@ -144,6 +144,34 @@ def test_outputs_unwanted_or_of_which_too_little_is_known_have_no_trees() -> Non
             seed=1,
         )
         assert first.known.tolist() == second.known.tolist() == known
+
+
+@pytest.mark.parametrize("variance", [0.0, 0.04])
+def test_how_much_levels_move_is_told_from_chance(trees: Trees, variance: float) -> None:
+    """Everyone at eighty weekly times; one output moves, one has no trees, one stays."""
+    rng = np.random.default_rng(8)
+    times, everyone, week = 80, 600, 7 * DAY
+    x, _ = make_data(times * everyone)
+    when = np.repeat(np.arange(times), everyone)
+    # Two weeks share half of what a fortnight's window moves by.
+    weekly = rng.normal(0, np.sqrt(variance), times + 1)
+    level = ((weekly[1:] + weekly[:-1]) / np.sqrt(2))[when]
+    odds = trees.score(x)
+    odds[:, 0] += level
+    y = (rng.random(odds.shape) < 1 / (1 + np.exp(-odds))).astype(np.float64)
+    y[when % 9 == 4, 0] = np.nan  # as of windows that are not closed
+    rows = Rows(x=x, y=y, ts=START + when * week)
+    moves = measure_moves(rows, trees, np.array([14.0, 14.0, 7.0]), step=week)
+    assert moves[1] == 0  # has no trees
+    assert moves[2] < 0.002
+    assert moves[0] == pytest.approx(variance, rel=0.3, abs=0.002)
+    assert (measure_moves(rows, trees, np.full(3, np.nan), step=week) == 0).all()
+    # Nothing is as far apart as such a window is long.
+    assert (measure_moves(rows, trees, np.full(3, 7.0 * times), step=week) == 0).all()
+    unknown = replace(rows, y=np.full_like(y, np.nan))
+    none = Rows(x=x[:0], y=y[:0], ts=rows.ts[:0])
+    for empty in (unknown, none):
+        assert (measure_moves(empty, trees, np.full(3, 7.0), step=week) == 0).all()
 
 
 @pytest.mark.parametrize(("good", "expected"), [(0, 0.0), (20, 1.0), (None, 0.5)])
