@@ -105,17 +105,17 @@ def fit_probability(
     return max(slope, 0.05), [float(v) for v in shift]
 
 
-def fit_level(happened: Doubles, expected: Doubles, slope: float) -> list[float]:
-    """Return the shift per interval that brings mean predictions to those expected.
+def fit_level(happened: Doubles, wanted: Doubles, slope: float) -> list[float]:
+    """Return the shift per interval that brings mean predictions to those wanted.
 
     Args:
         happened: (M, bins), predicted, of at least one row.
-        expected: (M, bins), of the same rows by another model, growing with the interval.
+        wanted: (bins,), means, growing with the interval.
         slope: of the log odds.
     """
     shift = []
     before = np.zeros(len(happened))
-    for odds, mean in zip(slope * log_odds(happened).T, expected.mean(axis=0), strict=True):
+    for odds, mean in zip(slope * log_odds(happened).T, wanted, strict=True):
         low, high = -_MOST_SHIFT, _MOST_SHIFT
         while high - low > _CLIP:
             middle = (low + high) / 2

@@ -87,6 +87,7 @@ _GPU_LOADERS: Final = 4
 _NICENESS: Final = 10  # of what runs beside the steps
 _LEVEL_CUTS: Final = 4096  # that tell the level of a refit from that of the first fit
 _LAST_STEPS: Final = 0.05  # of log odds, by which they leave the level too high or too low
+_LEAST_SPREAD: Final = 1e-9  # of mean p(1 - p)
 _SHARES: Final = np.linspace(0.0, 1.0, 21)  # of belief, tried
 _DOUBT: Final = 0.5  # standard errors within which a share may be as good as the best
 
@@ -287,7 +288,7 @@ def train_model(
         first = calibrate(beside, timeline, periods, cuts, ahead.raw, scores, threshold)
         shipped = alone.beside(grown.second, first.spec.mix)
     few = np.unique(np.linspace(0, len(cuts) - 1, min(len(cuts), _LEVEL_CUTS)).astype(np.int64))
-    trust = _trust_level(heads, ahead.raw, periods, cuts, grown.moves if grown else 0.0)
+    doubt = _doubt_level(heads, ahead.raw, periods, cuts, grown.moves if grown else 0.0)
     later, later_scores = shipped.parts(timeline, cuts.take(few), workers=count_workers(config))
     alone, shipped = (
         _correct(
@@ -295,7 +296,7 @@ def train_model(
             predictor.join(later.raw, later_scores),
             model,
             model.join(ahead.raw.take(few), scores[few]),
-            trust,
+            doubt,
         )
         for predictor, model in ((alone, alone_first), (shipped, first))
     )
@@ -537,18 +538,14 @@ def _yield_to_others() -> None:
         os.setpriority(os.PRIO_PROCESS, this, max(now, _NICENESS))
 
 
-def _trust_level(
+def _doubt_level(
     heads: Heads,
     said: Raw,
     periods: Periods,
     cuts: Cuts,
     moves: NDArray[np.float64] | float,
 ) -> NDArray[np.float64]:
-    """Say how much the level of the calibration windows is believed beside that of the refit.
-
-    Both estimate the level to come, and count by their inverse variances (as in a fixed-effect
-    meta-analysis). That of the refit is off by what its last steps leave (see ``_correct``); that
-    of the windows by chance, and by how much one window differs from the next.
+    """Say how far the level of the calibration windows may be from that of the next.
 
     Args:
         heads: what is predicted.
@@ -558,25 +555,50 @@ def _trust_level(
         moves: (events, bins), variances of log odds, by which the levels of windows differ.
 
     Returns:
-        (events, bins), from 0 (the refit's alone) to 1 (that of the windows alone).
+        (events, bins), variances of log odds: of chance, and of windows that differ.
     """
     grid = np.array(heads.grid, dtype=np.float64)
     closed = grid <= (periods.test - cuts.ts)[:, None] / DAY
     information = (said.survival * (1.0 - said.survival) * closed[:, None]).sum(axis=0)
     windows = np.maximum((periods.test - periods.calibration) / DAY / grid, 1.0)
-    variance = 1.0 / (information + DOUBT) + moves / windows
-    return np.asarray(_LAST_STEPS**2 / (_LAST_STEPS**2 + variance))
+    return np.asarray(1.0 / (information + DOUBT) + moves / windows)
+
+
+def _between(
+    own: NDArray[np.float64], theirs: NDArray[np.float64], doubt: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Weigh two mean predictions of one event by their inverse variances.
+
+    As a fixed-effect meta-analysis does. The last steps of a fit leave its own level off by some
+    hundredths of log odds; by more, where the two are further apart than two standard deviations
+    of the other.
+
+    Args:
+        own: (M, bins), P(event until the end of each interval).
+        theirs: (M, bins), of the same rows.
+        doubt: (bins,), variances of the level of theirs, squares of log odds.
+
+    Returns:
+        (bins,), means that grow with the interval.
+    """
+    mean = own.mean(axis=0)
+    apart = theirs.mean(axis=0) - mean
+    # To first order, the shift of the log odds of all that brings the one to the other.
+    shift = apart / np.maximum((own * (1.0 - own)).mean(axis=0), _LEAST_SPREAD)
+    last_steps = np.maximum(_LAST_STEPS**2, shift**2 - 4.0 * doubt)
+    between = mean + apart * last_steps / (last_steps + doubt)
+    return np.asarray(np.maximum.accumulate(between))
 
 
 def _correct(
-    predictor: Predictor, raw: Raw, first: Predictor, first_raw: Raw, trust: NDArray[np.float64]
+    predictor: Predictor, raw: Raw, first: Predictor, first_raw: Raw, doubt: NDArray[np.float64]
 ) -> Predictor:
     """Give a refitted model the corrections of the first fit, and a level between both.
 
     The last steps of a fit leave its predictions a few hundredths of log odds too high or too low,
     all shoppers alike. Of the first fit the calibration windows put that right; of the refit, which
     has learnt from them, they cannot tell as well. So its mean predictions there move towards those
-    of the corrected first fit, as far as these weeks are believed to tell the next; no outcome is
+    of the corrected first fit, as far as these windows are believed to tell the next; no outcome is
     looked at again.
 
     Args:
@@ -584,7 +606,7 @@ def _correct(
         raw: of some cuts.
         first: calibrated.
         first_raw: of the same cuts.
-        trust: (events, bins), how much the level of the first fit is believed.
+        doubt: (events, bins), variances of the level of the corrected first fit.
     """
     heads, calibration = predictor.spec.heads, first.spec.calibration
     if not len(raw.survival):
@@ -592,9 +614,9 @@ def _correct(
     expected = calibration.probability(heads.events, 1.0 - first_raw.survival)
     shift = {}
     for i, name in enumerate(heads.events):
-        own, slope = 1.0 - raw.survival[:, i], calibration.slope[name]
-        theirs, ours = (np.array(fit_level(own, mean, slope)) for mean in (expected[:, i], own))
-        shift[name] = [float(v) for v in trust[i] * theirs + (1.0 - trust[i]) * ours]
+        own = 1.0 - raw.survival[:, i]
+        means = _between(own, expected[:, i], doubt[i])
+        shift[name] = fit_level(own, means, calibration.slope[name])
     level = Calibration(slope=calibration.slope, shift=shift)
     told, wanted = predictor.calibrated(level, {}).finish(raw), first.finish(first_raw)
     factor = {}

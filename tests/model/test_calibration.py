@@ -69,9 +69,10 @@ def test_a_level_is_that_of_the_other_model(moved: float) -> None:
     expected = 1 / (1 + np.exp(-odds))
     # Another order of the shoppers, and as much too high or too low for all of them.
     predicted = 1 / (1 + np.exp(-(rng.permutation(odds) - moved) / 0.8))
-    fixed = Calibration(slope={"x": 0.8}, shift={"x": fit_level(predicted, expected, 0.8)})
+    wanted = expected.mean(axis=0)
+    fixed = Calibration(slope={"x": 0.8}, shift={"x": fit_level(predicted, wanted, 0.8)})
     told = fixed.probability(["x"], predicted[:, None])[:, 0]
-    assert told.mean(axis=0) == pytest.approx(expected.mean(axis=0), abs=1e-3)
+    assert told.mean(axis=0) == pytest.approx(wanted, abs=1e-3)
 
 
 def test_open_windows_do_not_count() -> None:
