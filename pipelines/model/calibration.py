@@ -16,7 +16,7 @@ _MOST_SHIFT: Final = 32.0  # of log odds
 # What speaks against every correction, in rows, or in buyers as if all spent alike: a window is one
 # draw of a shop's better and worse weeks, and the refit has learnt a part of it by itself. A slope
 # or shift of the log odds is then .1 before anything is seen, give or take.
-DOUBT: Final = 100.0
+PRIOR_ROWS: Final = 100.0
 
 Doubles = NDArray[np.float64]
 
@@ -67,7 +67,7 @@ def fit_probability(
     label: NDArray[np.bool_],
     known: NDArray[np.bool_],
     *,
-    ridge: float = DOUBT,
+    ridge: float = PRIOR_ROWS,
     steps: int = 50,
 ) -> tuple[float, list[float]]:
     """Fit slope and shifts by Newton's method (Platt 1999, slope shared by the horizons).
@@ -147,7 +147,7 @@ def fit_factor(actual: Doubles, expected: Doubles) -> float:
     if total <= 0 or expected.sum() <= 0:
         return 1.0
     buyers = total**2 / float(np.square(actual).sum())
-    return float((total / expected.sum()) ** (buyers / (buyers + DOUBT)))
+    return float((total / expected.sum()) ** (buyers / (buyers + PRIOR_ROWS)))
 
 
 def choose_threshold(probability: Doubles, label: NDArray[np.bool_], objective: Objective) -> float:

@@ -37,7 +37,7 @@ from pipelines.model.boosting import (
     measure_moves,
 )
 from pipelines.model.calibration import (
-    DOUBT,
+    PRIOR_ROWS,
     Calibration,
     choose_threshold,
     fit_factor,
@@ -561,7 +561,7 @@ def _doubt_level(
     closed = grid <= (periods.test - cuts.ts)[:, None] / DAY
     information = (said.survival * (1.0 - said.survival) * closed[:, None]).sum(axis=0)
     windows = np.maximum((periods.test - periods.calibration) / DAY / grid, 1.0)
-    return np.asarray(1.0 / (information + DOUBT) + moves / windows)
+    return np.asarray(1.0 / (information + PRIOR_ROWS) + moves / windows)
 
 
 def _between(
