@@ -280,9 +280,11 @@ def read_periods(cuts: dict[str, Any], active_days: float | None) -> Periods:
     by_split: dict[str, list[int]] = {}
     for cut in cuts["cuts"]:
         by_split.setdefault(cut["split"], []).append(cut["ts_us"])
-    begin = to_us(datetime.fromisoformat(cuts["first_ts"])) + _HISTORY_DAYS * DAY
+    begin, first_cut = to_us(datetime.fromisoformat(cuts["first_ts"])), by_split["train"][0]
+    # Before the first cut in any case: of a short log the longest windows fit in only there.
+    history = min(_HISTORY_DAYS * DAY, (first_cut - begin) // 2)
     return Periods(
-        first=min(begin, by_split["train"][0]),
+        first=begin + history,
         calibration=by_split["calibration"][0],
         test=by_split["test"][0],
         active_days=active_days,

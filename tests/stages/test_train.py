@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import pytest
 import torch
 import yaml
 
-from pipelines.config import Params, Pretrain
+from pipelines.config import Cuts, Params, Pretrain
 from pipelines.errors import UserError
+from pipelines.events import to_us
+from pipelines.features.cuts import describe_cuts, plan_cuts
 from pipelines.features.store import encode_events
 from pipelines.io import digest_directory, write_json, write_table
 from pipelines.model import training
@@ -28,7 +30,12 @@ from pipelines.model.training import population, train_model
 from pipelines.registry.champion import DIGEST_TAG, connect, locate_files
 from pipelines.registry.tracking import DATA_TAG, EXPERIMENT, track
 from pipelines.stages import pretrain, train
-from pipelines.stages.train import load_inputs, load_pretrained, open_checkpoint
+from pipelines.stages.train import (
+    load_inputs,
+    load_pretrained,
+    open_checkpoint,
+    read_periods,
+)
 
 START = 1_700_000_000_000_000 // DAY * DAY
 CUTS = {0: 30, 1: 36, 2: 40, 3: 47}  # days after the start
@@ -288,3 +295,27 @@ def test_a_killed_training_goes_on_where_it_was(root: Path) -> None:
     assert digest_directory(root / train.MODEL) == digest
     assert (root / train.CURVES).read_bytes() == curves
     assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    ("days", "horizons", "settings", "history"),
+    [
+        (180, [7, 14, 28], {}, 7.0),
+        (10, [1, 2], {"min_history_days": 2, "step_days": 1}, 2.0),  # first cut: day 4
+        (7, [1, 2], {"min_history_days": 1, "step_days": 1}, 0.5),  # as short as can be
+    ],
+)
+def test_the_longest_windows_fit_in_before_the_calibration_cut(
+    days: int, horizons: list[int], settings: dict[str, int], history: float
+) -> None:
+    begin = datetime(2025, 3, 1, tzinfo=UTC)
+    cuts = plan_cuts(
+        begin,
+        begin + timedelta(days=days),
+        horizons_days=horizons,
+        params=Cuts(train=1 if settings else 8, **settings),
+    )
+    last = begin + timedelta(days=days)
+    periods = read_periods(describe_cuts(cuts, first=begin, last=last, end=last), 14.0)
+    assert periods.first == to_us(begin) + history * DAY
+    assert periods.first + horizons[-1] * DAY < periods.calibration
