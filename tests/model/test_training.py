@@ -16,17 +16,10 @@ from pipelines.features.store import Sequences, encode_events
 from pipelines.model.batches import Placement, collate, cut_pieces
 from pipelines.model.calibration import Calibration
 from pipelines.model.heads import Heads, survival
-from pipelines.model.predictor import CONFIG, WEIGHTS, Predictor, Raw
+from pipelines.model.predictor import CONFIG, WEIGHTS, Predictor
 from pipelines.model.timeline import DAY, Cuts, Timeline
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import (
-    TrainedModel,
-    _between,
-    _doubt_level,
-    population,
-    pretrain_model,
-    train_model,
-)
+from pipelines.model.training import TrainedModel, population, pretrain_model, train_model
 from tests.model.conftest import PERIODS, START, TARGETS, TINY
 
 
@@ -184,9 +177,9 @@ def test_a_refit_gets_the_level_that_is_believed(
     monkeypatch: pytest.MonkeyPatch,
     believed: bool,
 ) -> None:
-    shape = len(Heads.for_targets(TARGETS).events), len(Heads.for_targets(TARGETS).grid)
-    doubt = np.full(shape, 0.0 if believed else 1e12)
-    monkeypatch.setattr("pipelines.model.training._doubt_level", lambda *_: doubt)
+    heads = Heads.for_targets(TARGETS)
+    doubt = np.full((len(heads.events), len(heads.grid)), 0.0 if believed else 1e12)
+    monkeypatch.setattr("pipelines.model.training.doubt_level", lambda *_: doubt)
     config = TINY.model_copy(update={"refit_epochs": 2, "refit_rate": 1.0})
     trained = train_model(shop, PERIODS, TARGETS, config, vocabulary)
     shortest = min(target.horizon_days for target in TARGETS) * DAY
@@ -207,55 +200,6 @@ def test_a_refit_gets_the_level_that_is_believed(
             kept = before if believed or name.startswith("spend") else alone
             assert values.mean() == pytest.approx(kept[name].mean(), rel=1e-3), name
             assert np.abs(values - before[name]).max() > 1e-5
-
-
-def test_the_level_of_many_alike_windows_is_doubted_least() -> None:
-    heads = Heads.for_targets(TARGETS)
-    # All windows closed, and four weeks of them.
-    periods = replace(PERIODS, test=PERIODS.calibration + 28 * DAY)
-    rows = 4_000
-    users = np.arange(rows)
-    cuts = Cuts(user=users, ts=np.full(rows, PERIODS.calibration), position=users)
-    shape = (rows, len(heads.events), len(heads.grid))
-    none = np.zeros((rows, 0))
-    said = Raw(survival=np.full(shape, 0.5), amount=none, spend=none)
-    # 1,000 of information and 100 of doubt; of the windows that differ by .3 four are seen.
-    week = heads.grid.index(7)
-    doubt = _doubt_level(heads, said, periods, cuts, np.full(shape[1:], 0.09))
-    np.testing.assert_allclose(doubt[:, week], 1 / 1_100 + 0.09 / 4)
-    np.testing.assert_allclose(_doubt_level(heads, said, periods, cuts, 0.0), 1 / 1_100)
-    few = np.arange(40)
-    fewer = _doubt_level(heads, said.take(few), periods, cuts.take(few), 0.0)
-    np.testing.assert_allclose(fewer, 1 / 110)
-    # Windows that end after the test cut tell nothing; of longer ones there is one at least.
-    early = replace(periods, test=PERIODS.calibration + 5 * DAY)
-    for place, days in enumerate(heads.grid):
-        closed = _doubt_level(heads, said, early, cuts, 0.09)[:, place]
-        chance = 1 / 1_100 if days <= 5 else 1 / 100
-        np.testing.assert_allclose(closed, chance + 0.09 / max(5 / days, 1))
-
-
-def test_levels_meet_by_their_variances() -> None:
-    rng = np.random.default_rng(3)
-    odds = rng.normal(-1.0, 1.0, size=(5_000, 1)) + np.array([0.0, 0.1, 0.2])
-
-    def probability(shift: float) -> np.ndarray[Any, Any]:
-        return 1 / (1 + np.exp(-odds - shift))
-
-    own = probability(0.0)
-    mean = own.mean(axis=0)
-    near = probability(0.04)
-    for doubt, share in ((0.0, 1.0), (0.05**2, 0.5), (3 * 0.05**2, 0.25), (1e12, 0.0)):
-        level = _between(own, near, np.full(3, doubt))
-        np.testing.assert_allclose(level, mean + share * (near.mean(axis=0) - mean), atol=1e-9)
-    # Ten standard deviations apart: the last steps must have left it there.
-    far = probability(0.5).mean(axis=0)
-    level = _between(own, probability(0.5), np.full(3, 0.05**2))
-    assert ((level - mean) / (far - mean) > 0.98).all()
-    # One interval's is believed, the next one's not: still never less than until the one before.
-    level = _between(own, probability(0.5), np.array([0.0, 1e12, 1e12]))
-    assert (np.diff(level) >= 0).all()
-    assert level[0] == pytest.approx(far[0])
 
 
 def auc(score: np.ndarray[Any, Any], label: np.ndarray[Any, Any]) -> float:

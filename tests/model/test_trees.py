@@ -1,4 +1,4 @@
-"""Trees are LightGBM's, damaged ones are refused, and belief in them is chosen with care."""
+"""Trees are LightGBM's, damaged ones are refused, and moving levels are told from chance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.model.boosting import Rows, flatten, grow_trees, measure_moves
 from pipelines.model.explanation import explain
 from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import TrainedModel, _settle, train_model
+from pipelines.model.training import TrainedModel, train_model
 from pipelines.model.trees import Mix, Trees
 from tests.model.conftest import PERIODS, START, TARGETS, TINY
 
@@ -172,19 +172,6 @@ def test_how_much_levels_move_is_told_from_chance(trees: Trees, variance: float)
     none = Rows(x=x[:0], y=y[:0], ts=rows.ts[:0])
     for empty in (unknown, none):
         assert (measure_moves(empty, trees, np.full(3, 7.0), step=week) == 0).all()
-
-
-@pytest.mark.parametrize(("good", "expected"), [(0, 0.0), (20, 1.0), (None, 0.5)])
-def test_belief_leaves_one_half_for_a_reason_only(good: int | None, expected: float) -> None:
-    rng = np.random.default_rng(1)
-    losses = np.tile(rng.exponential(size=400), (21, 1))
-    # Some are told better by the one, some by the other, in all about as well.
-    better = rng.normal(size=400)
-    better += 0.3 * better.std() / np.sqrt(400) - better.mean()
-    losses += better * 0.05 * np.arange(21)[:, None]
-    if good is not None:
-        losses += 0.5 * np.abs(np.arange(21) - good)[:, None]
-    assert _settle(losses, np.arange(400) // 2) == expected
 
 
 def test_batches_side_by_side_say_the_same(
