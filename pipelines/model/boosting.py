@@ -25,7 +25,7 @@ from pipelines.model.trees import Trees
 # Between Poisson (1) and gamma (2): many zeros and a long tail.
 TWEEDIE_POWER: Final = 1.4
 
-_FEWEST: Final = 20  # rows of either outcome; fewer teach nothing
+_FEWEST: Final = 5  # rows of either outcome; fewer teach nothing
 _MOVE_ROWS: Final = 50_000  # that tell how much levels move
 _MAX_DEPTH: Final = 6  # every walk takes as many steps as the longest
 

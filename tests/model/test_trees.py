@@ -146,6 +146,30 @@ def test_outputs_unwanted_or_of_which_too_little_is_known_have_no_trees() -> Non
         assert first.known.tolist() == second.known.tolist() == known
 
 
+@pytest.mark.parametrize(("buyers", "known"), [(4, False), (5, True), (19, True)])
+def test_few_buyers_are_enough_to_learn_from(buyers: int, known: bool) -> None:
+    x = np.random.default_rng(4).normal(size=(600, 6)).astype(np.float32)
+    y = np.zeros((600, 1))
+    y[np.argsort(-x[:, 2])[:buyers]] = 1
+    rows = Rows(x=x, y=y, ts=np.zeros(600, dtype=np.int64))
+    first, _ = grow_trees(
+        rows,
+        rows,
+        rows,
+        amounts=0,
+        wanted=np.array([True]),
+        config=SETTINGS,
+        learning_rate=0.1,
+        seed=1,
+    )
+    assert first.known.tolist() == [known]
+    if known:
+        bought = y[:, 0] > 0
+        score = first.score(x)[:, 0]
+        assert score[bought].mean() > score[~bought].max() - 1e-9
+        assert np.mean(score[bought, None] > score[None, ~bought]) > 0.9
+
+
 @pytest.mark.parametrize("variance", [0.0, 0.04])
 def test_how_much_levels_move_is_told_from_chance(trees: Trees, variance: float) -> None:
     """Everyone at eighty weekly times; one output moves, one has no trees, one stays."""
