@@ -69,7 +69,7 @@ _FEWEST, _MOST = 3, 6  # epochs
 _FASTEST, _SLOWEST = 0.006, 0.002  # learning rates of the fewest and the most
 _MOST_PLACES, _FEWEST_PLACES = 2048, 512  # of a batch
 _STEPS: Final = 32  # of an epoch, from events alone
-_TREE_RATE, _SLOW_TREE_RATE = 0.1, 0.03
+_TREE_RATE, _SLOW_TREE_RATE = 0.1, 0.01
 _GPU_LOADERS: Final = 4
 _NICENESS: Final = 10  # of what runs beside the steps
 _LEVEL_CUTS: Final = 4096  # that tell the level of a refit from that of the first fit
@@ -132,7 +132,7 @@ class Schedule:
     large log is read fewer times in larger steps, to which a sparse one would be fitted too
     closely. Batches have 2,048 places, half as many where there are less than 65,536 events, and a
     quarter below 32,768, so that an epoch has steps enough. Of a log that is read six times the
-    trees beside the network learn at .03 instead of .1 (all measured in benchmarks/README.md).
+    trees beside the network learn at .01 instead of .1 (all measured in benchmarks/README.md).
 
     Attributes:
         epochs: of the first fit.
