@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -7,6 +8,7 @@ from datetime import datetime, timedelta
 import numpy as np
 import psutil
 import pytest
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from threadpoolctl import threadpool_limits
 
@@ -218,6 +220,22 @@ def test_a_single_class_gives_its_rate() -> None:
     model = Linear(Kind.BINARY)
     model.fit(x, np.zeros(50))
     assert (model.predict(x) == 0).all()
+
+
+def test_columns_that_are_nearly_one_are_fitted_in_double_precision() -> None:
+    random = np.random.default_rng(0)
+    same = 1000 * random.normal(size=(2000, 1)) + 1e-3 * random.normal(size=(2000, 10))
+    x = np.hstack([same, random.normal(size=(2000, 1))])
+    odds = -3 - x[:, 0] / 1000 - x[:, -1]
+    y = (random.random(2000) < 1 / (1 + np.exp(-odds))).astype(float)
+    models = [Linear(Kind.BINARY) for _ in range(8)]
+    # A solver of one thread sets how the whole process warns.
+    with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
+        warnings.simplefilter("error")
+        list(pool.map(lambda model: model.fit(x, y), models))
+    exact = LogisticRegression(C=0.1, solver="newton-cholesky").fit(x, y > 0)
+    for model in models:
+        np.testing.assert_allclose(model.predict(x), exact.predict_proba(x)[:, 1], atol=1e-5)
 
 
 def test_scaling_is_blind_to_what_closed_later() -> None:
