@@ -6,10 +6,11 @@ test cut, once; with --tests several, a training step apart, all after what eith
 from. Told for every target: ROC-AUC, PR-AUC, Brier score and ECE, or MAE and Gini of spend, of both
 models, and the paired difference with its 95 % interval (bootstrap over users). With --seeds both
 are trained so many times, each time from another seed; with --origins as if the log had ended
-earlier as well, so many times, eight weeks apart, so that no two have a window in common (rolling
-origin; Tashman, International Journal of Forecasting 16, 2000). Told are then means over all of
-these fits, the interval of their mean difference (one bootstrap over users for all), and each fit's
-difference.
+earlier as well, so many times, eight weeks apart, or more where horizons are longer, so that no two
+have a window in common (rolling origin; Tashman, International Journal of Forecasting 16, 2000).
+Told are then means over all of these fits, the interval of their mean difference (one bootstrap
+over users for all), and each fit's difference. With --horizons and --everyone other questions are
+asked: of so many days, and of everyone seen so far instead of the shoppers of late.
 
 Sets (files of these names in --folder; none is part of this project):
 
@@ -21,7 +22,7 @@ Sets (files of these names in --folder; none is part of this project):
     trivago            trivago RecSys 2019 sessions: searches, views and click-outs, a week
 
     python benchmarks/real_data.py --folder DIR [--only online_retail taobao] [--tests 4]
-        [--seeds 1] [--origins 1] [--members 1] [--no-tables]
+        [--seeds 1] [--origins 1] [--horizons 7 14 28] [--everyone] [--members 1] [--no-tables]
 """
 
 from __future__ import annotations
@@ -174,6 +175,8 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=1, help="test cuts")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of either model")
     parser.add_argument("--origins", type=int, default=1, help="days that the log is read until")
+    parser.add_argument("--horizons", type=int, nargs="*", help="of the targets, in days")
+    parser.add_argument("--everyone", action="store_true", help="not only the shoppers of late")
     parser.add_argument("--members", type=int, help="networks that answer together")
     parser.add_argument("--no-tables", action="store_true", help="of items and shoppers")
     given = parser.parse_args()
@@ -181,15 +184,21 @@ def main() -> None:
     settings["cuts"]["test"] = given.tests
     if given.members is not None:
         settings["train"]["members"] = given.members
+    changes: dict[str, Any] = {}
+    if given.horizons:
+        days = sorted(given.horizons)
+        primary = days[(len(days) - 1) // 2]
+        changes["targets"] = {"horizons_days": days, "primary_horizon_days": primary}
+    if given.everyone:
+        changes["population"] = {"active_within_days": None}
     expectations = Path("expectations").resolve()
     for name in given.only or SETS:
         with tempfile.TemporaryDirectory(prefix="forecart-bench-") as folder:
             root = Path(folder)
             (root / "expectations").symlink_to(expectations)
             tables = {} if given.no_tables else write_tables(name, given.folder, root)
-            found = measure(
-                name, settings, given.folder, root, tables, seeds=given.seeds, origins=given.origins
-            )
+            asked = merge(name, settings, changes, given.folder, tables)
+            found = measure(asked, root, seeds=given.seeds, origins=given.origins)
             print(json.dumps({name: found}), flush=True)
 
 
@@ -212,17 +221,14 @@ def write_tables(name: str, folder: Path, root: Path) -> dict[str, str]:
     return written
 
 
-def measure(
+def merge(
     name: str,
     settings: dict[str, Any],
+    changes: dict[str, Any],
     folder: Path,
-    root: Path,
     tables: dict[str, str],
-    *,
-    seeds: int,
-    origins: int,
 ) -> dict[str, Any]:
-    """Run the stages on one set and compare the two models."""
+    """Return the settings with what a set asks for, and then with the changes, by section."""
     entry = SETS[name]
     files = {
         **settings["ingest"]["files"],
@@ -236,15 +242,23 @@ def measure(
     # Nobody asks for it here.
     lstm = {**settings["baselines"]["lstm"], "epochs": 0}
     merged["baselines"] = {**settings["baselines"], "lstm": lstm}
-    for section, changes in entry["params"].items():
-        merged[section] = {**settings[section], **changes}
+    for section, changed in (*entry["params"].items(), *changes.items()):
+        merged[section] = {**merged[section], **changed}
+    return merged
+
+
+def measure(asked: dict[str, Any], root: Path, *, seeds: int, origins: int) -> dict[str, Any]:
+    """Run the stages with these settings and compare the two models."""
+    merged = dict(asked)
+    apart = (merged["cuts"]["test"] - 1) * merged["cuts"]["step_days"]
+    every = max(EVERY_DAYS, max(merged["targets"]["horizons_days"]) + apart)
     began = time.perf_counter()
     fits: list[Fit] = []
     events, end = 0, None
     try:
         for origin in range(origins):
             if end is not None:
-                until = f"{end - timedelta(days=EVERY_DAYS * origin):%Y-%m-%d}"
+                until = f"{end - timedelta(days=every * origin):%Y-%m-%d}"
                 merged["ingest"] = {**merged["ingest"], "until": until}
             _run(ONCE, merged, root)
             if end is None:

@@ -58,7 +58,8 @@ from pipelines.model.timeline import DAY, Cuts, Timeline, feature_names
 from pipelines.model.tokens import Tokenizer, Vocabulary
 from pipelines.model.trees import Mix, Trees
 
-_LABELLED: Final = ("hazard.", "amount.", "join.", "fusion.")  # not pretrained
+_LABELLED: Final = ("hazard.", "calendar.", "amount.", "join.", "fusion.")  # not pretrained
+_WEEKS: Final = 4  # that tell one weekday from another
 _PRETRAIN_ITEMS: Final = 5.0  # times item_weight: what the next-event loss gains there as well
 _SEED_STEP: Final = 10_000  # between the members of a model, so that near seeds share none
 _STATISTICS_CUTS: Final = 20_000
@@ -572,6 +573,7 @@ class _Fit:
                 bins=len(heads.grid),
                 amounts=len(heads.amounts),
                 items=len(vocabulary.item),
+                calendar=_depends_on_weekday(targets, periods),
             ),
             vocabulary=vocabulary,
             heads=heads,
@@ -842,6 +844,15 @@ class _Fit:
 def _count_loaders(device: torch.device) -> int:
     """Return how many threads make steps: a GPU takes more than one makes."""
     return 1 if device.type == "cpu" else max(1, min(_GPU_LOADERS, (os.cpu_count() or 1) - 1))
+
+
+def _depends_on_weekday(targets: Sequence[Target], periods: Periods) -> bool:
+    """Is it another question on another weekday, and is the log long enough to tell?
+
+    Windows of whole weeks hold each weekday equally often, so that nothing is to be learnt.
+    """
+    weeks = (periods.calibration - periods.first) / (7 * DAY)
+    return weeks >= _WEEKS and any(target.horizon_days % 7 for target in targets)
 
 
 def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
