@@ -20,6 +20,7 @@ from pipelines.config import EnsembleTrees, TreeSettings
 from pipelines.model.calibration import sigmoid
 from pipelines.model.heads import Heads
 from pipelines.model.timeline import DAY, Cuts, Labels, Timeline
+from pipelines.model.tokens import encode_calendar
 from pipelines.model.trees import Trees
 
 # Between Poisson (1) and gamma (2): many zeros and a long tail.
@@ -69,7 +70,9 @@ class Rows:
     ts: NDArray[np.int64]
 
 
-def collect_rows(timeline: Timeline, cuts: Cuts, heads: Heads, close: int) -> Rows:
+def collect_rows(
+    timeline: Timeline, cuts: Cuts, heads: Heads, close: int, *, calendar: bool = False
+) -> Rows:
     """Return features and outcomes of cuts.
 
     Args:
@@ -77,9 +80,13 @@ def collect_rows(timeline: Timeline, cuts: Cuts, heads: Heads, close: int) -> Ro
         cuts: M cuts before ``close``.
         heads: what the outputs stand for.
         close: microseconds; nothing at or after it is looked at.
+        calendar: hour and weekday are features, too.
     """
+    x = timeline.features(cuts)
+    if calendar:
+        x = np.concatenate([x, encode_calendar(cuts.ts)], axis=1)
     labels = timeline.labels(cuts, events=heads.events, horizons=heads.amounts, close=close)
-    return Rows(x=timeline.features(cuts), y=_outcomes(heads, labels), ts=cuts.ts)
+    return Rows(x=x, y=_outcomes(heads, labels), ts=cuts.ts)
 
 
 def _outcomes(heads: Heads, labels: Labels) -> NDArray[np.float64]:

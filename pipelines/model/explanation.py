@@ -108,8 +108,11 @@ def explain(
         rng=None,
     ):
         if believed < 1.0:
-            raw = collated.batch.now_features.numpy()
-            effect, base = predictor.trees.attribute(raw, output)
+            effect, base = predictor.trees.attribute(predictor.look_at(collated.batch), output)
+            # What the calendar adds is nobody's own, as in the network.
+            of_shopper = result.feature_effect.shape[1]
+            base = base + effect[:, of_shopper:].sum(axis=1)
+            effect = effect[:, :of_shopper]
             result.feature_effect[collated.rows] += (1.0 - believed) * effect
             result.base[collated.rows] += (1.0 - believed) * base
             result.value[collated.rows] += (1.0 - believed) * (base + effect.sum(axis=1))

@@ -47,8 +47,8 @@ class NetworkConfig:
         amounts: horizons of the spend head.
         items: that can be told to come next; 0 = no such head.
         calendar: the hour and weekday of NOW reach the hazards by a linear way of their own, too
-            (wide and deep: Cheng et al. 2016). A weekday moves everyone's odds by a tenth, of
-            which the rest of the network learns a fifth.
+            (wide and deep: Cheng et al. 2016), and the trees beside the network. A weekday moves
+            everyone's odds by a tenth, of which the rest of the network learns a fifth.
     """
 
     backbone: str
@@ -304,7 +304,7 @@ class Network(nn.Module):
         joined = functional.relu(self.join(now))
         hazard = self.hazard(joined)
         if self.config.calendar:
-            hazard = hazard + self.calendar(batch.now_numbers[:, GAP_BINS : GAP_BINS + CALENDAR])
+            hazard = hazard + self.calendar(calendar_of(batch))
         hazard = hazard.view(-1, self.config.events, self.config.bins)
         mean, scale = self.amount(joined).chunk(2, dim=1)
         return Outputs(hazard=hazard, amount_mean=mean, amount_scale=scale)
@@ -329,6 +329,11 @@ class Network(nn.Module):
         sizes = [self.config.types, NEXT_GAP_BINS, self.config.next_codes, 1]
         kind, gap, content, price = logits.split(sizes, dim=1)
         return kind, gap, content, price[:, 0]
+
+
+def calendar_of(batch: Batch) -> Tensor:
+    """Return hour and weekday of every NOW, (M, CALENDAR)."""
+    return batch.now_numbers[:, GAP_BINS : GAP_BINS + CALENDAR]
 
 
 def _lay_out(batch: Batch, tokens: Tensor) -> tuple[Tensor, Layout]:

@@ -24,7 +24,14 @@ from pipelines.model.calibration import Calibration, log_odds, sigmoid
 from pipelines.model.committee import Committee, join
 from pipelines.model.heads import Heads, Target, buyer_mean, survival
 from pipelines.model.items import RECENT
-from pipelines.model.network import Network, NetworkConfig, to_device
+from pipelines.model.network import (
+    CALENDAR,
+    Batch,
+    Network,
+    NetworkConfig,
+    calendar_of,
+    to_device,
+)
 from pipelines.model.timeline import ANY_EVENT, Cuts, Timeline, feature_names
 from pipelines.model.tokens import Tokenizer, Vocabulary
 from pipelines.model.trees import PREFIX, Mix, Trees
@@ -183,7 +190,7 @@ class Predictor:
             line = str(error).splitlines()[0]
             raise UserError(f"{directory / WEIGHTS}: not the model's weights ({line})") from None
         trees = Trees.from_tensors(
-            grown, outputs=count_outputs(spec.heads), features=len(feature_names())
+            grown, outputs=count_outputs(spec.heads), features=_count_inputs(spec.network)
         )
         return cls(spec, network.to(choose_device(device)), trees)
 
@@ -318,7 +325,7 @@ class Predictor:
         @torch.inference_mode()
         def look(collated: Collated) -> None:
             if len(self.trees):
-                scores[collated.rows] = self.trees.score(collated.batch.now_features.numpy())
+                scores[collated.rows] = self.trees.score(self.look_at(collated.batch))
             batch = to_device(collated.batch, device)
             nows = [network.encode_now(batch) for network in networks]
             ahead.embedding[collated.rows] = torch.cat(nows, dim=1).cpu().numpy()
@@ -346,6 +353,11 @@ class Predictor:
         for _ in in_order((partial(look, collated) for collated in packed), threads):
             pass
         return ahead, scores
+
+    def look_at(self, batch: Batch) -> NDArray[np.float32]:
+        """Return what the trees look at, (M, F): features, and the calendar where it tells."""
+        parts = [batch.now_features, calendar_of(batch)][: 1 + self.spec.network.calendar]
+        return torch.cat(parts, dim=1).cpu().numpy()
 
     @property
     def _device(self) -> torch.device:
@@ -421,6 +433,11 @@ class Predictor:
 def count_outputs(heads: Heads) -> int:
     """Return how many outputs trees have: events by interval, then amounts."""
     return len(heads.events) * len(heads.grid) + len(heads.amounts)
+
+
+def _count_inputs(config: NetworkConfig) -> int:
+    """How many numbers the trees look at."""
+    return len(feature_names()) + CALENDAR * config.calendar
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"] | torch.device) -> torch.device:

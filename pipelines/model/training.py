@@ -427,6 +427,7 @@ class _Grower:
         if not config.trees.rounds:
             return
         shortest = min(target.horizon_days for target in targets)
+        collect = partial(collect_rows, calendar=_depends_on_weekday(targets, periods))
 
         def look_back(close: int) -> Rows:
             last = max(periods.first, close - shortest * DAY)
@@ -434,7 +435,7 @@ class _Grower:
             cuts = Cuts.join([population(timeline, ts, periods.active_days) for ts in times])
             chosen = np.linspace(0, len(cuts) - 1, min(len(cuts), config.trees.max_rows))
             cuts = cuts.take(np.unique(chosen.astype(np.int64)))
-            return collect_rows(timeline, cuts, heads, close)
+            return collect(timeline, cuts, heads, close)
 
         held = _calibration_cuts(timeline, periods, targets)
         # Here, not beside the networks: what a timeline remembers is not made for two threads.
@@ -442,7 +443,7 @@ class _Grower:
             _grow,
             heads,
             look_back(periods.calibration),
-            collect_rows(timeline, held, heads, periods.test),
+            collect(timeline, held, heads, periods.test),
             look_back(periods.test),
             asked=np.isin(heads.grid, [target.horizon_days for target in targets]),
             step=shortest * DAY,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ import torch
 
 from pipelines.config import EnsembleTrees, Pretrain
 from pipelines.features.store import Sequences, encode_events
+from pipelines.model.explanation import explain
 from pipelines.model.heads import Heads, Target
 from pipelines.model.network import NetworkConfig
 from pipelines.model.predictor import Predictor
-from pipelines.model.timeline import DAY, Timeline
+from pipelines.model.timeline import DAY, Timeline, feature_names
 from pipelines.model.tokens import Vocabulary
 from pipelines.model.training import _Fit, population, pretrain_model, train_model
+from pipelines.model.trees import Mix
 from tests.model.conftest import PERIODS, START, TINY
 
 TOMORROW = Target(name="purchase_1d", kind="binary", event="purchase", horizon_days=1)
@@ -59,6 +62,22 @@ def test_the_weekend_is_learnt_and_has_a_way_of_its_own(weekly: Sequences) -> No
     with torch.no_grad():
         shipped.network.calendar.weight.zero_()
     assert tell_weekend(shipped, weekly) < gap - 0.02
+
+
+def test_trees_see_the_weekend_and_no_shopper_is_told_it(weekly: Sequences, tmp_path: Path) -> None:
+    trees = EnsembleTrees(rounds=60, learning_rate=0.1)
+    settings = SETTINGS.model_copy(update={"epochs": 1, "trees": trees})
+    trained = train_model(weekly, PERIODS, (TOMORROW,), settings, Vocabulary())
+    trained.shipped.save(tmp_path)
+    loaded = Predictor.load(tmp_path)
+    alone = loaded.beside(loaded.trees, Mix(events={"purchase": 0.0}))
+    assert tell_weekend(alone, weekly) == pytest.approx(0.3, abs=0.1)
+    timeline = Timeline(weekly)
+    for day in (47, 50):
+        cuts = population(timeline, START + day * DAY, PERIODS.active_days).take(np.arange(40))
+        told = explain(alone, timeline, cuts, TOMORROW)
+        assert told.feature_effect.shape == (40, len(feature_names()))
+        assert told.gap.max() < 1e-5
 
 
 @pytest.mark.parametrize(
