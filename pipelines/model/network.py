@@ -48,7 +48,7 @@ class NetworkConfig:
         items: that can be told to come next; 0 = no such head.
         calendar: the hour and weekday of NOW reach the hazards by a linear way of their own, too
             (wide and deep: Cheng et al. 2016), and the trees beside the network. A weekday moves
-            everyone's odds by a tenth, of which the rest of the network learns a fifth.
+            everyone's odds by a tenth, of which the rest of the network learns little.
     """
 
     backbone: str
