@@ -7,7 +7,6 @@ processes as there are chains that do not meet.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import Final
 
 from pipelines.errors import UserError
 from pipelines.graph import Graph, load_graph
-from pipelines.processes import mend_lock
+from pipelines.processes import command_environment, mend_lock
 
 GRAPH: Final = Path("dvc.yaml")
 # What measures how long something takes is disturbed by whatever runs beside it.
@@ -105,6 +104,8 @@ def _leave_on_sigterm() -> Iterator[None]:
 
 def _run_block(root: Path, chains: Sequence[Chain]) -> None:
     running: list[subprocess.Popen[bytes]] = []
+    # Whoever calls .venv/bin/forecart by its path need not have it on PATH, where stages look.
+    environment = command_environment()
     try:
         for place, chain in enumerate(chains):
             command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item"]
@@ -113,7 +114,7 @@ def _run_block(root: Path, chains: Sequence[Chain]) -> None:
                 command = ["nice", "-n", str(_NICENESS), *command]
                 # One progress bar at a time can be read.
                 quiet = {"TQDM_DISABLE": "1"}
-            process = subprocess.Popen([*command, *chain], cwd=root, env=os.environ | quiet)
+            process = subprocess.Popen([*command, *chain], cwd=root, env=environment | quiet)
             running.append(process)
         codes = [process.wait() for process in running]
     except BaseException as error:

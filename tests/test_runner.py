@@ -117,6 +117,15 @@ def test_a_lock_that_is_being_written_is_left_alone(project: Path) -> None:
     assert not table.exists()
 
 
+def test_stages_find_forecart_where_it_is_not_on_the_path(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    make(project, {"a": {"cmd": "forecart --help > help.txt", "outs": ["help.txt"]}})
+    run(project)
+    assert "validate" in (project / "help.txt").read_text()
+
+
 def test_what_failed_is_told_and_the_others_are_gone_on_with(project: Path) -> None:
     make(
         project,
