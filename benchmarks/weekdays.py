@@ -4,7 +4,7 @@ Method: the pipeline on a simulated shop with horizons of one, three and ten day
 cuts a day apart, one for every weekday, all after what the models learnt from. The oracle's
 probabilities stand for what happens, so that chance leaves nothing. By target, means over the cuts:
 
-    ece        calibration error to the oracle's probabilities, ten groups of equal size
+    ece        calibration error to the oracle's probabilities
     level      mean probability less the oracle's, cut by cut
     log_loss, roc_auc
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import log_loss, roc_auc_score
 
 from benchmarks.oracle_gap import run_stages
+from pipelines.evaluation.metrics import calibration_error
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind
 from pipelines.features.snapshot_table import SnapshotTable
@@ -34,7 +35,6 @@ HORIZONS: Final = (1, 3, 10)
 PREDICTIONS: Final = Path("data/predictions")
 MODELS: Final = ("ensemble", "gpt", "baselines/lightgbm")
 ORACLE: Final = "baselines/oracle"
-GROUPS: Final = 10
 
 Doubles = NDArray[np.float64]
 
@@ -83,18 +83,16 @@ def measure(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 def score(cuts: list[tuple[Doubles, Doubles, Doubles]]) -> dict[str, Any]:
     """Score a model on what it and the oracle say, and what happened, cut by cut."""
+
+    def error(p: Doubles, truth: Doubles) -> float:
+        return float(calibration_error(truth, p, np.ones((1, len(p))))[0])
+
     return {
-        "ece": round(float(np.mean([measure_ece(p, truth) for p, truth, _ in cuts])), 4),
+        "ece": round(float(np.mean([error(p, truth) for p, truth, _ in cuts])), 4),
         "level": [round(float(np.mean(p - truth)), 4) for p, truth, _ in cuts],
         "log_loss": round(float(np.mean([log_loss(y, p, labels=[0, 1]) for p, _, y in cuts])), 4),
         "roc_auc": round(float(np.mean([roc_auc_score(y, p) for p, _, y in cuts])), 4),
     }
-
-
-def measure_ece(p: Doubles, truth: Doubles) -> float:
-    """Mean absolute difference of the means of groups that p puts side by side."""
-    groups = np.array_split(np.argsort(p), GROUPS)
-    return float(sum(abs((p[at] - truth[at]).sum()) for at in groups) / len(p))
 
 
 if __name__ == "__main__":
