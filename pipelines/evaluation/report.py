@@ -60,6 +60,7 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["days"] = format_days
     sections = [_describe(name, target, curves) for name, target in evaluation["targets"].items()]
     return environment.get_template("report.html").render(
         data=evaluation["data"],
@@ -111,7 +112,13 @@ def _title(name: str) -> str:
         "churn": "Will they fall silent",
         "spend": "How much will they spend",
     }
-    return f"{words.get(what, f'Will they {what}')} in the next {days.removesuffix('d')} days?"
+    span = format_days(float(days.removesuffix("d")), one="day")
+    return f"{words.get(what, f'Will they {what}')} in the next {span}?"
+
+
+def format_days(days: float, one: str = "1 day") -> str:
+    """Say how many days, and ``one`` of a single one."""
+    return one if days == 1 else f"{days:g} days"
 
 
 def _best(target: dict[str, Any], models: Sequence[str], metric: str) -> str | None:

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.errors import UserError
 from pipelines.evaluation.charts import Line, line_chart
-from pipelines.evaluation.report import METRIC_NAMES
+from pipelines.evaluation.report import METRIC_NAMES, format_days
 from pipelines.model.heads import Target
 from pipelines.scoring import DESCRIPTION, SCORES
 from serving.pages.board import BINS, SEGMENTS, STEPS, Board
@@ -99,6 +99,7 @@ class Pages:
             undefined=StrictUndefined,
         )
         self.environment.filters |= {
+            "days": format_days,
             "count": lambda value: f"{value:,.0f}",
             "percent": lambda value: f"{100 * value:.1f} %",
             "money": lambda value: f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}",

@@ -16,7 +16,7 @@ from pipelines.evaluation.curves import (
     spend_deciles,
 )
 from pipelines.evaluation.findings import Standing, describe_target, gap_closed, judge
-from pipelines.evaluation.report import render_report
+from pipelines.evaluation.report import format_days, render_report
 from pipelines.evaluation.summary import format_summary
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind, Target
@@ -198,3 +198,8 @@ def test_confusion_rows_count_every_test_row(compared: tuple[dict[str, Any], Any
     rows = confusion_rows(compared[1][0], "ensemble")
     assert len(rows) == 800
     assert {r["actual"] for r in rows} == {"yes", "no"}
+
+
+def test_a_single_day_is_no_days() -> None:
+    assert [format_days(days) for days in (1, 7, 0.5)] == ["1 day", "7 days", "0.5 days"]
+    assert format_days(1, one="day") == "day"

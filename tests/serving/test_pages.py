@@ -17,7 +17,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from pipelines.errors import UserError
-from pipelines.io import write_json, write_text
+from pipelines.io import read_json, write_json, write_text
 from pipelines.model.timeline import feature_names
 from serving.pages.app import create_app
 from serving.pages.board import Board
@@ -114,6 +114,24 @@ def test_segments_add_up(root: Path) -> None:
 def test_the_overview_counts_active_shoppers_unless_asked(root: Path) -> None:
     assert "150 active shoppers" in ask(root, "/").text
     assert "200 shoppers ever seen" in ask(root, "/?scope=all").text
+
+
+@pytest.mark.parametrize("path", ["/?scope=all", "/?days=1", "/shopper", "/shopper?id=u1"])
+def test_a_single_day_and_a_population_of_everyone_are_told_as_such(root: Path, path: str) -> None:
+    plan = read_json(root / "data/scores/_scores.json") | {"active_within_days": None}
+    for target in plan["targets"]:
+        target["horizon_days"] = 1 if target["horizon_days"] == 7 else 14
+    write_json(root / "data/scores/_scores.json", plan)
+    file = root / "data/scores/part-000000.parquet"
+    table = pq.read_table(file)
+    everyone = pa.array([True] * len(table))
+    place = table.column_names.index("active")
+    pq.write_table(table.set_column(place, "active", everyone), file)
+    found = ask(root, path)
+    assert found.status_code == 200
+    assert "calibrated on shoppers seen in the last" not in found.text
+    assert "1 day" in found.text or "next day" in found.text
+    assert "1 days" not in found.text
 
 
 def test_the_form_works_without_a_script(root: Path) -> None:
