@@ -9,8 +9,9 @@ are trained so many times, each time from another seed; with --origins as if the
 earlier as well, so many times, eight weeks apart, or more where horizons are longer, so that no two
 have a window in common (rolling origin; Tashman, International Journal of Forecasting 16, 2000).
 Told are then means over all of these fits, the interval of their mean difference (one bootstrap
-over users for all), and each fit's difference. With --horizons and --everyone other questions are
-asked: of so many days, and of everyone seen so far instead of the shoppers of late.
+over users for all), and each fit's difference; an origin for which the log is too short ends the
+list, and says so. With --horizons and --everyone other questions are asked: of so many days, and of
+everyone seen so far instead of the shoppers of late.
 
 Sets (files of these names in --folder; none is part of this project):
 
@@ -255,6 +256,7 @@ def measure(asked: dict[str, Any], root: Path, *, seeds: int, origins: int) -> d
     began = time.perf_counter()
     fits: list[Fit] = []
     events, end = 0, None
+    stopped: dict[str, Any] = {}
     try:
         for origin in range(origins):
             if end is not None:
@@ -270,7 +272,10 @@ def measure(asked: dict[str, Any], root: Path, *, seeds: int, origins: int) -> d
                 _run(OF_A_SEED, merged, root)
                 fits.append(read_fit(root, merged))
     except UserError as error:
-        return {"stopped": str(error)}
+        # The log may be too short for the earliest origins; those before are told.
+        stopped["stopped"] = str(error)
+    if not fits:
+        return stopped
     names, code = np.unique(np.concatenate([fit.user for fit in fits]), return_inverse=True)
     config = parse_params(merged).evaluation
     weights = draw_weights(
@@ -283,6 +288,7 @@ def measure(asked: dict[str, Any], root: Path, *, seeds: int, origins: int) -> d
         "shoppers": len(names),
         "rows": [len(fit.user) for fit in fits],
         "seconds": round(time.perf_counter() - began),
+        **stopped,
         **{target: join([found[target] for found in scored]) for target in scored[0]},
     }
 
