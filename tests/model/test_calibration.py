@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from scipy.optimize import minimize
 
 from pipelines.config import Objective
 from pipelines.model.calibration import (
@@ -26,6 +28,41 @@ def test_recovers_a_distortion() -> None:
     assert shift[0] == pytest.approx(0.6, abs=0.05)
     fixed = Calibration(slope={"purchase": slope}, shift={"purchase": shift})
     assert np.abs(fixed.probability(["purchase"], distorted[:, None])[:, 0] - truth).mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("middle", "spread", "slope", "moved"),
+    [
+        (-3.0, 1.5, 0.7, 2.0),  # a sale: three times as many as predicted
+        (-4.5, 1.2, 0.7, 3.0),
+        (-1.0, 2.5, 0.7, 2.5),
+        (-4.7, 0.6, 0.3, 4.0),
+        (4.0, 2.0, 0.5, -5.0),  # the shop is closed
+        (-2.0, 4.0, 0.1, 0.5),  # who bought often and who did not become alike
+        (-4.7, 2.0, -0.4, 2.0),  # turned round, which no slope above zero can tell
+    ],
+)
+def test_what_is_far_off_is_put_right(
+    middle: float, spread: float, slope: float, moved: float
+) -> None:
+    rng = np.random.default_rng(1)
+    odds = rng.normal(middle, spread, size=(20_000, 1))
+    truth = 1 / (1 + np.exp(-(slope * (odds - middle) + middle + moved)))
+    label = rng.random(truth.shape) < truth
+    said = 1 / (1 + np.exp(-odds))
+    found, shift = fit_probability(said, label, np.full(label.shape, True))
+    corrected = 1 / (1 + np.exp(-(found * odds + shift)))
+    # The prior of a hundred rows pulls, the more the further away it is.
+    assert corrected.mean() == pytest.approx(label.mean(), rel=0.15)
+
+    def lose(at: NDArray[np.float64]) -> float:
+        z = at[0] * odds + at[1]
+        return float(
+            (np.logaddexp(0, z) - label * z).sum() + 50 * ((at[0] - 1) ** 2 + at[1] ** 2)
+        )
+
+    best = minimize(lose, [1.0, 0.0], bounds=[(0.05, None), (None, None)])
+    assert lose(np.array([found, *shift])) <= best.fun + 0.01
 
 
 @pytest.mark.parametrize("value", [False, True])
