@@ -211,9 +211,19 @@ def _check_calibration(
 def _check_slices(target: dict[str, Any], policy: Gate, *, champion: str | None) -> Check:
     """Does any group of shoppers surely lose? Groups too small to judge are passed over."""
     rival = CHAMPION if champion is not None else "lightgbm"
+    groups: dict[str, Any] | None = target.get("slices")
+    if groups is None:
+        return Check(
+            name="slices",
+            passed=False,
+            value=None,
+            limit=-policy.slice_margin,
+            why=f"groups of shoppers were not compared on {policy.primary_target}; run evaluate "
+            "again",
+        )
     lost: dict[str, float] = {}
     judged = 0
-    for name, group in target.get("slices", {}).items():
+    for name, group in groups.items():
         high = group["paired"].get(f"{CANDIDATE}-{rival}", {}).get("high")
         enough = group["rows"] >= policy.min_users and group["positives"] >= policy.min_positives
         if high is None or not enough:

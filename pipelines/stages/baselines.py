@@ -22,7 +22,7 @@ from pipelines.baselines.density import Density
 from pipelines.baselines.linear import Linear, scale
 from pipelines.baselines.protocol import fit_twice
 from pipelines.baselines.simple import Majority, Recency
-from pipelines.config import EnsembleTrees, LstmConfig, Params, Source, Train
+from pipelines.config import EnsembleTrees, Params, Source, Train
 from pipelines.errors import UserError
 from pipelines.events import to_us
 from pipelines.features.cuts import Split
@@ -69,7 +69,7 @@ def run(params: Params, root: Path = Path()) -> str:
         boosting = Boosting(table, params.baselines)
         lstm = None
         if params.baselines.lstm.epochs != 0:
-            lstm = pool.submit(_predict_lstm, root, params.baselines.lstm, params.baselines.seed)
+            lstm = pool.submit(_predict_lstm, root, params)
         results = pool.map(
             lambda t: _fit_target(table, scaled, known[_find_event(t)], t, boosting),
             table.targets,
@@ -105,7 +105,7 @@ def run(params: Params, root: Path = Path()) -> str:
     return f"{', '.join(names)} on {len(table.targets)} targets in {MODELS}"
 
 
-def _predict_lstm(root: Path, config: LstmConfig, seed: int) -> pa.Table:
+def _predict_lstm(root: Path, params: Params) -> pa.Table:
     """Train an LSTM on the raw events, and predict the calibration and test rows.
 
     The recurrent network that a user would try first (Hochreiter & Schmidhuber, Neural
@@ -114,26 +114,38 @@ def _predict_lstm(root: Path, config: LstmConfig, seed: int) -> pa.Table:
     tasks.
     """
     sequences, periods, targets, vocabulary = load_inputs(root)
-    settings = Train(
-        backbone="lstm",
-        epochs=config.epochs,
-        width=config.width,
-        layers=config.layers,
-        heads=1,
-        context=config.context,
-        stride=max(1, config.context * 3 // 4),
-        learning_rate=config.learning_rate,
-        dropout=0.0,
-        fusion=False,
-        next_event_weight=0.0,
-        next_items=0,
-        item_weight=0.0,
-        trees=EnsembleTrees(rounds=0),
-        tokens_per_batch=config.tokens_per_batch,
-        seed=seed,
-    )
+    settings = choose_lstm_settings(params)
     trained = train_model(sequences, periods, targets, settings, vocabulary)
     return predict_alone(trained, sequences, root, settings)
+
+
+def choose_lstm_settings(params: Params) -> Train:
+    """Return how the LSTM is trained: as the behaviour model, but for what is its own."""
+    config, train = params.baselines.lstm, params.train
+    own: dict[str, Any] = {
+        "backbone": "lstm",
+        "compare": (),
+        "threads": 1,  # beside the trees
+        "compile": "auto",
+        "epochs": config.epochs if config.epochs is not None else train.epochs,
+        "width": config.width,
+        "layers": config.layers,
+        "heads": 1,
+        "context": config.context,
+        "stride": max(1, config.context * 3 // 4),
+        "tokens_per_batch": config.tokens_per_batch or train.tokens_per_batch,
+        "accumulate": 1,
+        "learning_rate": config.learning_rate,
+        "dropout": 0.0,
+        "fusion": False,
+        "members": 1,
+        "next_event_weight": 0.0,
+        "next_items": 0,
+        "item_weight": 0.0,
+        "trees": EnsembleTrees(rounds=0),
+        "seed": params.baselines.seed,
+    }
+    return train.model_copy(update=own)
 
 
 def _predict_oracle(params: Params, root: Path, table: SnapshotTable) -> dict[str, Floats]:

@@ -68,9 +68,11 @@ def run(params: Params, root: Path = Path()) -> str:
     evaluation = compare(table, test, params.evaluation, data=_describe_data(params, root))
     evaluation["drift"] = measure_drift(table)
     rows = table.rows_of(Split.TEST)
+    slices = find_slices(table, rows)
     for part in test:
-        if _is_primary(params, part):
-            slices = find_slices(table, rows)
+        # Of what is looked at most closely, and of what the gate decides by.
+        judged = part.target.name == params.gate.primary_target
+        if part.target.kind is Kind.BINARY and (judged or _is_primary(params, part)):
             evaluation["targets"][part.target.name]["slices"] = score_slices(
                 part, table.user[rows], slices, params.evaluation
             )

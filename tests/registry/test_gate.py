@@ -54,6 +54,7 @@ def make_evaluation(**gains: float) -> dict[str, Any]:
                 "users": 3000,
                 "models": models,
                 "paired": {f"ensemble-{name}": pair(gain) for name, gain in gains.items()},
+                "slices": {},
             },
             "spend_14d": {"kind": "amount", "users": 3000, "models": {"ensemble": {"mae": 3.0}}},
         },
@@ -287,6 +288,14 @@ def test_a_group_that_surely_loses_fails(groups: dict[str, Any], passed: bool) -
     assert check["passed"] is passed
     assert verdict["passed"] is passed
     assert passed or "light (-0.030 at best)" in check["why"]
+
+
+def test_groups_that_were_not_compared_fail() -> None:
+    evaluation = make_evaluation()
+    del evaluation["targets"]["purchase_14d"]["slices"]
+    verdict = judge(evaluation)
+    assert failed(verdict) == ["slices"]
+    assert "not compared on purchase_14d" in verdict["checks"][5]["why"]
 
 
 @pytest.mark.parametrize(("share", "passed"), [(0.5, True), (0.51, False), (None, False)])

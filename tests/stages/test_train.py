@@ -30,6 +30,7 @@ from pipelines.model.training import population, train_model
 from pipelines.registry.champion import DIGEST_TAG, connect, locate_files
 from pipelines.registry.tracking import DATA_TAG, EXPERIMENT, track
 from pipelines.stages import pretrain, train
+from pipelines.stages.baselines import choose_lstm_settings
 from pipelines.stages.train import (
     load_inputs,
     load_pretrained,
@@ -37,6 +38,7 @@ from pipelines.stages.train import (
     read_periods,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 START = 1_700_000_000_000_000 // DAY * DAY
 CUTS = {0: 30, 1: 36, 2: 40, 3: 47}  # days after the start
 SPLITS = ("train", "between", "calibration", "test")
@@ -111,6 +113,71 @@ PARAMS = Params.model_validate(
         }
     }
 )
+
+
+# Another value of every setting of train.
+OTHERWISE: dict[str, Any] = {
+    "backbone": "lstm",
+    "compare": ["mlp"],
+    "device": "auto",
+    "threads": 2,
+    "precision": "bfloat16",
+    "compile": True,
+    "width": 32,
+    "layers": 1,
+    "heads": 1,
+    "context": 32,
+    "stride": 4,
+    "epochs": 3,
+    "refit_epochs": 2,
+    "cuts_per_user": 3,
+    "tokens_per_batch": 512,
+    "accumulate": 2,
+    "learning_rate": 0.05,
+    "refit_rate": 0.5,
+    "weight_decay": 0.5,
+    "dropout": 0.5,
+    "next_event_weight": 0.7,
+    "amount_weight": 0.7,
+    "fusion": False,
+    "members": 2,
+    "trees": {"rounds": 3},
+    "item_buckets": 16,
+    "half_life_days": 3.0,
+    "next_items": 7,
+    "item_weight": 0.7,
+    "query_buckets": 16,
+    "seed": 5,
+}
+
+
+def change_unlisted(stage: str) -> Params:
+    """Change every setting of train that dvc.yaml does not name for a stage."""
+    graph = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    listed = set(graph[stage]["params"])
+    others = {k: v for k, v in OTHERWISE.items() if f"train.{k}" not in listed}
+    settings = PARAMS.model_dump(mode="json", by_alias=True)
+    changed = Params.model_validate(settings | {"train": settings["train"] | others})
+    assert OTHERWISE.keys() == type(PARAMS.train).model_fields.keys()
+    assert all(getattr(changed.train, name) != getattr(PARAMS.train, name) for name in others)
+    return changed
+
+
+def test_pretrain_reads_no_setting_that_dvc_does_not_know_of(root: Path) -> None:
+    pretrain.run(PARAMS, root)
+    before = digest_directory(root / train.PRETRAINED)
+    pretrain.run(change_unlisted("pretrain"), root)
+    assert digest_directory(root / train.PRETRAINED) == before
+
+
+def test_the_lstm_is_trained_as_the_model_and_dvc_knows_how() -> None:
+    settings = choose_lstm_settings(change_unlisted("baselines"))
+    assert settings == choose_lstm_settings(PARAMS)
+    assert (settings.epochs, settings.tokens_per_batch, settings.device) == (2, 256, "cpu")
+    own = {"epochs": 4, "tokens_per_batch": 1024}
+    asked = PARAMS.model_dump(mode="json", by_alias=True) | {"baselines": {"lstm": own}}
+    settings = choose_lstm_settings(Params.model_validate(asked))
+    assert (settings.epochs, settings.tokens_per_batch, settings.device) == (4, 1024, "cpu")
 
 
 def test_trains_predicts_and_logs(root: Path) -> None:
