@@ -57,9 +57,7 @@ def test_what_is_far_off_is_put_right(
 
     def lose(at: NDArray[np.float64]) -> float:
         z = at[0] * odds + at[1]
-        return float(
-            (np.logaddexp(0, z) - label * z).sum() + 50 * ((at[0] - 1) ** 2 + at[1] ** 2)
-        )
+        return float((np.logaddexp(0, z) - label * z).sum() + 50 * ((at[0] - 1) ** 2 + at[1] ** 2))
 
     best = minimize(lose, [1.0, 0.0], bounds=[(0.05, None), (None, None)])
     assert lose(np.array([found, *shift])) <= best.fun + 0.01
