@@ -226,6 +226,8 @@ class TargetsConfig(Section):
             raise ValueError("horizons_days must be ascending and without repeats")
         if self.primary_horizon_days not in self.horizons_days:
             raise ValueError("primary_horizon_days must be one of horizons_days")
+        if len(set(self.events)) < len(self.events):
+            raise ValueError("events must be without repeats")
         return self
 
 

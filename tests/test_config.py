@@ -34,6 +34,7 @@ def test_the_shipped_file_equals_the_defaults() -> None:
         ({"targets": {"horizons_days": [14, 7]}}, "ascending"),
         ({"targets": {"primary_horizon_days": 5}}, "primary_horizon_days"),
         ({"targets": {"events": ["dance"]}}, "targets.events"),
+        ({"targets": {"events": ["purchase", "purchase"]}}, "without repeats"),
         ([], "expected a mapping"),
         ({"train": {"compare": ["gpt"]}}, "compare must name other backbones"),
         ({"train": {"compare": ["cnn", "cnn"]}}, "compare must name other backbones"),

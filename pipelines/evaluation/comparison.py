@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.config import Evaluation
 from pipelines.evaluation.conformal import PredictionSets, make_sets
@@ -59,9 +61,22 @@ class TestRows:
 
 
 def collect_test_rows(
-    table: SnapshotTable, predictions: Predictions, config: Evaluation
+    table: SnapshotTable,
+    predictions: Predictions,
+    config: Evaluation,
+    *,
+    shipped: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[TestRows]:
-    """Cut out the test rows of every target and choose thresholds on the calibration rows."""
+    """Cut out the test rows of every target and choose thresholds on the calibration rows.
+
+    Args:
+        table: the snapshots.
+        predictions: of every model.
+        config: what thresholds are chosen by, and the level of prediction sets.
+        shipped: model name -> target name -> the threshold that the model has for itself, which is
+            what those who use it call by.
+    """
+    shipped = shipped or {}
     rows = table.rows_of(Split.CALIBRATION, Split.TEST)
     calibration = table.rows_of(Split.CALIBRATION)[rows]
     collected = []
@@ -80,10 +95,8 @@ def collect_test_rows(
                     level=config.conformal_level,
                 )
             thresholds = {
-                # A model without predictions on the calibration cut calls at even odds.
-                m: choose_threshold(p[calibration], y[calibration] > 0, config.threshold)
-                if np.isfinite(p[calibration]).all() and calibration.any()
-                else 0.5
+                m: shipped.get(m, {}).get(target.name)
+                or _choose(p[calibration], y[calibration] > 0, config)
                 for m, p in models.items()
             }
         collected.append(
@@ -96,6 +109,13 @@ def collect_test_rows(
             )
         )
     return collected
+
+
+def _choose(p: Floats, label: NDArray[np.bool_], config: Evaluation) -> float:
+    """Choose a threshold; a model without predictions to choose by calls at even odds."""
+    if not len(p) or not np.isfinite(p).all():
+        return 0.5
+    return choose_threshold(p, label, config.threshold)
 
 
 def compare(

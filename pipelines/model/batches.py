@@ -85,7 +85,9 @@ def sample_cuts(
     span = np.maximum(np.minimum(until, last) - since, 0).astype(np.float64)
     density = np.ones(len(span))
     if half_life_days is not None:
-        density = np.exp2((since + span / 2 - last) / (half_life_days * DAY))
+        # What comes after the last has no span, and must not overflow.
+        age = np.maximum(last - since - span / 2, 0.0)
+        density = np.exp2(-age / (half_life_days * DAY))
     weight = np.cumsum(span * density)
     total = weight[-1] if len(weight) else 0.0
     if total <= 0:

@@ -7,6 +7,7 @@ as in production; windows that close late count for the horizons that they allow
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -202,7 +203,7 @@ def measure_moves(
         seen = weight > 0
         inverse = np.divide(1.0, weight, out=np.zeros_like(weight), where=seen)
         level = np.bincount(when, y - p) * inverse
-        lag = max(1, round(days[output] * DAY / step))
+        lag = math.ceil(days[output] * DAY / step)  # no nearer: windows that overlap differ less
         both = seen[lag:] & seen[:-lag]
         if both.any():
             square = (level[lag:] - level[:-lag]) ** 2 - inverse[lag:] - inverse[:-lag]

@@ -178,7 +178,10 @@ class Predictor:
         config = read_json(directory / CONFIG)
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise UserError(f"{directory / CONFIG}: not a model of format {FORMAT}; train again")
-        spec = ModelSpec.from_json(config)
+        try:
+            spec = ModelSpec.from_json(config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{directory / CONFIG}: not a model's settings ({error!r})") from None
         network: Network | Committee = Network(spec.network)
         if spec.members > 1:
             network = Committee([Network(spec.network) for _ in range(spec.members)])

@@ -35,8 +35,9 @@ from pipelines.evaluation.report import render_report
 from pipelines.evaluation.slices import find_slices, score_slices
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind
-from pipelines.features.snapshot_table import SnapshotTable
+from pipelines.features.snapshot_table import Floats, SnapshotTable
 from pipelines.io import read_json, write_json, write_text
+from pipelines.model.predictor import Predictor
 
 FEATURES = Path("data/features")
 MODEL = Path("models/gpt")
@@ -61,10 +62,13 @@ def run(params: Params, root: Path = Path()) -> str:
     """
     table = SnapshotTable.load(root / FEATURES)
     predictions = _read_predictions(root, table)
-    champion = _predict_champion(params, root, table)
+    predictor = Predictor.load(root / MODEL)
+    shipped = {CANDIDATE: predictor.spec.thresholds}
+    champion = _load_champion(root)
     if champion is not None:
-        predictions["champion"] = champion
-    test = collect_test_rows(table, predictions, params.evaluation)
+        predictions["champion"] = _predict(champion, root, table)
+        shipped["champion"] = champion.spec.thresholds
+    test = collect_test_rows(table, predictions, params.evaluation, shipped=shipped)
     evaluation = compare(table, test, params.evaluation, data=_describe_data(params, root))
     evaluation["drift"] = measure_drift(table)
     rows = table.rows_of(Split.TEST)
@@ -79,7 +83,7 @@ def run(params: Params, root: Path = Path()) -> str:
     found = _compare_items(params, root, table)
     if found is not None:
         evaluation["next_item"] = found
-    tested = _test_explanation(params, root, table)
+    tested = _test_explanation(params, root, table, predictor)
     if tested is not None:
         evaluation["explanation"] = tested
     curves = _collect_curves(params, test)
@@ -173,13 +177,13 @@ def _compare_items(params: Params, root: Path, table: SnapshotTable) -> dict[str
     )
 
 
-def _test_explanation(params: Params, root: Path, table: SnapshotTable) -> dict[str, Any] | None:
+def _test_explanation(
+    params: Params, root: Path, table: SnapshotTable, predictor: Predictor
+) -> dict[str, Any] | None:
     """Delete what explanations of the candidate put first, at the last test cut."""
     from pipelines.evaluation.deletion import measure_deletion
     from pipelines.features.store import Sequences
-    from pipelines.model.predictor import Predictor
 
-    predictor = Predictor.load(root / MODEL)
     days = params.targets.primary_horizon_days
     wanted = [t for t in predictor.targets if t.kind == "binary" and t.event is not None]
     wanted = [t for t in wanted if t.horizon_days == days] or wanted
@@ -198,28 +202,30 @@ def _test_explanation(params: Params, root: Path, table: SnapshotTable) -> dict[
     )
 
 
-def _predict_champion(
-    params: Params, root: Path, table: SnapshotTable
-) -> dict[str, np.ndarray[Any, Any]] | None:
-    """Score the champion, if there is one, on today's data."""
-    from pipelines.features.store import Sequences
-    from pipelines.model.predictor import Predictor
+def _load_champion(root: Path) -> Predictor | None:
+    """Return the champion, if there is one."""
     from pipelines.registry.champion import fetch_champion
 
     model = fetch_champion(root)
     if model is None:
         return None
     try:
-        predictor = Predictor.load(model)
+        return Predictor.load(model)
     except UserError as error:
         raise UserError(
             f"the champion cannot be compared with: {error}; if another version trained it, go on "
             "with that version, or without a champion (put back the champion.json of before it)"
         ) from None
+
+
+def _predict(predictor: Predictor, root: Path, table: SnapshotTable) -> dict[str, Floats]:
+    """Score a model on today's data."""
+    from pipelines.features.store import Sequences
+
     sequences = Sequences.load(root / FEATURES / "sequences")
     cuts = {c["index"]: c["ts_us"] for c in read_json(root / FEATURES / "cuts.json")["cuts"]}
     rows = np.flatnonzero(table.rows_of(Split.CALIBRATION, Split.TEST))
-    parts: dict[str, list[np.ndarray[Any, Any]]] = {}
+    parts: dict[str, list[Floats]] = {}
     for cut in np.unique(table.cut[rows]):
         users = table.user[rows][table.cut[rows] == cut]
         now = np.full(len(users), cuts[int(cut)], dtype=np.int64)

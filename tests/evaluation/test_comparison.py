@@ -155,6 +155,18 @@ def test_the_test_cut_chooses_nothing() -> None:
     assert a == b
 
 
+def test_a_model_is_judged_by_the_threshold_that_it_ships_with() -> None:
+    table, predictions = make_table()
+    shipped = {"ensemble": {"purchase_14d": 0.123}}
+    (alone, _), (test, amount) = (
+        collect_test_rows(table, predictions, CONFIG, shipped=s) for s in (None, shipped)
+    )
+    assert test.thresholds == alone.thresholds | {"ensemble": 0.123}
+    assert not amount.thresholds
+    target = compare(table, [test], CONFIG, data=DATA)["targets"]["purchase_14d"]
+    assert target["models"]["ensemble"]["threshold"] == 0.123
+
+
 def test_the_page_and_the_table_show_everything(compared: tuple[dict[str, Any], Any]) -> None:
     evaluation, (binary, amount) = compared
     curves = {

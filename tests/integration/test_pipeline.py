@@ -43,6 +43,9 @@ def test_the_first_run_writes_what_people_rely_on(finished: Project) -> None:
     named = "ensemble gpt with_mlp lightgbm lstm logistic recency majority oracle"
     assert set(named.split()) <= target["models"].keys()
     assert {"value", "low", "high"} == target["models"]["ensemble"]["roc_auc"].keys()
+    model = json.loads((finished.path / "models/gpt/config.json").read_text())
+    called = target["models"]["ensemble"]["threshold"]
+    assert abs(called - model["thresholds"]["purchase_14d"]) < 1e-6
     assert {"diff", "low", "high"} == target["paired"]["ensemble-lightgbm"]["roc_auc"].keys()
     spend = evaluation["targets"]["spend_14d"]["models"]["ensemble"]
     assert {"mae", "gini", "top_decile_capture", "total_ratio"} <= spend.keys()

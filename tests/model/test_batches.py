@@ -63,6 +63,15 @@ def test_what_is_a_half_life_older_counts_half(shop: Sequences) -> None:
     assert ((last < aged.ts) & (last >= aged.ts - 14 * DAY)).all()
 
 
+def test_events_after_the_last_cut_do_not_overflow(shop: Sequences) -> None:
+    timeline = Timeline(shop)
+    with np.errstate(over="raise", invalid="raise"):
+        cuts = sample(timeline, half_life_days=0.005)
+    assert (timeline.ts > PERIODS.calibration + 6 * DAY).any()
+    assert (cuts.ts <= PERIODS.calibration).all()
+    assert cuts.ts.min() > PERIODS.calibration - DAY
+
+
 def test_nobody_in_the_population_gives_no_cuts(shop: Sequences) -> None:
     cuts = sample_cuts(
         Timeline(shop),

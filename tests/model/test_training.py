@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,18 @@ def test_a_damaged_file_is_named(trained: TrainedModel, tmp_path: Path, name: st
     trained.save(tmp_path)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:40])
     with pytest.raises(UserError, match=name):
+        Predictor.load(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["heads", "mix", "calibration", "network"])
+def test_settings_that_lack_something_are_named(
+    trained: TrainedModel, tmp_path: Path, key: str
+) -> None:
+    trained.save(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    del config[key]
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"config.json: .*{key}"):
         Predictor.load(tmp_path)
 
 

@@ -190,6 +190,9 @@ def test_how_much_levels_move_is_told_from_chance(trees: Trees, variance: float)
     assert moves[2] < 0.002
     assert moves[0] == pytest.approx(variance, rel=0.3, abs=0.002)
     assert (measure_moves(rows, trees, np.full(3, np.nan), step=week) == 0).all()
+    # Windows of ten days that begin a week apart overlap; those a fortnight apart do not.
+    longer = measure_moves(rows, trees, np.array([10.0, 14.0, 7.0]), step=week)
+    assert longer[0] == moves[0]
     # Nothing is as far apart as such a window is long.
     assert (measure_moves(rows, trees, np.full(3, 7.0 * times), step=week) == 0).all()
     unknown = replace(rows, y=np.full_like(y, np.nan))
