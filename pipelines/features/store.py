@@ -28,6 +28,7 @@ from pipelines.events import (
     MAX_QUANTITY,
     MICROSECOND,
     SESSION_GAP_SECONDS,
+    EventType,
     to_us,
 )
 
@@ -270,6 +271,7 @@ def encode_events(
     quantity = np.array([event.quantity for event in events], dtype=np.float64)
     arrays["price"] = np.clip(price, -MAX_PRICE, MAX_PRICE).astype(np.float32)
     arrays["quantity"] = np.clip(quantity, -MAX_QUANTITY, MAX_QUANTITY).astype(np.float32)
+    _turn_refunds(arrays["type"], arrays["quantity"])
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     sessions = map(names.__getitem__, [event.session_id for event in events])
     session = np.fromiter(sessions, dtype=np.int64, count=len(ts))
@@ -291,6 +293,14 @@ def encode_events(
         ),
         **arrays,
     )
+
+
+def _turn_refunds(kind: NDArray[Any], quantity: NDArray[np.float32]) -> None:
+    """Make a purchase of a negative quantity a refund, as ingest does, in place."""
+    purchase, refund = EVENT_CODES[EventType.PURCHASE], EVENT_CODES[EventType.REFUND]
+    kind[(kind == purchase) & (quantity < 0)] = refund
+    paid = (kind == purchase) | (kind == refund)
+    np.abs(quantity, out=quantity, where=paid)
 
 
 def _to_record(event: Any) -> Any:

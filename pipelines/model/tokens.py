@@ -171,7 +171,7 @@ class Tokenizer:
         price = np.asarray(sequences.price)[index]
         quantity = np.asarray(sequences.quantity)[index]
         with np.errstate(invalid="ignore"):
-            log_quantity = np.log1p(quantity)
+            log_quantity = np.log1p(np.maximum(quantity, 0.0))
             scaled_price = _standardise(np.log1p(price), self.vocabulary.log_price)
         flags = [
             scaled_price,

@@ -291,6 +291,25 @@ def test_the_service_encodes_a_history_as_the_stage_does(built: tuple[Path, list
         )
 
 
+@pytest.mark.parametrize(
+    ("event_type", "quantity", "becomes", "counts"),
+    [
+        ("purchase", -2.0, "refund", 2.0),
+        ("purchase", 2.0, "purchase", 2.0),
+        ("purchase", None, "purchase", None),
+        ("refund", -1.0, "refund", 1.0),
+        ("add_to_cart", -1.0, "add_to_cart", -1.0),
+    ],
+)
+def test_what_comes_back_is_a_refund_to_the_service_as_to_ingest(
+    event_type: str, quantity: float | None, becomes: str, counts: float | None
+) -> None:
+    event = {"ts": 1_700_000_000_000_000, "event_type": event_type, "quantity": quantity}
+    encoded = encode_events([[event]])
+    assert encoded.type.tolist() == [EVENT_CODES[becomes]]
+    np.testing.assert_array_equal(encoded.quantity, [np.nan if counts is None else counts])
+
+
 def test_events_may_be_objects_or_dicts_or_some_of_each() -> None:
     def make(user: str, number: int) -> dict[str, Any]:
         ts = START + timedelta(hours=1) * (number * 7 % 5)

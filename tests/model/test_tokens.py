@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.features.store import encode_events
 from pipelines.model.network import (
@@ -21,6 +22,18 @@ def test_a_number_fills_its_intervals_from_below() -> None:
     found = encode_pieces(np.array([-1.0, 0.5, 2.0, 9.0]), edges)
     np.testing.assert_array_equal(found, [[0, 0], [0.5, 0], [1, 0.5], [1, 1]])
     assert found.dtype == np.float32
+
+
+def test_a_negative_quantity_counts_as_nothing() -> None:
+    def encode(quantity: float) -> NDArray[np.float32]:
+        event = {"ts": 1, "event_type": "add_to_cart", "quantity": quantity}
+        timeline = Timeline(encode_events([[event]]))
+        tokenizer = Tokenizer(Vocabulary(), item_buckets=4, query_buckets=4)
+        return tokenizer.events(timeline, np.arange(1))[0]
+
+    with np.errstate(all="raise"):
+        for quantity in (-0.5, -1.0, -7.0):
+            np.testing.assert_array_equal(encode(quantity), encode(0.0))
 
 
 def test_prices_and_quantities_are_told_in_pieces() -> None:
