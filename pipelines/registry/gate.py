@@ -61,9 +61,11 @@ def decide(
 
     Without a champion it has to beat the rules of thumb by interval, and may not be worse than
     the best baseline by more than the margin; with one, the same margin holds against the
-    champion, and its calibration may not be worse. "Not worse" is a test of non-inferiority:
-    the whole paired interval lies above minus the margin, so that a wide interval (too little
-    data) fails.
+    champion, and its calibration may not be worse. Where the champion itself surely is worse than
+    LightGBM by more than the margin, as one of another shop's data is, or does not predict what
+    is judged, the best baseline counts as well. "Not worse" is a test of non-inferiority: the
+    whole paired interval lies above minus the margin, so that a wide interval (too little data)
+    fails.
 
     Args:
         evaluation: reports/evaluation.json.
@@ -92,15 +94,19 @@ def decide(
             )
         )
     else:
+        told = evaluation.get("champion", {}).get("targets", [policy.primary_target])
+        rival = champion if policy.primary_target in told else None
         checks += _check_data(target, policy)
-        checks += _check_calibration(target, policy, candidate=candidate, champion=champion)
-        checks.append(_check_slices(target, policy, champion=champion))
+        checks += _check_calibration(target, policy, candidate=candidate, champion=rival)
+        checks.append(_check_slices(target, policy, champion=rival))
         checks.append(_check_drift(evaluation, policy))
-        if champion is None:
+        if candidate != rival:
             checks += _check_floors(target, policy)
-            checks.append(_check_best_baseline(target, policy))
-        else:
-            checks.append(_check_champion(target, policy, same=candidate == champion))
+            if rival is None or _has_fallen(target, policy):
+                checks.append(_check_best_baseline(target, policy))
+        if champion is not None:
+            same, known = candidate == champion, rival is not None
+            checks.append(_check_champion(target, policy, same=same, known=known))
     checks += _check_package(package, policy, candidate=candidate)
     return {
         "passed": all(check.passed for check in checks),
@@ -289,7 +295,7 @@ def _check_package(package: dict[str, Any], policy: Gate, *, candidate: str) -> 
 
 
 def _check_floors(target: dict[str, Any], policy: Gate) -> Iterator[Check]:
-    """Does the candidate beat every rule of thumb for sure? Asked while there is no champion."""
+    """Does the candidate beat every rule of thumb for sure?"""
     for other in FLOORS:
         low = _read_gain(target, other, policy.primary_metric)
         passed = low is not None and low > 0
@@ -324,14 +330,23 @@ def _check_best_baseline(target: dict[str, Any], policy: Gate) -> Check:
     return _check_margin(target, policy, best, "not_worse_than_best_baseline")
 
 
-def _check_champion(target: dict[str, Any], policy: Gate, *, same: bool) -> Check:
-    if same:
+def _has_fallen(target: dict[str, Any], policy: Gate) -> bool:
+    """Does the champion surely lose to LightGBM by more than the margin?"""
+    gain = _read_ends(target, CHAMPION, "lightgbm", policy.primary_metric)
+    return gain is not None and gain[1] < -policy.margin
+
+
+def _check_champion(target: dict[str, Any], policy: Gate, *, same: bool, known: bool) -> Check:
+    if same or not known:
         return Check(
             name="not_worse_than_champion",
             passed=True,
-            value=0.0,
+            value=0.0 if same else None,
             limit=-policy.margin,
-            why="the candidate is the champion",
+            why="the candidate is the champion"
+            if same
+            else f"the champion does not predict {policy.primary_target}; the candidate is judged "
+            "as a first one is",
         )
     return _check_margin(target, policy, CHAMPION, "not_worse_than_champion")
 
@@ -368,17 +383,26 @@ def _read(model: dict[str, Any], metric: str) -> float | None:
 
 
 def _read_gain(target: dict[str, Any], other: str, metric: str) -> float | None:
-    """Return the lower end of the candidate's paired gain over another model.
+    """Return the lower end of the candidate's paired gain over another model."""
+    ends = _read_ends(target, CANDIDATE, other, metric)
+    return None if ends is None else ends[0]
+
+
+def _read_ends(
+    target: dict[str, Any], one: str, other: str, metric: str
+) -> tuple[float, float] | None:
+    """Return the interval of a model's paired gain over another.
 
     A pair a-b holds the interval of a minus b; which of both comes first is the report's choice.
-    Where less is better, the candidate gains by being lower.
+    Where less is better, a model gains by being lower.
     """
     pairs = target.get("paired", {})
     sign = 1 if metric in _HIGHER_IS_BETTER else -1
-    pair = pairs.get(f"{CANDIDATE}-{other}")
+    pair = pairs.get(f"{one}-{other}")
     if pair is None:
-        pair, sign = pairs.get(f"{other}-{CANDIDATE}", {}), -sign
+        pair, sign = pairs.get(f"{other}-{one}", {}), -sign
     ends = pair.get(metric) or {}
-    if ends.get("low") is None or ends.get("high") is None:
+    low, high = ends.get("low"), ends.get("high")
+    if low is None or high is None:
         return None
-    return float(ends["low"]) if sign > 0 else -float(ends["high"])
+    return (float(low), float(high)) if sign > 0 else (-float(high), -float(low))

@@ -70,6 +70,8 @@ def run(params: Params, root: Path = Path()) -> str:
         shipped["champion"] = champion.spec.thresholds
     test = collect_test_rows(table, predictions, params.evaluation, shipped=shipped)
     evaluation = compare(table, test, params.evaluation, data=_describe_data(params, root))
+    if champion is not None:
+        evaluation["champion"] = {"targets": [target.name for target in champion.targets]}
     evaluation["drift"] = measure_drift(table)
     rows = table.rows_of(Split.TEST)
     slices = find_slices(table, rows)

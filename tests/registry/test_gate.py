@@ -209,6 +209,35 @@ def test_a_champion_that_was_not_scored_fails() -> None:
     assert failed(verdict) == ["calibration_against_champion", "not_worse_than_champion"]
 
 
+def test_a_champion_does_not_excuse_a_candidate_that_a_rule_of_thumb_beats() -> None:
+    evaluation = make_evaluation(champion=0.03, recency=0.004)
+    assert failed(judge(evaluation, champion=CHAMPION)) == ["beats_recency"]
+
+
+@pytest.mark.parametrize(("fallen", "names"), [(0.1, ["not_worse_than_best_baseline"]), (0.0, [])])
+def test_a_champion_of_another_shop_does_not_excuse_the_candidate_from_the_baselines(
+    fallen: float, names: list[str]
+) -> None:
+    evaluation = make_evaluation(champion=0.03, lightgbm=-0.05)
+    evaluation["targets"]["purchase_14d"]["paired"]["lightgbm-champion"] = pair(fallen)
+    assert failed(judge(evaluation, champion=CHAMPION)) == names
+
+
+def test_a_champion_that_predicts_something_else_is_passed_over() -> None:
+    evaluation = make_evaluation()
+    evaluation["champion"] = {"targets": ["purchase_7d"]}
+    verdict = judge(evaluation, champion=CHAMPION)
+    assert verdict["passed"]
+    assert verdict["champion"] == CHAMPION
+    told = {check["name"]: check["why"] for check in verdict["checks"]}
+    assert "does not predict purchase_14d" in told["not_worse_than_champion"]
+    assert "not_worse_than_best_baseline" in told
+    evaluation = make_evaluation(lightgbm=-0.05)
+    evaluation["champion"] = {"targets": ["purchase_7d"]}
+    failures = failed(judge(evaluation, champion=CHAMPION))
+    assert failures == ["not_worse_than_best_baseline"]
+
+
 def test_the_champion_itself_passes_again() -> None:
     verdict = judge(make_evaluation(), champion=CANDIDATE)
     assert verdict["passed"]

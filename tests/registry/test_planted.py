@@ -60,7 +60,9 @@ class Shop:
         return expit((BASE + SIGNAL * share * seen) / np.sqrt(1 + np.pi * spread / 8))
 
     def evaluate(self, config: Evaluation, **models: Floats) -> dict[str, Any]:
-        """Evaluate models as the stage does."""
+        """Evaluate models, and the rules of thumb, as the stage does."""
+        models["majority"] = np.full(len(self.score), self.table.labels[TARGET.name].mean())
+        models["recency"] = self.predict(4.0)
         known = self.table.rows_of(Split.CALIBRATION, Split.TEST)
         predictions = {name: {TARGET.name: p[known]} for name, p in models.items()}
         test = collect_test_rows(self.table, predictions, config)
