@@ -56,8 +56,7 @@ def make_predictor() -> Predictor:
     return Predictor(spec, Network(config))
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+def make_project(folder: Path) -> Path:
     """A project with seven shoppers; the first was last seen long ago, the last only lately."""
     rng = np.random.default_rng(1)
     histories: list[list[dict[str, Any]]] = [[{"ts": END - 50 * DAY, "event_type": "view"}]]
@@ -70,7 +69,7 @@ def root(tmp_path: Path) -> Path:
             ]
         )
     histories.append([{"ts": END - DAY, "event_type": "purchase", "price": 9.0}])
-    features = tmp_path / "data/features"
+    features = folder / "data/features"
     (features / "sequences").mkdir(parents=True)
     encode_events(histories).save(features / "sequences")
     names = ["=cmd()", *(f"u{i}" for i in range(5)), "zoë, <b>"]
@@ -89,9 +88,14 @@ def root(tmp_path: Path) -> Path:
     first = END - 55 * DAY
     write_json(features / "cuts.json", {"first_ts": first.isoformat(), "end_ts": END.isoformat()})
     write_json(features / "schema.json", {"population_active_within_days": 28})
-    (tmp_path / "models/gpt").mkdir(parents=True)
-    make_predictor().save(tmp_path / "models/gpt")
-    return tmp_path
+    (folder / "models/gpt").mkdir(parents=True)
+    make_predictor().save(folder / "models/gpt")
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_project(tmp_path)
 
 
 @pytest.fixture

@@ -30,6 +30,9 @@ SHOWN: Final = 50
 REASONS: Final = 6
 _STEPS: Final = 16
 
+# What the day partitions hold of an event and the sequences do not.
+_TEXTS: Final = ("item_id", "category", "brand", "quantity", "query")
+
 _PLURAL: Final = {
     "view": "views",
     "search": "searches",
@@ -187,8 +190,10 @@ class Storyteller:
         Sequences hold hashes; the texts stand in the day partitions.
         """
         sequences = timeline.sequences
+        texts = dict.fromkeys(_TEXTS)
         plain = [
-            {
+            texts
+            | {
                 "ts": from_us(int(sequences.ts[i])),
                 "event_type": EVENT_TYPES[int(sequences.type[i]) - 1],
                 "price": None if np.isnan(sequences.price[i]) else float(sequences.price[i]),
@@ -201,8 +206,8 @@ class Storyteller:
         dataset = ds.dataset(folder, format="parquet", exclude_invalid_files=True)
         at = datetime.fromisoformat(self._plan["at"])
         wanted = (pc.field("user_id") == row["user_id"]) & (pc.field("ts") < at)
-        columns = ["ts", "event_id", "event_type", "item_id", "category", "brand", "price"]
-        table = dataset.to_table(columns=[*columns, "quantity", "query"], filter=wanted)
+        columns = ["ts", "event_id", "event_type", "price", *_TEXTS]
+        table = dataset.to_table(columns=columns, filter=wanted)
         found = table.sort_by([("ts", "ascending"), ("event_id", "ascending")]).to_pylist()
         same = [e["ts"] for e in found] == [e["ts"] for e in plain]
         return found if same else plain

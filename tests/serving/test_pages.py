@@ -19,10 +19,12 @@ from starlette.testclient import TestClient
 from pipelines.errors import UserError
 from pipelines.io import read_json, write_json, write_text
 from pipelines.model.timeline import feature_names
+from pipelines.scoring import score
 from serving.pages.app import create_app
 from serving.pages.board import Board
 from serving.pages.shopper import describe_feature
 from serving.run import check_address
+from tests.test_scoring import make_project
 
 AT = datetime(2025, 3, 1, tzinfo=UTC)
 EVIL = "<script>alert(1)</script>'\"=1+1/../"
@@ -86,6 +88,13 @@ def test_a_shopper_is_told_what_comes_next(root: Path) -> None:
     page = ask(root, "/shopper?id=u1").text
     assert "not to be expected within 14 days" in page
     assert "the model tells no items" in page
+
+
+def test_events_are_told_where_their_texts_are_not_known(tmp_path: Path) -> None:
+    score(make_project(tmp_path))
+    found = ask(tmp_path, f"/shopper?id={quote('zoë, <b>')}")
+    assert found.status_code == 200
+    assert "<span>purchase <small>9.00</small></span>" in found.text
 
 
 def test_reach_adds_up(root: Path) -> None:
