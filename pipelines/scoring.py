@@ -84,9 +84,11 @@ def score(
         What was done, for people.
 
     Raises:
-        UserError: an input is missing, the time is outside of the data, or another process
-            scores this project.
+        UserError: an input is missing, the time is outside of the data, the CSV file cannot be
+            written, or another process scores this project.
     """
+    if csv is not None:
+        _check_csv(root, csv)
     name, folder = find_model(root, which)
     with _hold_lock(root):
         plan = _plan(root, name, folder, at) | {"embeddings": embeddings}
@@ -100,6 +102,24 @@ def score(
             write_csv(root / SCORES, csv)
             done += f" and {csv}"
     return f"{done} ({name}, as of {plan['at'][:16]}); next: forecart pages"
+
+
+def _check_csv(root: Path, path: Path) -> None:
+    """Refuse a CSV file that cannot be written or would be read as a part of the scores.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if path.is_dir():
+        raise UserError(f"--csv {path}: is a folder; name a file")
+    real = path.resolve()
+    if any(real.is_relative_to((root / own).resolve()) for own in (SCORES, _PARTIAL)):
+        raise UserError(f"--csv {path}: {SCORES} holds the scores alone; name a file elsewhere")
+    folder = next(parent for parent in real.parents if parent.exists())
+    if not folder.is_dir():
+        raise UserError(f"--csv {path}: {folder} is no folder; name a file in one")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--csv {path}: {folder} is not yours to write in; name a file elsewhere")
 
 
 def find_model(root: Path, which: Which) -> tuple[str, Path]:

@@ -222,6 +222,29 @@ def test_the_csv_is_safe_in_a_spreadsheet(root: Path) -> None:
     assert 0 <= float(rows[0]["purchase_14d"]) <= 1
 
 
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [
+        ("data/scores/all.csv", "holds the scores alone"),
+        ("out/../data/.scores/all.csv", "holds the scores alone"),
+        ("out", "is a folder"),
+        ("", "is a folder"),
+        ("out/notes.txt/all.csv", "is no folder"),
+    ],
+)
+def test_a_csv_that_cannot_be_written_is_refused_before_any_work(
+    root: Path, place: str, problem: str
+) -> None:
+    (root / "out").mkdir()
+    (root / "out/notes.txt").touch()
+    with pytest.raises(UserError, match=problem) as refused:
+        scoring.score(root, csv=root / place)
+    assert "\n" not in str(refused.value)
+    assert not (root / "data/scores").exists()
+    scoring.score(root, csv=root / "new/folder/all.csv")
+    assert (root / "new/folder/all.csv").is_file()
+
+
 def test_plain_numbers_are_no_formulas() -> None:
     cells = ["-12.5", "+491", "-1+1", "@sum", "\t=1", " =1", "|x", "", None, "a=b"]
     assert guard_cells(cells) == [
