@@ -63,6 +63,7 @@ from serving.schema import (
 from serving.store import Store, find_url
 from serving.swap import Watcher, find_watched
 from serving.tracing import plan_tracing
+from serving.welcome import ShowCalls
 
 MODEL_VARIABLE: Final = "FORECART_MODEL"
 
@@ -419,6 +420,10 @@ async def _answer(body: bytes) -> bytes | None:
     return found
 
 
+def _find_digest() -> str:
+    return str(bentoml.get_current_service().engine.digest)
+
+
 # The decorator has made a service of the class. The first one added is the outermost: errors of
 # the limits are shaped as well.
 _service: Any = Forecart
@@ -428,4 +433,5 @@ _service.add_asgi_middleware(ShapeErrors)
 _service.add_asgi_middleware(RequireKey)
 _service.add_asgi_middleware(Admit, max_bytes=MAX_BODY_BYTES)
 _service.add_asgi_middleware(LimitBody, max_bytes=MAX_BODY_BYTES)
+_service.add_asgi_middleware(ShowCalls, find_digest=_find_digest)
 _service.add_asgi_middleware(AnswerDirectly, answer=_answer)

@@ -593,6 +593,10 @@ def test_health_metrics_and_description(service: Service) -> None:
     document = json.loads(description)
     assert {"/predict", "/users/{user_id}", "/users/{user_id}/prediction"} <= set(document["paths"])
     assert "event_type" in document["components"]["schemas"]["Event"]["properties"]
+    status, _, page = service.ask("GET", "/")
+    assert status == 200
+    assert digest.encode() in page
+    assert b"http" not in page
 
 
 def test_refused_requests_leave_no_personal_data_in_the_log(service: Service) -> None:
