@@ -42,7 +42,8 @@ from pipelines.io import (
     write_table,
 )
 from pipelines.model.timeline import Timeline, bisect
-from pipelines.registry.champion import check_files, fetch_champion
+from pipelines.registry.champion import check_files, fetch_champion, read_champion
+from pipelines.registry.promotion import VERDICT
 
 if TYPE_CHECKING:
     from pipelines.model.predictor import Predictor
@@ -101,7 +102,43 @@ def score(
         if csv is not None:
             write_csv(root / SCORES, csv)
             done += f" and {csv}"
-    return f"{done} ({name}, as of {plan['at'][:16]}); next: forecart pages"
+    doubt = find_doubt(root, plan["model"])
+    by = "" if doubt is None else f"; they are by {doubt}"
+    return f"{done} ({name}, as of {plan['at'][:16]}){by}; next: forecart pages"
+
+
+def read_verdict(root: Path) -> dict[str, Any] | None:
+    """Return the content of reports/verdict.json; None where there is none that can be read."""
+    try:
+        verdict = read_json(root / VERDICT)
+    except UserError:
+        return None
+    return verdict if isinstance(verdict, dict) else None
+
+
+def find_doubt(root: Path, model: str) -> str | None:
+    """Say what a model is that scores without being champion.
+
+    Args:
+        root: the project's folder.
+        model: digest of the model's files.
+
+    Returns:
+        For people; None where it is the champion.
+
+    Raises:
+        UserError: champion.json is damaged.
+    """
+    if read_champion(root).digest == model:
+        return None
+    verdict = read_verdict(root) or {}
+    if verdict.get("champion") == model:
+        return "a former champion"
+    if verdict.get("candidate") != model:
+        return "a model that is not champion and has no verdict"
+    if verdict.get("passed"):
+        return "a candidate that passed the gate but was not promoted"
+    return f"a candidate that failed the gate and was not promoted, see {VERDICT}"
 
 
 def _check_csv(root: Path, path: Path) -> None:

@@ -20,7 +20,7 @@ from pipelines.config import Which
 from pipelines.errors import UserError
 from pipelines.events import EVENT_TYPES, USER_SCHEMA, to_us
 from pipelines.features.store import Sequences, encode_events, hash_text
-from pipelines.io import guard_cells, read_json, write_json, write_table
+from pipelines.io import digest_directory, guard_cells, read_json, write_json, write_table
 from pipelines.model.calibration import Calibration
 from pipelines.model.heads import Heads, Target
 from pipelines.model.network import Network, NetworkConfig
@@ -220,6 +220,22 @@ def test_the_csv_is_safe_in_a_spreadsheet(root: Path) -> None:
     assert rows[0]["user_id"] == "'=cmd()"
     assert rows[-1]["user_id"] == "zoë, <b>"
     assert 0 <= float(rows[0]["purchase_14d"]) <= 1
+
+
+def test_scores_by_another_than_the_champion_are_told_as_such(root: Path) -> None:
+    digest = digest_directory(root / "models/gpt")
+    assert "they are by a model that is not champion and has no verdict" in scoring.score(root)
+    verdict = {"candidate": digest, "champion": None, "passed": False}
+    write_json(root / "reports/verdict.json", verdict)
+    assert "a candidate that failed the gate and was not promoted" in scoring.score(root)
+    write_json(root / "reports/verdict.json", verdict | {"passed": True})
+    assert "a candidate that passed the gate but was not promoted" in scoring.score(root)
+    champion = {"digest": digest, "version": 1, "verdict": None}
+    write_json(root / "champion.json", champion)
+    assert "they are by" not in scoring.score(root, which=Which.CANDIDATE)
+    write_json(root / "champion.json", champion | {"digest": f"sha256:{'0' * 64}"})
+    write_json(root / "reports/verdict.json", {"candidate": "sha256:1", "champion": digest})
+    assert scoring.find_doubt(root, digest) == "a former champion"
 
 
 @pytest.mark.parametrize(

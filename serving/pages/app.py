@@ -26,11 +26,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.errors import UserError
 from pipelines.evaluation.charts import Line, line_chart
+from pipelines.evaluation.comparison import CANDIDATE
 from pipelines.evaluation.report import METRIC_NAMES, format_days
 from pipelines.model.heads import Target
-from pipelines.scoring import DESCRIPTION, SCORES
+from pipelines.scoring import DESCRIPTION, SCORES, find_doubt, read_verdict
 from serving.pages.board import BINS, SEGMENTS, STEPS, Board
-from serving.pages.quality import read_curve, read_quality
+from serving.pages.quality import Quality, find_row, read_curve, read_quality
 from serving.pages.shopper import REASONS, Storyteller, name_event
 from serving.run import check_address
 
@@ -55,7 +56,7 @@ _METRICS: Final = {
     "binary": ("roc_auc", "pr_auc", "brier", "ece", "lift_at_10pct"),
     "amount": ("gini", "mae", "top_decile_capture", "total_ratio"),
 }
-_DRAWN: Final = ("ensemble", "lightgbm", "oracle")
+_DRAWN: Final = ("champion", CANDIDATE, "lightgbm", "oracle")
 _VERBS: Final = {"purchase": "buy", "search": "search", None: "leave"}
 _NOUNS: Final = {"purchase": "buyers", "search": "searchers", None: "leavers"}
 
@@ -132,7 +133,9 @@ class Pages:
         margin = _amount(request, "margin", default)
         share = min(max(_integer(request, "share", 20), 0), STEPS)
         profit = reach.profit(cost=cost, margin=margin)
-        observed = read_curve(self.root, "lift", target.name).get("ensemble", [])
+        # The curve of the model that made the scores, which need not be the newest candidate.
+        row = find_row(board.plan["model"], read_verdict(self.root))
+        observed = read_curve(self.root, "lift", target.name).get(row or "", [])
         lines = [
             Line(
                 name="expected",
@@ -168,6 +171,7 @@ class Pages:
             lowest=float(reach.lowest[share]),
             bars=_bars(board.histogram(target.name), float(reach.lowest[share])),
             observed=bool(observed),
+            doubt=find_doubt(self.root, board.plan["model"]),
             chart=line_chart(
                 lines,
                 x_label="share of the shoppers reached",
@@ -294,6 +298,7 @@ class Pages:
             models=[m for m in quality.models if name and m in targets[name]["models"]],
             chart=chart if drawn else None,
             drawn=drawn,
+            called=_name_models(quality),
             plan=self._load_board().plan if self._has_scores() else None,
         )
 
@@ -419,6 +424,20 @@ def _choose(value: T | None, allowed: list[T], otherwise: T) -> T:
 
 def _by_kind(name: str, target: dict[str, Any]) -> tuple[bool, str, int]:
     return target["kind"] != "binary", name.rpartition("_")[0], target["horizon_days"]
+
+
+def _name_models(quality: Quality) -> dict[str, str]:
+    """Say whose rows those of the champion and of the candidate are."""
+    version = quality.champion.version
+    if quality.row == CANDIDATE:
+        now = f"{CANDIDATE} (champion, version {version})"
+        return {CANDIDATE: now, "champion": "champion before"}
+    called = {CANDIDATE: f"{CANDIDATE} (candidate)"}
+    if quality.row == "champion":
+        called["champion"] = f"champion (version {version})"
+    elif "champion" in quality.models:
+        called["champion"] = "another champion"
+    return called
 
 
 def _integer(request: Request, name: str, otherwise: int) -> int:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipelines.errors import UserError
+from pipelines.evaluation.comparison import CANDIDATE
 from pipelines.evaluation.summary import order_models
 from pipelines.io import read_json
 from pipelines.registry.champion import read_champion
 from pipelines.registry.history import Reign, list_champions
+from pipelines.scoring import read_verdict
 
 REPORTS: Final = Path("reports")
 
@@ -54,7 +56,7 @@ def read_quality(root: Path) -> Quality:
     """
     champion = read_champion(root)
     evaluation = _read(root / REPORTS / "evaluation.json")
-    verdict = _read(root / REPORTS / "verdict.json")
+    verdict = read_verdict(root)
     history: list[Reign] = []
     trouble = None
     try:
@@ -62,20 +64,31 @@ def read_quality(root: Path) -> Quality:
     except Exception as error:  # whatever ails the registry, the page has more to show
         _log.warning("the registry cannot be read: %s", error)
         trouble = f"the registry cannot be read ({type(error).__name__})"
-    row = None
-    if evaluation and verdict and champion.digest is not None:
-        if verdict.get("candidate") == champion.digest:
-            row = "ensemble"
-        elif verdict.get("champion") == champion.digest:
-            row = "champion"
     return Quality(
         champion=champion,
         evaluation=evaluation,
         verdict=verdict,
         history=history,
         trouble=trouble,
-        row=row,
+        row=find_row(champion.digest, verdict) if evaluation else None,
     )
+
+
+def find_row(model: str | None, verdict: dict[str, Any] | None) -> str | None:
+    """Return the name under which a model stands in the evaluation.
+
+    Args:
+        model: digest of its files; None = no model.
+        verdict: content of reports/verdict.json, which says whom the evaluation is about.
+
+    Returns:
+        None where the evaluation is about others.
+    """
+    if model is None or verdict is None:
+        return None
+    if verdict.get("candidate") == model:
+        return CANDIDATE
+    return "champion" if verdict.get("champion") == model else None
 
 
 def read_curve(root: Path, curve: str, target: str) -> dict[str, list[dict[str, float]]]:

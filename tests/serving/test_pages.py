@@ -27,6 +27,8 @@ from serving.run import check_address
 from tests.test_scoring import make_project
 
 AT = datetime(2025, 3, 1, tzinfo=UTC)
+SERVES, WAITS = (f"sha256:{mark * 64}" for mark in "ab")
+MODELS = ("champion", "ensemble", "lightgbm")
 EVIL = "<script>alert(1)</script>'\"=1+1/../"
 
 
@@ -207,6 +209,67 @@ def test_the_audience_is_the_top_share_and_safe_to_open(root: Path) -> None:
     assert "=HYPERLINK(1)" not in ids
     assert ask(root, "/audience.csv?target=user_id").status_code == 404
     assert ask(root, "/audience.csv?target=spend_7d").status_code == 404
+
+
+def judge(root: Path, *, champion: str, candidate: str, passed: bool) -> None:
+    """Leave an evaluation in which the champion is tested beside another candidate."""
+    verdict = {"champion": champion, "candidate": candidate, "passed": passed, "checks": []}
+    write_json(root / "reports/verdict.json", verdict | {"data": "sha256:3"})
+    rows = ["target,model,share,captured,lift"]
+    rows += ["purchase_14d,ensemble,0.5,0.75,1.5", "purchase_14d,champion,0.5,0.25,0.5"]
+    write_text(root / "reports/plots/lift.csv", "\n".join(rows))
+    rows = ["target,model,predicted,observed,rows"]
+    rows += ["purchase_14d,ensemble,0.5,0.5,9", "purchase_14d,champion,0.25,0.5,9"]
+    write_text(root / "reports/plots/calibration.csv", "\n".join(rows))
+    values = {metric: {"value": 0.5, "low": 0.4, "high": 0.6} for metric in ("roc_auc", "ece")}
+    target = {"kind": "binary", "horizon_days": 14, "models": dict.fromkeys(MODELS, values)}
+    data = {"events": 9, "users": 9, "first_ts": "2025-01-01", "last_ts": "2025-02-01"}
+    write_json(
+        root / "reports/evaluation.json", {"data": data, "targets": {"purchase_14d": target}}
+    )
+
+
+def promote(root: Path, digest: str) -> None:
+    write_json(root / "champion.json", {"digest": digest, "version": 3, "verdict": None})
+    plan = read_json(root / "data/scores/_scores.json")
+    write_json(root / "data/scores/_scores.json", plan | {"role": "champion", "model": digest})
+
+
+def test_what_happened_is_told_of_the_model_that_made_the_scores(root: Path) -> None:
+    judge(root, champion=SERVES, candidate=WAITS, passed=False)
+    promote(root, SERVES)
+    page = ask(root, "/?days=14").text
+    assert "happened, when the champion was tested" in page
+    assert "187.0 167.5" in page
+    assert "187.0 62.5" not in page
+    assert "These scores are by" not in page
+    judge(root, champion=WAITS, candidate=SERVES, passed=True)
+    page = ask(root, "/?days=14").text
+    assert "187.0 62.5" in page
+    judge(root, champion=WAITS, candidate="sha256:5", passed=True)
+    assert "happened, when" not in ask(root, "/?days=14").text
+
+
+def test_scores_by_a_refused_candidate_are_told_as_such(root: Path) -> None:
+    judge(root, champion=SERVES, candidate="sha256:0", passed=False)
+    page = ask(root, "/?days=14").text
+    assert "These scores are by a candidate that failed the gate" in page
+    assert "happened, when this model was tested" in page
+
+
+def test_the_page_of_the_model_tells_champion_and_candidate_apart(root: Path) -> None:
+    judge(root, champion=SERVES, candidate=WAITS, passed=False)
+    promote(root, SERVES)
+    page = ask(root, "/model").text
+    assert "Version 3 is champion" in page
+    assert '<tr class="ours"><th scope="row">champion (version 3)</th>' in page
+    assert '<tr><th scope="row">ensemble (candidate)</th>' in page
+    legend = page.split('class="legend"')[1]
+    assert legend.index("champion (version 3)") < legend.index("ensemble (candidate)")
+    promote(root, WAITS)
+    page = ask(root, "/model").text
+    assert '<tr class="ours"><th scope="row">ensemble (champion, version 3)</th>' in page
+    assert '<tr><th scope="row">champion before</th>' in page
 
 
 def test_states_without_files_say_what_to_do(tmp_path: Path) -> None:
