@@ -28,7 +28,6 @@ from pipelines.errors import UserError
 from pipelines.evaluation.charts import Line, line_chart
 from pipelines.evaluation.comparison import CANDIDATE
 from pipelines.evaluation.report import METRIC_NAMES, format_days
-from pipelines.model.heads import Target
 from pipelines.scoring import DESCRIPTION, SCORES, find_doubt, read_verdict
 from serving.pages.board import BINS, SEGMENTS, STEPS, Board
 from serving.pages.quality import Quality, find_row, read_curve, read_quality
@@ -128,11 +127,11 @@ class Pages:
         spend = next((t for t in targets if t.kind == "amount"), None)
         reach = board.reach(target.name)
         total = float(reach.hits[-1])
-        default = _default_margin(board, target, spend)
-        cost = _amount(request, "cost", 0.5)
-        margin = _amount(request, "margin", default)
+        # Only the shop knows these: there is no profit to tell until both are entered.
+        cost, margin = _amount(request, "cost"), _amount(request, "margin")
+        known = cost is not None and margin is not None
+        profit = reach.profit(cost=cost or 0.0, margin=margin or 0.0) if known else None
         share = min(max(_integer(request, "share", 20), 0), STEPS)
-        profit = reach.profit(cost=cost, margin=margin)
         # The curve of the model that made the scores, which need not be the newest candidate.
         row = find_row(board.plan["model"], read_verdict(self.root))
         observed = read_curve(self.root, "lift", target.name).get(row or "", [])
@@ -166,8 +165,7 @@ class Pages:
             contacted=int(reach.contacted[share]),
             hits=float(reach.hits[share]),
             total=total,
-            profit=float(profit[share]),
-            best=int(profit.argmax()),
+            profit=None if profit is None else float(profit[share]),
             lowest=float(reach.lowest[share]),
             bars=_bars(board.histogram(target.name), float(reach.lowest[share])),
             observed=bool(observed),
@@ -445,20 +443,12 @@ def _integer(request: Request, name: str, otherwise: int) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else otherwise
 
 
-def _amount(request: Request, name: str, otherwise: float) -> float:
+def _amount(request: Request, name: str) -> float | None:
     try:
         value = float(request.query_params.get(name, ""))
     except ValueError:
-        return otherwise
-    return value if 0 <= value < 1e9 else otherwise
-
-
-def _default_margin(board: Board, target: Target, spend: Target | None) -> float:
-    """Return a third of what a buyer is expected to spend: a start for people to overwrite."""
-    if spend is None or target.event != "purchase":
-        return 10.0
-    buyers = float(board.values(target.name).sum())
-    return round(float(board.values(spend.name).sum()) / max(buyers, 1e-9) / 3, 2)
+        return None
+    return value if 0 <= value < 1e9 else None
 
 
 def _bars(counts: Any, lowest: float) -> list[dict[str, Any]]:

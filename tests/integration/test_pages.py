@@ -121,9 +121,10 @@ def test_the_slider_changes_the_numbers_and_the_download(
     assert not browser.find_elements(
         "xpath", "//*[@id='histogram']/*[@class='bar' and not(contains(., ': 0 shoppers'))]"
     )
-    margin = browser.find_element("id", "margin")
-    margin.clear()
-    margin.send_keys("0")
+    assert browser.find_element("id", "profit").text == "\u2013"
+    assert not browser.find_element("id", "best").is_displayed()
+    browser.find_element("id", "cost").send_keys("1")
+    browser.find_element("id", "margin").send_keys("0")
     assert _number(browser, "profit") < 0
     browser.find_element("id", "best").click()
     assert _number(browser, "contacted") == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import socket
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -150,6 +151,15 @@ def test_the_form_works_without_a_script(root: Path) -> None:
     expected = Board.load(root).reach("purchase_14d").profit(cost=1, margin=3)[10]
     assert '<dd id="contacted">20</dd>' in page
     assert f'<dd id="profit">{expected:,.2f}</dd>' in page
+
+
+@pytest.mark.parametrize("query", ["", "cost=1", "margin=3", "cost=1&margin=x"])
+def test_there_is_no_profit_until_cost_and_margin_are_entered(root: Path, query: str) -> None:
+    page = ask(root, f"/?{query}").text
+    assert '<dd id="profit">\u2013</dd>' in page
+    for name in ("cost", "margin"):
+        entered = "1.0" if f"{name}=1" in query else "3.0" if f"{name}=3" in query else ""
+        assert re.search(f'name="{name}"[^>]* value="{entered}"', page)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,11 @@ function start(form) {
   const [share, cost, margin] = ["share", "cost", "margin"].map(field);
   const count = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
   const small = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+  const best = field("best");
   const marker = addMarker(field("gains"));
 
+  // Only the shop knows cost and margin: until both are entered there is no profit to tell.
+  const known = () => cost.value !== "" && margin.value !== "";
   const amount = (input) => Math.max(0, Number(input.value) || 0);
   const profit = (k) => amount(margin) * reach.hits[k] - amount(cost) * reach.contacted[k];
 
@@ -22,7 +25,8 @@ function start(form) {
     field("contacted").textContent = count.format(reach.contacted[k]);
     field("hits").textContent = count.format(reach.hits[k]);
     field("misses").textContent = count.format(reach.contacted[k] - reach.hits[k]);
-    field("profit").textContent = (Math.abs(gain) < 100 ? small : count).format(gain);
+    field("profit").textContent = known() ? (Math.abs(gain) < 100 ? small : count).format(gain) : "–";
+    best.hidden = !known();
     field("lowest").textContent = (100 * reach.lowest[k]).toFixed(1) + " %";
     const link = new URL(field("download").href);
     link.searchParams.set("share", k);
@@ -35,8 +39,6 @@ function start(form) {
 
   for (const input of [share, cost, margin]) input.addEventListener("input", update);
   form.addEventListener("submit", (event) => event.preventDefault());
-  const best = field("best");
-  best.hidden = false;
   best.addEventListener("click", () => {
     const gains = reach.hits.map((_, k) => profit(k));
     share.value = gains.indexOf(Math.max(...gains));
