@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipelines.errors import UserError
 from pipelines.evaluation.charts import Line, line_chart
 from pipelines.evaluation.comparison import CANDIDATE
-from pipelines.evaluation.report import METRIC_NAMES, format_days
+from pipelines.evaluation.report import BIASED, METRIC_NAMES, format_days
 from pipelines.scoring import DESCRIPTION, SCORES, find_doubt, read_verdict
 from serving.pages.board import BINS, SEGMENTS, STEPS, Board
 from serving.pages.quality import Quality, find_row, read_curve, read_quality
@@ -293,6 +293,7 @@ class Pages:
             found=targets.get(name),
             metrics=_METRICS[targets[name]["kind"]] if name else (),
             metric_names=METRIC_NAMES,
+            biased=BIASED,
             models=[m for m in quality.models if name and m in targets[name]["models"]],
             chart=chart if drawn else None,
             drawn=drawn,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -193,17 +194,28 @@ def test_the_page_and_the_table_show_everything(compared: tuple[dict[str, Any], 
     assert max(map(len, text.splitlines())) <= 110
 
 
-def test_a_name_from_the_data_cannot_break_the_page(compared: tuple[dict[str, Any], Any]) -> None:
-    evaluation = compared[0] | {"data": DATA | {"source": "<script>alert(1)</script>"}}
+def show(evaluation: dict[str, Any]) -> str:
     empty: dict[str, list[dict[str, Any]]] = {
         k: [] for k in ("roc", "pr", "lift", "calibration", "spend")
     }
-    page = render_report(
-        evaluation,
-        empty,
-        settings={"bootstrap_samples": 1, "confidence": 0.9, "threshold": "f1"},
-    )
-    assert "<script>" not in page
+    settings = {"bootstrap_samples": 1, "confidence": 0.9, "threshold": "f1"}
+    return render_report(evaluation, empty, settings=settings)
+
+
+def test_no_interval_leaves_out_its_own_value(compared: tuple[dict[str, Any], Any]) -> None:
+    evaluation = copy.deepcopy(compared[0])
+    target = evaluation["targets"]["purchase_14d"]
+    target["models"]["ensemble"]["ece"] = {"value": 0.0154, "low": 0.0174, "high": 0.0454}
+    page = show(evaluation)
+    assert "0.015</td>" in page
+    assert "0.017 to 0.045" not in page
+    found = target["models"]["ensemble"]["roc_auc"]
+    assert f"<small>{found['low']:.3f} to {found['high']:.3f}</small>" in page
+
+
+def test_a_name_from_the_data_cannot_break_the_page(compared: tuple[dict[str, Any], Any]) -> None:
+    evaluation = compared[0] | {"data": DATA | {"source": "<script>alert(1)</script>"}}
+    assert "<script>" not in show(evaluation)
 
 
 def test_confusion_rows_count_every_test_row(compared: tuple[dict[str, Any], Any]) -> None:

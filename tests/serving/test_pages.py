@@ -276,6 +276,7 @@ def test_the_page_of_the_model_tells_champion_and_candidate_apart(root: Path) ->
     assert '<tr><th scope="row">ensemble (candidate)</th>' in page
     legend = page.split('class="legend"')[1]
     assert legend.index("champion (version 3)") < legend.index("ensemble (candidate)")
+    assert page.count("0.400 to 0.600") == len(MODELS)  # of ROC-AUC, and none of ECE
     promote(root, WAITS)
     page = ask(root, "/model").text
     assert '<tr class="ours"><th scope="row">ensemble (champion, version 3)</th>' in page
