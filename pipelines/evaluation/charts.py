@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -11,6 +12,8 @@ from markupsafe import Markup, escape
 WIDTH: Final = 340
 HEIGHT: Final = 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 40
+# An axis has at most so many steps between its labels.
+_STEPS: Final = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +39,12 @@ def line_chart(
     x_range: tuple[float, float],
     y_range: tuple[float, float],
     diagonal: bool = False,
+    x_steps: int = _STEPS,
 ) -> Markup:
     """Draw curves with axes; the i-th line has the CSS class s<i>.
 
-    A range without length (all values alike) is shown one unit long.
+    Axes are labelled at round numbers, in at most ``x_steps`` steps across. A range without length
+    (all values alike) is shown one unit long.
     """
     x_range, y_range = _stretch(x_range), _stretch(y_range)
 
@@ -55,13 +60,13 @@ def line_chart(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(y_label)} against {escape(x_label)}">'
     ]
-    for step in range(5):
-        x = x_range[0] + (x_range[1] - x_range[0]) * step / 4
-        y = y_range[0] + (y_range[1] - y_range[0]) * step / 4
-        (px, bottom), (left, py) = place(x, y_range[0]), place(x_range[0], y)
+    for y, text in find_ticks(*y_range, _STEPS):
+        left, py = place(x_range[0], y)
         parts.append(f'<path class="grid" d="M{left:.1f} {py:.1f}H{WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{left - 6:.1f}" y="{py + 4:.1f}" class="end">{_tick(y)}</text>')
-        parts.append(f'<text x="{px:.1f}" y="{bottom + 15:.1f}" class="mid">{_tick(x)}</text>')
+        parts.append(f'<text x="{left - 6:.1f}" y="{py + 4:.1f}" class="end">{text}</text>')
+    for x, text in find_ticks(*x_range, x_steps):
+        px, bottom = place(x, y_range[0])
+        parts.append(f'<text x="{px:.1f}" y="{bottom + 15:.1f}" class="mid">{text}</text>')
     if diagonal:
         (x0, y0), (x1, y1) = place(x_range[0], x_range[0]), place(x_range[1], x_range[1])
         parts.append(f'<path class="diagonal" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}"/>')
@@ -88,5 +93,18 @@ def _stretch(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds if bounds[1] > bounds[0] else (bounds[0], bounds[0] + 1.0)
 
 
-def _tick(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
+def find_ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
+    """Return round numbers in a range, and how they are written.
+
+    Args:
+        low: start of the range.
+        high: its end, above the start.
+        most: steps between them; steps are 1, 2 or 5 times a power of ten.
+    """
+    rough = (high - low) / most
+    power = math.floor(math.log10(rough))
+    # A hair's breadth is allowed: .1 is no sum of powers of two.
+    step = next(s for s in (1, 2, 5, 10) if s * 10.0**power >= rough * (1 - 1e-9)) * 10.0**power
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    places = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [(n * step, f"{n * step:,.{places}f}") for n in range(first, last + 1)]

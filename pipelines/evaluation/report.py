@@ -175,6 +175,7 @@ def _draw(
                 y_label="mean spend",
                 x_range=(1, 10),
                 y_range=(0, top),
+                x_steps=9,
             )
         ]
     calibration = lines("calibration", "predicted", "observed", dots=True)

@@ -24,10 +24,12 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipelines.config import PARAMS_FILE, TargetsConfig, load_params
 from pipelines.errors import UserError
 from pipelines.evaluation.charts import Line, line_chart
 from pipelines.evaluation.comparison import CANDIDATE
 from pipelines.evaluation.report import BIASED, METRIC_NAMES, format_days
+from pipelines.model.heads import Target
 from pipelines.scoring import DESCRIPTION, SCORES, find_doubt, read_verdict
 from serving.pages.board import BINS, SEGMENTS, STEPS, Board
 from serving.pages.quality import Quality, find_row, read_curve, read_quality
@@ -50,6 +52,8 @@ SECURITY: Final = {
 LOOPBACK: Final = ("127.0.0.1", "localhost")
 
 _HITS: Final = 50
+# Effects are told with two places.
+_LEAST_EFFECT: Final = 0.005
 _MAX_ID: Final = 1024
 _METRICS: Final = {
     "binary": ("roc_auc", "pr_auc", "brier", "ece", "lift_at_10pct"),
@@ -116,7 +120,8 @@ class Pages:
         board, whole = self._choose_board(request)
         if not len(board):
             raise _Empty("Nobody to show", "No shopper was active lately.", "?scope=all")
-        days = _choose(_integer(request, "days", 14), board.horizons, board.horizons[0])
+        first = _choose(self._find_days(), board.horizons, board.horizons[0])
+        days = _choose(_integer(request, "days", first), board.horizons, first)
         targets = board.targets_at(days)
         binary = [t for t in targets if t.kind == "binary"]
         if not binary:
@@ -167,7 +172,7 @@ class Pages:
             total=total,
             profit=None if profit is None else float(profit[share]),
             lowest=float(reach.lowest[share]),
-            bars=_bars(board.histogram(target.name), float(reach.lowest[share])),
+            bars=_bars(board.histogram(target.name), int(reach.contacted[share])),
             observed=bool(observed),
             doubt=find_doubt(self.root, board.plan["model"]),
             chart=line_chart(
@@ -219,7 +224,9 @@ class Pages:
         binary = [t for t in board.targets if t.kind == "binary"]
         story, trouble = None, None
         try:
-            story = self._load_teller(board).tell(row, request.query_params.get("target"))
+            first = self._find_target(board)
+            name = request.query_params.get("target", first.name if first else None)
+            story = self._load_teller(board).tell(row, name)
         except UserError as error:
             trouble = f"{error}; run: forecart score"
         chart, legend = "", []
@@ -250,7 +257,7 @@ class Pages:
 
     def _list_shoppers(self, request: Request, board: Board) -> Response:
         text = request.query_params.get("q", "")[:_MAX_ID]
-        target = next((t for t in board.targets if t.kind == "binary"), None)
+        target = self._find_target(board)
         if text:
             rows = board.search(text, limit=_HITS)
         elif target is not None:
@@ -266,11 +273,11 @@ class Pages:
         quality = read_quality(self.root)
         targets = (quality.evaluation or {"targets": {}})["targets"]
         names = sorted(targets, key=lambda n: _by_kind(n, targets[n]))
-        name = _choose(
-            request.query_params.get("target"),
-            names,
-            "purchase_14d" if "purchase_14d" in names else next(iter(names), ""),
-        )
+        days = self._find_days()
+        # The first of the horizon that matters most, a purchase where one was evaluated.
+        first = [f"purchase_{days}d", *(n for n in names if targets[n]["horizon_days"] == days)]
+        first = [n for n in first if n in names] or names
+        name = _choose(request.query_params.get("target"), names, next(iter(first), ""))
         chart, drawn = None, []
         if name and targets[name]["kind"] == "binary":
             rows = read_curve(self.root, "calibration", name)
@@ -338,6 +345,19 @@ class Pages:
 
     def _has_scores(self) -> bool:
         return (self.root / SCORES / DESCRIPTION).is_file()
+
+    def _find_days(self) -> int:
+        """Return the horizon that matters most to the shop."""
+        try:
+            return load_params(self.root / PARAMS_FILE).targets.primary_horizon_days
+        except UserError:
+            return TargetsConfig().primary_horizon_days
+
+    def _find_target(self, board: Board) -> Target | None:
+        """Return the first probability of that horizon, else of any."""
+        binary = [t for t in board.targets if t.kind == "binary"]
+        days = self._find_days()
+        return next((t for t in binary if t.horizon_days == days), next(iter(binary), None))
 
     def _load_board(self) -> Board:
         """Return the scores, read again when they have been made anew."""
@@ -452,23 +472,41 @@ def _amount(request: Request, name: str) -> float | None:
     return value if 0 <= value < 1e9 else None
 
 
-def _bars(counts: Any, lowest: float) -> list[dict[str, Any]]:
-    """Lay a histogram out on a 100 x 40 canvas."""
+def _bars(counts: Any, contacted: int) -> list[dict[str, Any]]:
+    """Lay a histogram out on a 100 x 40 canvas.
+
+    Args:
+        counts: shoppers in BINS equal parts of [0, 1].
+        contacted: how many are reached, those with the highest scores first.
+
+    Returns:
+        The bars of the parts in which somebody is, ascending.
+    """
     top = max(int(counts.max()), 1)
-    return [
-        {
-            "x": 100 * i / BINS + 0.3,
-            "width": 100 / BINS - 0.6,
-            "height": 38 * int(n) / top,
-            "low": i / BINS,
-            "high": (i + 1) / BINS,
-            "n": int(n),
-            "reached": (i + 1) / BINS > lowest,
-        }
-        for i, n in enumerate(counts)
-    ]
+    left = contacted
+    bars: list[dict[str, Any]] = []
+    for i, n in reversed(list(enumerate(counts.tolist()))):
+        if not n:
+            continue
+        reached = min(left, n)
+        left -= reached
+        height = max(38 * n / top, 0.3)
+        bars.append(
+            {
+                "x": 100 * i / BINS + 0.3,
+                "width": 100 / BINS - 0.6,
+                "height": height,
+                "reached": height * reached / n,
+                "low": i / BINS,
+                "high": (i + 1) / BINS,
+                "n": n,
+            }
+        )
+    return bars[::-1]
 
 
 def _split(items: list[Any]) -> tuple[list[Any], list[Any]]:
-    up = [item for item in items if item.effect > 0][:REASONS]
-    return up, [item for item in items if item.effect < 0][:REASONS]
+    """Return what raises and what lowers, but for what shows as zero."""
+    shown = [item for item in items if abs(item.effect) >= _LEAST_EFFECT]
+    up = [item for item in shown if item.effect > 0][:REASONS]
+    return up, [item for item in shown if item.effect < 0][:REASONS]

@@ -213,6 +213,21 @@ def test_no_interval_leaves_out_its_own_value(compared: tuple[dict[str, Any], An
     assert f"<small>{found['low']:.3f} to {found['high']:.3f}</small>" in page
 
 
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (0.563, "Saying “everybody” would be right 56.3 %"),
+        (0.2, "Saying “nobody” would be right 80.0 %"),
+    ],
+)
+def test_the_simplest_rule_is_the_one_that_is_right_more_often(
+    compared: tuple[dict[str, Any], Any], share: float, said: str
+) -> None:
+    evaluation = copy.deepcopy(compared[0])
+    evaluation["targets"]["purchase_14d"]["base_rate"] = share
+    assert said in show(evaluation)
+
+
 def test_a_name_from_the_data_cannot_break_the_page(compared: tuple[dict[str, Any], Any]) -> None:
     evaluation = compared[0] | {"data": DATA | {"source": "<script>alert(1)</script>"}}
     assert "<script>" not in show(evaluation)

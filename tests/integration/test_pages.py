@@ -107,6 +107,12 @@ def _slide(browser: Any, value: int) -> None:
     )
 
 
+def _sum_heights(browser: Any, bars: str) -> float:
+    found = browser.find_elements("css selector", f"#histogram {bars}")
+    assert found
+    return sum(float(bar.get_attribute("height")) for bar in found)
+
+
 def test_the_slider_changes_the_numbers_and_the_download(
     browser: Any, address: str, tmp_path: Path
 ) -> None:
@@ -116,11 +122,10 @@ def test_the_slider_changes_the_numbers_and_the_download(
         _slide(browser, share)
         contacted, hits = _number(browser, "contacted"), _number(browser, "hits")
         assert contacted == pytest.approx(hits + _number(browser, "misses"), abs=1)
-        seen.append((contacted, hits, len(browser.find_elements("css selector", ".bar.reached"))))
+        seen.append((contacted, hits, _sum_heights(browser, ".reached")))
     assert seen[0] < seen[1] < seen[2]
-    assert not browser.find_elements(
-        "xpath", "//*[@id='histogram']/*[@class='bar' and not(contains(., ': 0 shoppers'))]"
-    )
+    assert seen[0][2] < seen[1][2]
+    assert seen[2][2] == pytest.approx(_sum_heights(browser, ".bar:not(.reached)"), abs=0.2)
     assert browser.find_element("id", "profit").text == "\u2013"
     assert not browser.find_element("id", "best").is_displayed()
     browser.find_element("id", "cost").send_keys("1")

@@ -21,9 +21,9 @@ from pipelines.errors import UserError
 from pipelines.io import read_json, write_json, write_text
 from pipelines.model.timeline import feature_names
 from pipelines.scoring import score
-from serving.pages.app import create_app
+from serving.pages.app import _split, create_app
 from serving.pages.board import Board
-from serving.pages.shopper import describe_feature
+from serving.pages.shopper import Reason, describe_feature
 from serving.run import check_address
 from tests.test_scoring import make_project
 
@@ -134,6 +134,8 @@ def test_a_single_day_and_a_population_of_everyone_are_told_as_such(root: Path, 
     for target in plan["targets"]:
         target["horizon_days"] = 1 if target["horizon_days"] == 7 else 14
     write_json(root / "data/scores/_scores.json", plan)
+    horizons = "{horizons_days: [1, 14], primary_horizon_days: 1}"
+    write_text(root / "params.yaml", f"targets: {horizons}\n")
     file = root / "data/scores/part-000000.parquet"
     table = pq.read_table(file)
     everyone = pa.array([True] * len(table))
@@ -151,6 +153,52 @@ def test_the_form_works_without_a_script(root: Path) -> None:
     expected = Board.load(root).reach("purchase_14d").profit(cost=1, margin=3)[10]
     assert '<dd id="contacted">20</dd>' in page
     assert f'<dd id="profit">{expected:,.2f}</dd>' in page
+
+
+def test_the_histogram_colours_as_many_as_are_reached(root: Path) -> None:
+    page = ask(root, "/?scope=all&days=14&target=purchase_14d&share=10").text
+    drawn = re.findall(
+        r"<title>(\d+) to (\d+) %: (\d+) shoppers?</title>.*?"
+        r'height="([\d.]+)" class="bar"/>.*?height="([\d.]+)" class="bar reached" data-n="(\d+)"',
+        page,
+        re.DOTALL,
+    )
+    scores = Board.load(root).values("purchase_14d")
+    counts, _ = np.histogram(scores, bins=20, range=(0, 1))
+    assert {int(low): int(n) for low, _, n, *_ in drawn} == {
+        5 * i: n for i, n in enumerate(counts.tolist()) if n
+    }
+    reached = [int(n) * float(part) / float(whole) for _, _, _, whole, part, n in drawn]
+    assert sum(reached) == pytest.approx(20, abs=0.5)
+    cut = np.sort(scores)[-20]
+    for (low, high, n, *_), part in zip(drawn, reached, strict=True):
+        inside = (scores >= cut) & (scores >= int(low) / 100) & (scores < int(high) / 100)
+        assert part == pytest.approx(inside.sum(), abs=0.3), n
+
+
+def test_what_shows_as_zero_neither_raises_nor_lowers() -> None:
+    found = [Reason(text="", effect=effect) for effect in (0.3, 0.004, -0.0049, -0.005)]
+    up, down = _split(found)
+    assert [reason.effect for reason in up + down] == [0.3, -0.005]
+
+
+def test_the_horizon_that_matters_most_is_shown_first(root: Path) -> None:
+    judge(root, champion=SERVES, candidate=WAITS, passed=False)
+    for days, other in ((7, 14), (14, 7)):
+        settings = f"{{horizons_days: [7, 14], primary_horizon_days: {days}}}"
+        write_text(root / "params.yaml", f"targets: {settings}\n")
+        assert f"<h1>The next {days} days</h1>" in ask(root, "/").text
+        assert f"<h1>The next {days} days</h1>" in ask(root, "/?days=99").text
+        assert f"<h1>The next {other} days</h1>" in ask(root, f"/?days={other}").text
+        listed = ask(root, "/shopper").text
+        assert f"most likely to buy in {days} days" in listed
+        evaluation = read_json(root / "reports/evaluation.json")
+        (target,) = evaluation["targets"].values()
+        both = {f"purchase_{d}d": target | {"horizon_days": d} for d in (7, 14)}
+        write_json(root / "reports/evaluation.json", evaluation | {"targets": both})
+        page = ask(root, "/model").text
+        assert f'href="/model?target=purchase_{days}d" aria-current="true"' in page
+        write_json(root / "reports/evaluation.json", evaluation)
 
 
 @pytest.mark.parametrize("query", ["", "cost=1", "margin=3", "cost=1&margin=x"])

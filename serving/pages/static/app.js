@@ -31,8 +31,14 @@ function start(form) {
     const link = new URL(field("download").href);
     link.searchParams.set("share", k);
     field("download").href = link;
-    for (const bar of document.querySelectorAll("#histogram .bar")) {
-      bar.classList.toggle("reached", Number(bar.dataset.high) > reach.lowest[k]);
+    let left = reach.contacted[k];
+    for (const bar of [...document.querySelectorAll("#histogram .reached")].reverse()) {
+      const n = Number(bar.dataset.n);
+      const reached = Math.min(left, n);
+      left -= reached;
+      const height = (Number(bar.dataset.height) * reached) / n;
+      bar.setAttribute("y", 40 - height);
+      bar.setAttribute("height", height);
     }
     marker(k / 100);
   }
