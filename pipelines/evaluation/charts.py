@@ -13,7 +13,7 @@ WIDTH: Final = 340
 HEIGHT: Final = 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 40
 # An axis has at most so many steps between its labels.
-_STEPS: Final = 5
+_STEPS: Final = 6
 
 
 @dataclass(frozen=True, kw_only=True)
