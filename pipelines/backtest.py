@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
 from pipelines import workspace
+from pipelines.config import PARAMS_FILE, load_params
 from pipelines.errors import UserError
+from pipelines.features.cuts import plan_cuts
 from pipelines.io import read_json, write_json
 from pipelines.processes import Command
 
@@ -36,7 +38,7 @@ def list_folds(home: Path, *, folds: int, step_days: int) -> list[str]:
 
     Raises:
         UserError: the features stage has run neither in the checkout nor in the workspace of a
-            run, so that the end of the log is not known.
+            run, so that the end of the log is not known; or the log is too short for so many.
     """
     # A fold that was broken off ends before the log does.
     runs = [p for p in (home / workspace.RUNS).glob("*") if not p.name.startswith(_FOLD)]
@@ -47,9 +49,45 @@ def list_folds(home: Path, *, folds: int, step_days: int) -> list[str]:
             "run first: dvc repro features, or the DAG forecart_train"
         )
     newest = max(known, key=lambda path: path.stat().st_mtime)
-    end = datetime.fromisoformat(read_json(newest)["end_ts"])
-    days = [end - timedelta(days=step_days * fold) for fold in range(folds)]
-    return [f"{day:%Y-%m-%d}" for day in days]
+    span = read_json(newest)
+    first, end = (datetime.fromisoformat(span[key]) for key in ("first_ts", "end_ts"))
+    days = [f"{end - timedelta(days=step_days * fold):%Y-%m-%d}" for fold in range(folds)]
+    params = load_params(home / PARAMS_FILE)
+    for fit, day in enumerate(days):
+        until = datetime.fromisoformat(day).replace(tzinfo=UTC)
+        try:
+            plan_cuts(first, until, horizons_days=params.targets.horizons_days, params=params.cuts)
+        except UserError as error:
+            raise UserError(
+                f"{fit} of {folds} folds, {step_days} days apart, fit into the log; ask for no "
+                f"more, or for less between them. Until {day} {error}"
+            ) from None
+    return days
+
+
+def run_folds(home: Path, days: Sequence[str]) -> dict[str, Any]:
+    """Run folds one after the other; reports/backtest.json tells of those that are finished.
+
+    Args:
+        home: the project's folder.
+        days: that the folds end at.
+
+    Returns:
+        The content of reports/backtest.json.
+
+    Raises:
+        UserError: a fold failed; it says how many are finished.
+    """
+    result: dict[str, Any] = {}
+    found: list[dict[str, Any]] = []
+    for until in days:
+        try:
+            found.append(run_fold(home, until))
+        except UserError as error:
+            kept = f"; {RESULT} holds the {len(found)} before it" if found else ""
+            raise UserError(f"{error}{kept}") from None
+        result = gather(home, found)
+    return result
 
 
 def run_fold(home: Path, until: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def backtest(
 
     home = Path().resolve()
     days = act.list_folds(home, folds=folds, step_days=step_days)
-    result = act.gather(home, [act.run_fold(home, until) for until in days])
+    result = act.run_folds(home, days)
     typer.echo(f"{act.format_result(result)}\n\n{len(days)} folds in {act.RESULT}")
 
 
