@@ -91,18 +91,15 @@ def run() -> None:
 @app.command()
 def summary() -> None:
     """Show the comparison table, the verdict and the next command."""
-    from pipelines.evaluation.summary import format_summary
+    from pipelines.evaluation.summary import format_summary, tell_next
     from pipelines.io import read_json
+    from pipelines.registry.champion import read_champion
 
     reports = Path("reports")
     verdict = read_json(reports / "verdict.json")
     typer.echo(format_summary(read_json(reports / "evaluation.json"), verdict))
     typer.echo(f"\nReport: {(reports / 'index.html').resolve()}")
-    if verdict["passed"]:
-        typer.echo("Next:   .venv/bin/forecart promote && .venv/bin/forecart serve")
-    else:
-        failed = "; ".join(c["why"] for c in verdict["checks"] if not c["passed"])
-        typer.echo(f"Next:   not to be promoted: {failed}")
+    typer.echo(f"Next:   {tell_next(verdict, read_champion(Path()).digest)}")
 
 
 @app.command()
@@ -124,11 +121,12 @@ def backtest(
 ) -> None:
     """Train and evaluate as if today were an earlier day, many times (rolling origin)."""
     from pipelines import backtest as act
+    from pipelines.io import say_count
 
     home = Path().resolve()
     days = act.list_folds(home, folds=folds, step_days=step_days)
     result = act.run_folds(home, days)
-    typer.echo(f"{act.format_result(result)}\n\n{len(days)} folds in {act.RESULT}")
+    typer.echo(f"{act.format_result(result)}\n\n{say_count(len(days), 'fold')} in {act.RESULT}")
 
 
 RunOption = Annotated[str, typer.Option("--run", help="Any name of the run.")]
@@ -238,10 +236,11 @@ def serve(
     port: Annotated[int, typer.Option(help="The port to bind.", min=1, max=65535)] = 3000,
 ) -> None:
     """Serve the champion's predictions over HTTP until interrupted."""
-    from pipelines.registry.champion import CHAMPION_FILE, fetch_champion
+    from pipelines.registry.champion import CHAMPION_FILE
+    from pipelines.scoring import find_champion
     from serving.run import serve as act
 
-    champion = fetch_champion(Path())
+    champion = find_champion(Path())
     if champion is None:
         raise UserError("there is no champion to serve; run: forecart promote")
     # What is promoted next is taken without a restart.

@@ -89,6 +89,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON") from None
 
 
+def say_count(number: int, noun: str) -> str:
+    """Say how many there are, ``noun`` being the word for one."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def guard_cells(cells: Iterable[str | None]) -> list[str | None]:
     """Keep spreadsheets from running texts as formulas: such a text gets a leading apostrophe.
 

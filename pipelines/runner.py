@@ -7,6 +7,7 @@ processes as there are chains that do not meet.
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -26,6 +27,9 @@ GRAPH: Final = Path("dvc.yaml")
 _ALONE: Final = frozenset({"package"})
 # All but the longest chain yield to it: what is left at its end would run alone.
 _NICENESS: Final = 10
+
+# What DVC says of a stage that has finished and is to run each time.
+_ALWAYS: Final = ["always changed"]
 
 _PATIENCE: Final = 0.2  # seconds until what DVC started meanwhile is ended, too
 # Seconds for a stage to end by itself after Ctrl-C. A shell whose command took the interrupt and
@@ -123,9 +127,25 @@ def _run_block(root: Path, chains: Sequence[Chain]) -> None:
             _wait(running, _GRACE)
         _terminate(running)
         raise
-    failed = [" ".join(chain) for chain, code in zip(chains, codes, strict=True) if code]
-    if failed:
+    broken = [chain for chain, code in zip(chains, codes, strict=True) if code]
+    if broken:
+        failed = [" ".join(_list_left(root, chain)) for chain in broken]
         raise UserError(f"not done: {', '.join(failed)}; see above")
+
+
+def _list_left(root: Path, chain: Chain) -> Chain:
+    """Return the stages of a chain from the first one on that DVC does not know as finished."""
+    command = [sys.executable, "-m", "dvc", "status", "--json", *chain]
+    asked = subprocess.run(
+        command, cwd=root, env=command_environment(), capture_output=True, text=True, check=False
+    )
+    with suppress(ValueError):
+        status = json.loads(asked.stdout)
+        # Some stages run whatever has changed.
+        done = [status.get(stage, _ALWAYS) == _ALWAYS for stage in chain]
+        if not all(done):
+            return chain[done.index(False) :]
+    return chain
 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from pipelines.config import Which
 from pipelines.errors import UserError
 from pipelines.events import TIMESTAMP, EventType, to_us
-from pipelines.features.cuts import DAY
+from pipelines.features.cuts import DAY, Split
 from pipelines.features.store import Sequences
 from pipelines.io import (
     digest_directory,
@@ -38,11 +38,18 @@ from pipelines.io import (
     progress,
     read_json,
     replace_file,
+    say_count,
     write_json,
     write_table,
 )
 from pipelines.model.timeline import Timeline, bisect
-from pipelines.registry.champion import check_files, fetch_champion, read_champion
+from pipelines.registry.champion import (
+    CACHE,
+    CHAMPION_FILE,
+    check_files,
+    fetch_champion,
+    read_champion,
+)
 from pipelines.registry.promotion import VERDICT
 
 if TYPE_CHECKING:
@@ -62,6 +69,7 @@ CHUNK_USERS: Final = 4096
 CHUNK_EVENTS: Final = 250_000
 
 _PARTIAL: Final = Path("data/.scores")
+_REGISTRY: Final = Path("mlflow.db")
 
 
 def score(
@@ -95,16 +103,30 @@ def score(
         plan = _plan(root, name, folder, at) | {"embeddings": embeddings}
         present = root / SCORES / DESCRIPTION
         if present.exists() and read_json(present) == plan:
-            done = f"{SCORES} holds the scores of {_count(root):,} shoppers already"
+            done = f"{SCORES} holds the scores of {say_count(_count(root), 'shopper')} already"
         else:
             resumed = _score_chunks(root, folder, plan)
-            done = f"{_count(root):,} shoppers scored{resumed}; see {SCORES}"
+            done = f"{say_count(_count(root), 'shopper')} scored{resumed}; see {SCORES}"
         if csv is not None:
             write_csv(root / SCORES, csv)
             done += f" and {csv}"
     doubt = find_doubt(root, plan["model"])
     by = "" if doubt is None else f"; they are by {doubt}"
-    return f"{done} ({name}, as of {plan['at'][:16]}){by}; next: forecart pages"
+    told = f"{done} ({name}, as of {plan['at'][:16]}){by}; next: forecart pages"
+    return told + _warn(root, datetime.fromisoformat(plan["at"]))
+
+
+def _warn(root: Path, at: datetime) -> str:
+    """Return a line of warning where the model knows answers from after a time, else nothing."""
+    cuts = read_json(root / FEATURES / "cuts.json").get("cuts", [])
+    # The last fit learns from all windows that closed before the first test cut.
+    tests = [datetime.fromisoformat(c["ts"]) for c in cuts if c["split"] == Split.TEST]
+    if not tests or at >= min(tests):
+        return ""
+    return (
+        f"\nwarning: training reaches to {min(tests):%Y-%m-%d}: the model knows answers from after "
+        "that time, so these are no predictions made back then; for such: forecart backtest"
+    )
 
 
 def read_verdict(root: Path) -> dict[str, Any] | None:
@@ -166,7 +188,7 @@ def find_model(root: Path, which: Which) -> tuple[str, Path]:
         UserError: there is no such model.
     """
     if which is not Which.CANDIDATE:
-        champion = fetch_champion(root)
+        champion = find_champion(root)
         if champion is not None:
             return "champion", champion
         if which is Which.CHAMPION:
@@ -175,6 +197,27 @@ def find_model(root: Path, which: Which) -> tuple[str, Path]:
         raise UserError(f"{root / MODEL}: no such folder; run: dvc repro")
     check_files(root / MODEL)
     return "candidate", root / MODEL
+
+
+def find_champion(root: Path) -> Path | None:
+    """Return the folder with the champion's files, or None where there is no champion.
+
+    Raises:
+        UserError: the registry does not hold the model, or its files are not those promoted.
+    """
+    digest = read_champion(root).digest
+    # MLflow makes a registry where it finds none, so that a wrong folder would get one.
+    if (
+        digest is not None
+        and "MLFLOW_TRACKING_URI" not in os.environ
+        and not (root / _REGISTRY).exists()
+        and not (root / CACHE / digest.removeprefix("sha256:")).is_dir()
+    ):
+        raise UserError(
+            f"{root / CHAMPION_FILE}: its registry, {_REGISTRY}, is not here; run in the project's "
+            "folder, or set MLFLOW_TRACKING_URI to the registry that holds the model"
+        )
+    return fetch_champion(root)
 
 
 def plan_chunks(offsets: Any, *, users: int, events: int) -> list[tuple[int, int]]:

@@ -141,6 +141,22 @@ def test_what_failed_is_told_and_the_others_are_gone_on_with(project: Path) -> N
     assert not (project / "end").exists()
 
 
+def test_of_a_chain_only_what_is_left_is_told(project: Path) -> None:
+    made = make(
+        project,
+        {
+            "print": {"cmd": "touch print", "outs": ["print"], "always_changed": True},
+            "read": {"cmd": "touch read", "deps": ["print"], "outs": ["read"]},
+            "learn": {"cmd": "exit 3", "deps": ["read"], "outs": ["learn"]},
+            "tell": {"cmd": "touch tell", "deps": ["learn"], "outs": ["tell"]},
+            "other": {"cmd": "touch other", "outs": ["other"]},
+        },
+    )
+    assert split(made)[0][0] == ("print", "read", "learn", "tell")
+    with pytest.raises(UserError, match="not done: learn tell; see above"):
+        run(project)
+
+
 @pytest.mark.parametrize(
     ("number", "to_all", "code", "before"),
     [

@@ -20,7 +20,15 @@ from pipelines.config import Which
 from pipelines.errors import UserError
 from pipelines.events import EVENT_TYPES, USER_SCHEMA, to_us
 from pipelines.features.store import Sequences, encode_events, hash_text
-from pipelines.io import digest_directory, guard_cells, read_json, write_json, write_table
+from pipelines.io import (
+    digest_directory,
+    guard_cells,
+    read_json,
+    say_count,
+    write_json,
+    write_table,
+    write_text,
+)
 from pipelines.model.calibration import Calibration
 from pipelines.model.heads import Heads, Target
 from pipelines.model.network import Network, NetworkConfig
@@ -236,6 +244,35 @@ def test_scores_by_another_than_the_champion_are_told_as_such(root: Path) -> Non
     write_json(root / "champion.json", champion | {"digest": f"sha256:{'0' * 64}"})
     write_json(root / "reports/verdict.json", {"candidate": "sha256:1", "champion": digest})
     assert scoring.find_doubt(root, digest) == "a former champion"
+
+
+def test_a_time_before_the_end_of_training_is_warned_of(root: Path) -> None:
+    cuts = read_json(root / "data/features/cuts.json")
+    splits = {"calibration": END - 40 * DAY, "test": END - 20 * DAY}
+    listed = [{"split": split, "ts": ts.isoformat()} for split, ts in splits.items()]
+    write_json(root / "data/features/cuts.json", cuts | {"cuts": listed})
+    warned = scoring.score(root, at=END - 20 * DAY - timedelta(seconds=1)).splitlines()
+    assert len(warned) == 2
+    assert warned[1].startswith("warning: training reaches to 2025-02-09")
+    assert "warning" in scoring.score(root, at=END - 21 * DAY)
+    assert "warning" not in scoring.score(root, at=END - 20 * DAY)
+    assert "warning" not in scoring.score(root)
+
+
+def test_a_missing_registry_is_not_made(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    champion = {"digest": f"sha256:{'0' * 64}", "version": 1, "verdict": None}
+    write_json(root / "champion.json", champion)
+    write_text(root / "params.yaml", "{}")
+    with pytest.raises(UserError, match=r"mlflow\.db, is not here"):
+        scoring.score(root)
+    assert not (root / "mlflow.db").exists()
+
+
+def test_one_shopper_is_no_shoppers() -> None:
+    assert [say_count(n, "shopper") for n in (0, 1, 1200)] == [
+        "0 shoppers", "1 shopper", "1,200 shoppers",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -75,3 +75,19 @@ def format_summary(evaluation: dict[str, Any], verdict: dict[str, Any] | None) -
             for c in verdict["checks"]
         ]
     return "\n".join(lines)
+
+
+def tell_next(verdict: dict[str, Any], champion: str | None) -> str:
+    """Say what to do next, or why nothing.
+
+    Args:
+        verdict: the content of reports/verdict.json.
+        champion: digest of the champion's files, None where there is none.
+    """
+    if champion is not None and verdict["candidate"] == champion:
+        return ".venv/bin/forecart serve (this model is champion)"
+    if verdict["passed"]:
+        return ".venv/bin/forecart promote && .venv/bin/forecart serve"
+    return "not to be promoted: " + "; ".join(
+        c["why"] for c in verdict["checks"] if not c["passed"]
+    )

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipelines.config import Params
 from pipelines.errors import UserError
-from pipelines.io import progress, replace_directory, write_json, write_table
+from pipelines.io import progress, replace_directory, say_count, write_json, write_table
 from pipelines.sources.base import QUARANTINE_SCHEMA
 from pipelines.validation.days import describe_days, describe_log
 from pipelines.validation.suites import Outcome, Validator
@@ -100,7 +100,8 @@ def run(params: Params, root: Path = Path()) -> str:
         _stop_on_failure(report, settings.max_row_failure_share, repeated)
         validator.write_docs()
     write_json(root / REPORT, report)
-    warned = f", {len(report['warnings'])} warnings in {REPORT}" if report["warnings"] else ""
+    count = len(report["warnings"])
+    warned = f", {say_count(count, 'warning')} in {REPORT}" if count else ""
     return f"{rows - quarantined:,} of {rows:,} events valid in {VALID}{warned}"
 
 

@@ -29,6 +29,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation.charts import Line, line_chart
 from pipelines.evaluation.comparison import CANDIDATE
 from pipelines.evaluation.report import BIASED, METRIC_NAMES, format_days
+from pipelines.io import say_count
 from pipelines.model.heads import Target
 from pipelines.scoring import DESCRIPTION, SCORES, find_doubt, read_verdict
 from serving.pages.board import BINS, SEGMENTS, STEPS, Board
@@ -105,6 +106,7 @@ class Pages:
         self.environment.filters |= {
             "days": format_days,
             "count": lambda value: f"{value:,.0f}",
+            "of": say_count,
             "percent": lambda value: f"{100 * value:.1f} %",
             "money": lambda value: f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}",
             "when": lambda value: value.strftime("%Y-%m-%d %H:%M"),

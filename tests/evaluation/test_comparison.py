@@ -18,7 +18,7 @@ from pipelines.evaluation.curves import (
 )
 from pipelines.evaluation.findings import Standing, describe_target, gap_closed, judge
 from pipelines.evaluation.report import format_days, render_report
-from pipelines.evaluation.summary import format_summary
+from pipelines.evaluation.summary import format_summary, tell_next
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind, Target
 from pipelines.features.snapshot_table import SnapshotTable
@@ -231,6 +231,15 @@ def test_the_simplest_rule_is_the_one_that_is_right_more_often(
 def test_a_name_from_the_data_cannot_break_the_page(compared: tuple[dict[str, Any], Any]) -> None:
     evaluation = compared[0] | {"data": DATA | {"source": "<script>alert(1)</script>"}}
     assert "<script>" not in show(evaluation)
+
+
+def test_what_comes_next_follows_from_verdict_and_champion() -> None:
+    verdict = {"candidate": "sha256:1", "passed": True, "checks": [{"passed": True, "why": "fine"}]}
+    assert "promote" in tell_next(verdict, None)
+    assert "promote" in tell_next(verdict, "sha256:2")
+    assert tell_next(verdict, "sha256:1").startswith(".venv/bin/forecart serve")
+    refused = verdict | {"passed": False, "checks": [{"passed": False, "why": "worse"}]}
+    assert tell_next(refused, "sha256:2") == "not to be promoted: worse"
 
 
 def test_confusion_rows_count_every_test_row(compared: tuple[dict[str, Any], Any]) -> None:

@@ -148,6 +148,16 @@ def test_a_single_day_and_a_population_of_everyone_are_told_as_such(root: Path, 
     assert "1 days" not in found.text
 
 
+def test_one_is_told_as_one(root: Path) -> None:
+    plan = read_json(root / "data/scores/_scores.json")
+    file = root / "data/scores/part-000000.parquet"
+    pq.write_table(pq.read_table(file).slice(9, 1), file)
+    write_json(root / "data/scores/_scores.json", plan)
+    assert "1 active shopper," in ask(root, "/").text
+    assert "1 shopper ever seen," in ask(root, "/?scope=all").text
+    assert "1 event since" in ask(root, "/shopper?id=u7").text
+
+
 def test_the_form_works_without_a_script(root: Path) -> None:
     page = ask(root, "/?scope=all&days=14&target=purchase_14d&share=10&cost=1&margin=3").text
     expected = Board.load(root).reach("purchase_14d").profit(cost=1, margin=3)[10]
