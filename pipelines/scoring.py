@@ -70,6 +70,7 @@ CHUNK_EVENTS: Final = 250_000
 
 _PARTIAL: Final = Path("data/.scores")
 _REGISTRY: Final = Path("mlflow.db")
+_LEAST_KNOWN: Final = 0.01  # share of the items
 
 
 def score(
@@ -113,7 +114,21 @@ def score(
     doubt = find_doubt(root, plan["model"])
     by = "" if doubt is None else f"; they are by {doubt}"
     told = f"{done} ({name}, as of {plan['at'][:16]}){by}; next: forecart pages"
-    return told + _warn(root, datetime.fromisoformat(plan["at"]))
+    return (
+        told + _warn_of_other_data(root, folder) + _warn(root, datetime.fromisoformat(plan["at"]))
+    )
+
+
+def _warn_of_other_data(root: Path, folder: Path) -> str:
+    """Return a line of warning where the model knows next to none of the items, else nothing."""
+    here = set(read_json(root / FEATURES / "vocabulary.json").get("item", []))
+    known = set(read_json(folder / "config.json")["vocabulary"]["item"])
+    if not here or not known or len(here & known) >= _LEAST_KNOWN * len(here):
+        return ""
+    return (
+        f"\nwarning: of the {say_count(len(here), 'item')} in these data the model knows "
+        f"{len(here & known):,}: it was trained on others; forecart run trains one on these"
+    )
 
 
 def _warn(root: Path, at: datetime) -> str:

@@ -96,6 +96,7 @@ def make_project(folder: Path) -> Path:
     first = END - 55 * DAY
     write_json(features / "cuts.json", {"first_ts": first.isoformat(), "end_ts": END.isoformat()})
     write_json(features / "schema.json", {"population_active_within_days": 28})
+    write_json(features / "vocabulary.json", {"item": [hash_text(item) for item in ITEMS]})
     (folder / "models/gpt").mkdir(parents=True)
     make_predictor().save(folder / "models/gpt")
     return folder
@@ -244,6 +245,17 @@ def test_scores_by_another_than_the_champion_are_told_as_such(root: Path) -> Non
     write_json(root / "champion.json", champion | {"digest": f"sha256:{'0' * 64}"})
     write_json(root / "reports/verdict.json", {"candidate": "sha256:1", "champion": digest})
     assert scoring.find_doubt(root, digest) == "a former champion"
+
+
+def test_a_model_of_other_data_is_warned_of(root: Path) -> None:
+    assert "warning" not in scoring.score(root)
+    others = [hash_text(f"x{n}") for n in range(200)]
+    vocabulary = root / scoring.FEATURES / "vocabulary.json"
+    write_json(vocabulary, {"item": [hash_text("i3"), *others]})
+    _, warned = scoring.score(root).splitlines()
+    assert warned.startswith("warning: of the 201 items in these data the model knows 1:")
+    write_json(vocabulary, {"item": []})
+    assert "warning" not in scoring.score(root)
 
 
 def test_a_time_before_the_end_of_training_is_warned_of(root: Path) -> None:
