@@ -6,6 +6,7 @@ derived from the registry's alias, which is what decides.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
@@ -94,8 +95,8 @@ def fetch_champion(root: Path) -> Path | None:
     champion = read_champion(root)
     if champion.digest is None:
         return None
-    target = root / CACHE / champion.digest.removeprefix("sha256:")
-    if target.is_dir() and digest_directory(target) == champion.digest:
+    target = locate_fetched(root, champion.digest)
+    if _holds(target, champion.digest):
         return target
     registry = connect(root)
     version = find_version(registry, read_name(root), champion.digest)
@@ -104,23 +105,60 @@ def fetch_champion(root: Path) -> Path | None:
             f"{root / CHAMPION_FILE}: the registry {registry.tracking_uri} does not hold this "
             "model; set MLFLOW_TRACKING_URI to the registry that does, or restore the file"
         )
-    golden = locate_golden(root, champion.digest)
-    if not golden.is_file():
-        _fetch_golden(registry, version, golden)
-    with downloaded(registry, version) as folder, replace_directory(target) as partial:
-        shutil.copytree(locate_files(folder), partial, dirs_exist_ok=True)
-        found = digest_directory(partial)
-        if found != champion.digest:
-            raise UserError(
-                f"version {version.version} of {version.name} in the registry has changed: "
-                f"its files are {found}, not {champion.digest}"
-            )
+    return fetch_version(registry, version, root)
+
+
+def fetch_version(registry: MlflowClient, version: ModelVersion, root: Path) -> Path:
+    """Return a folder with the files of a version, fetched once and compared at every call.
+
+    Of several that want one at once the first fetches it, and the others wait.
+
+    Raises:
+        UserError: the files cannot be had, or are not those registered.
+    """
+    digest = read_digest(version)
+    target = locate_fetched(root, digest)
+    if _holds(target, digest):
+        return target
+    with _hold_alone(target.with_name(f"{target.name}.lock")):
+        if _holds(target, digest):
+            return target
+        golden = locate_golden(root, digest)
+        if not golden.is_file():
+            _fetch_golden(registry, version, golden)
+        with downloaded(registry, version) as folder, replace_directory(target) as partial:
+            shutil.copytree(locate_files(folder), partial, dirs_exist_ok=True)
+            found = digest_directory(partial)
+            if found != digest:
+                raise UserError(
+                    f"version {version.version} of {version.name} in the registry has changed: "
+                    f"its files are {found}, not {digest}"
+                )
     return target
+
+
+def locate_fetched(root: Path, digest: str) -> Path:
+    """Return where the files of a fetched model are kept."""
+    return root / CACHE / digest.removeprefix("sha256:")
+
+
+def _holds(folder: Path, digest: str) -> bool:
+    return folder.is_dir() and digest_directory(folder) == digest
+
+
+@contextmanager
+def _hold_alone(path: Path) -> Iterator[None]:
+    """Hold a lock on a file; it ends with its holder, also with a killed one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def locate_golden(root: Path, digest: str) -> Path:
     """Return where the golden predictions of a champion are kept, beside its files."""
-    return root / CACHE / f"{digest.removeprefix('sha256:')}.{GOLDEN}"
+    fetched = locate_fetched(root, digest)
+    return fetched.with_name(f"{fetched.name}.{GOLDEN}")
 
 
 def _fetch_golden(registry: MlflowClient, version: ModelVersion, target: Path) -> None:
@@ -128,17 +166,18 @@ def _fetch_golden(registry: MlflowClient, version: ModelVersion, target: Path) -
     from mlflow.artifacts import download_artifacts
 
     place = f"{EVIDENCE}-{version.version}"
-    kept = registry.list_artifacts(version.run_id, place) if version.run_id else []
     path = f"{place}/{GOLDEN}"
-    if path not in [file.path for file in kept]:
-        return
     with tempfile.TemporaryDirectory(prefix="forecart-") as folder:
-        found = download_artifacts(
-            run_id=version.run_id,
-            artifact_path=path,
-            dst_path=folder,
-            tracking_uri=registry.tracking_uri,
-        )
+        with _reaching(registry, version):
+            kept = registry.list_artifacts(version.run_id, place) if version.run_id else []
+            if path not in [file.path for file in kept]:
+                return
+            found = download_artifacts(
+                run_id=version.run_id,
+                artifact_path=path,
+                dst_path=folder,
+                tracking_uri=registry.tracking_uri,
+            )
         write_json(target, read_json(Path(found)))
 
 
@@ -170,17 +209,36 @@ def find_version(registry: MlflowClient, name: str, digest: str) -> ModelVersion
 
 @contextmanager
 def downloaded(registry: MlflowClient, version: ModelVersion) -> Iterator[Path]:
-    """Give a folder with the artifacts of a version, as long as the block lasts."""
+    """Give a folder with the artifacts of a version, as long as the block lasts.
+
+    Raises:
+        UserError: they cannot be had.
+    """
     from mlflow.artifacts import download_artifacts
 
-    uri = registry.get_model_version_download_uri(version.name, version.version)
     # MLflow never removes the folder that it makes when it is given none.
     with tempfile.TemporaryDirectory(prefix="forecart-") as folder:
-        yield Path(
-            download_artifacts(
+        with _reaching(registry, version):
+            uri = registry.get_model_version_download_uri(version.name, version.version)
+            found = download_artifacts(
                 artifact_uri=uri, tracking_uri=registry.tracking_uri, dst_path=folder
             )
-        )
+        yield Path(found)
+
+
+@contextmanager
+def _reaching(registry: MlflowClient, version: ModelVersion) -> Iterator[None]:
+    """Tell in one line that files of a version cannot be had."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the registry {registry.tracking_uri} cannot give the files of version "
+            f"{version.version} of {version.name}: {why}"
+        ) from None
 
 
 def locate_files(folder: Path) -> Path:

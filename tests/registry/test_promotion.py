@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +320,26 @@ def test_fetching_gives_the_champions_files(root: Path) -> None:
     # The kept copy is checked as well.
     (fetched / "model.safetensors").write_text("damaged")
     assert digest_directory(fetch_champion(root) or Path()) == one
+
+
+def test_files_that_the_registry_has_lost_are_told_in_one_line(root: Path) -> None:
+    install(root, "one")
+    forget_fetched(root)
+    shutil.rmtree(root / "mlartifacts/models")
+    with pytest.raises(UserError, match="cannot give the files of version 1 of forecart") as told:
+        fetch_champion(root)
+    assert "\n" not in str(told.value)
+
+
+def test_several_that_want_the_champion_at_once_all_get_it(root: Path) -> None:
+    one = install(root, "one")
+    for _ in range(3):
+        forget_fetched(root)
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            fetched = list(pool.map(fetch_champion, [root] * 4))
+        assert {digest_directory(folder or Path()) for folder in fetched} == {one}
+    names = {path.name for path in (root / CACHE).iterdir()}
+    assert names == {one.removeprefix("sha256:"), f"{one.removeprefix('sha256:')}.lock"}
 
 
 def test_files_that_were_changed_in_the_registry_are_refused(root: Path) -> None:
