@@ -234,7 +234,7 @@ def _reaching(registry: MlflowClient, version: ModelVersion) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
         raise UserError(
             f"the registry {registry.tracking_uri} cannot give the files of version "
             f"{version.version} of {version.name}: {why}"

@@ -1,11 +1,12 @@
 """Registering, promoting and rolling back models in the MLflow registry.
 
 The alias ``champion`` in the registry decides which model serves: setting it is one write, and
-everything that has to be known about the new champion is in the registry before it. champion.json
-and the list of past champions follow from it; a process that is killed in between leaves them
-behind the alias, and the next act brings them up to date. Acts that move the alias hold a lock,
-and compare the champion that serves with the one that the verdict compared with: of two promoters
-at once one wins, and the other is told so.
+everything that has to be known about the new champion is in the registry before it, and its files
+are here. champion.json and the list of past champions follow from it; a process that is killed in
+between leaves them behind the alias, and the next act brings them up to date. Whoever reads a
+digest in champion.json finds the files beside it: they are fetched before it is written. Acts that
+move the alias or write the file hold a lock, and a promotion compares the champion that serves with
+the one that the verdict compared with: of two promoters at once one wins, and the other is told so.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pipelines.registry.champion import (
     check_files,
     connect,
     describe,
-    fetch_champion,
+    fetch_version,
     find_version,
     locate_golden,
     read_champion,
@@ -85,20 +86,19 @@ def promote(root: Path) -> str:
     Raises:
         UserError: the verdict is missing, did not pass, or is about another model, or another
             champion than the one it was compared with serves by now, or somebody else is
-            promoting.
+            promoting. The champion is then the one that it was.
     """
     registry = connect(root)
     with hold_lock(str(registry.tracking_uri), read_name(root), root):
-        told = _promote(registry, root)
-    # A service that watches champion.json takes the files from there.
-    fetch_champion(root)
-    return told
+        return _promote(registry, root)
 
 
 def _promote(registry: MlflowClient, root: Path) -> str:
-    present = _synchronise(registry, root)
+    present = _catch_up(registry, root)
     digest = _digest_model(root)
     if present is not None and read_digest(present) == digest:
+        _secure(registry, present, root)
+        write_champion(root, describe(present))
         return f"{_name(present)} is champion already ({_short(digest)})"
     verdict = _read_verdict(root, digest)
     serving = None if present is None else read_digest(present)
@@ -108,6 +108,7 @@ def _promote(registry: MlflowClient, root: Path) -> str:
             f"{_short(serving)} serves by now; run: dvc repro"
         )
     version, _ = _register(registry, root)
+    _secure(registry, version, root)
     history = _read_history(registry, version.name, present)
     # Until the alias moves, nobody takes these into account.
     _log_evidence(registry, version, root)
@@ -116,7 +117,8 @@ def _promote(registry: MlflowClient, root: Path) -> str:
     )
     _write_history(registry, version.name, [*history, int(version.version)])
     registry.set_registered_model_alias(version.name, CHAMPION_ALIAS, version.version)
-    _synchronise(registry, root)
+    # With the tags that it has by now.
+    _publish(registry, registry.get_model_version(version.name, version.version), root)
     before = "the first champion" if present is None else f"instead of version {present.version}"
     return f"{_name(version)} is champion, {before} ({_short(digest)}); next: forecart serve"
 
@@ -131,40 +133,53 @@ def rollback(root: Path) -> str:
         What was done, for people.
 
     Raises:
-        UserError: there is no champion, or none before it.
+        UserError: there is no champion, or none before it, or its files cannot be had. The
+            champion is then the one that it was.
     """
     registry = connect(root)
     with hold_lock(str(registry.tracking_uri), read_name(root), root):
-        told = _roll_back(registry, root)
-    fetch_champion(root)
-    return told
+        return _roll_back(registry, root)
 
 
 def _roll_back(registry: MlflowClient, root: Path) -> str:
-    present = _synchronise(registry, root)
+    present = _catch_up(registry, root)
     if present is None:
         raise UserError("there is no champion to roll back")
     history = _read_history(registry, present.name, present)
     if len(history) < 2:
         raise UserError(f"{_name(present)} is the first champion; there is none before it")
-    registry.set_registered_model_alias(present.name, CHAMPION_ALIAS, str(history[-2]))
+    previous = _find_number(registry, present.name, history[-2])
+    fetch_version(registry, previous, root)
+    registry.set_registered_model_alias(previous.name, CHAMPION_ALIAS, previous.version)
     _write_history(registry, present.name, history[:-1])
-    previous = _synchronise(registry, root)
+    _publish(registry, previous, root)
     return (
-        f"{present.name} version {history[-2]} is champion again, instead of version "
-        f"{present.version} ({_short(read_digest(previous) if previous else None)})"
+        f"{_name(previous)} is champion again, instead of version {present.version} "
+        f"({_short(read_digest(previous))})"
     )
 
 
 def status(root: Path) -> str:
-    """Show versions, candidate, champion and verdict as a table.
+    """Show versions, candidate, champion and verdict as a table; champion.json follows the alias.
 
     Args:
         root: the project's folder.
+
+    Raises:
+        UserError: the champion's files cannot be had, or champion.json names one of another
+            registry.
     """
     registry = connect(root)
-    present = _synchronise(registry, root)
     name = read_name(root)
+    present = _find_champion(registry, root)
+    if present is not None:
+        fetch_version(registry, present, root)
+        if read_champion(root) != describe(present):
+            # Somebody may have moved the alias and written the file meanwhile.
+            with hold_lock(str(registry.tracking_uri), name, root):
+                present = _find_champion(registry, root)
+                if present is not None:
+                    _publish(registry, present, root)
     versions = sorted(
         registry.search_model_versions(f"name = '{name}'"), key=lambda v: int(v.version)
     )
@@ -265,43 +280,98 @@ def _log_model(root: Path, digest: str) -> None:
     """Log a model that came from DVC's cache, so that no run of this registry trained it."""
     from pipelines.registry.tracking import track
 
-    outputs = [target["name"] for target in read_json(root / MODEL / "config.json")["targets"]]
     data = digest_directory(root / FEATURES)
     with track(root, params={}, data_digest=data, name="restored") as run:
-        run.log_model(root / MODEL, digest, outputs)
+        run.log_model(root / MODEL, digest, _list_outputs(root))
 
 
-def _synchronise(registry: MlflowClient, root: Path) -> ModelVersion | None:
-    """Bring champion.json up to date with the alias; return the champion.
+def _list_outputs(root: Path) -> list[str]:
+    """Return the columns that the trained model predicts."""
+    return [target["name"] for target in read_json(root / MODEL / "config.json")["targets"]]
+
+
+def _find_champion(registry: MlflowClient, root: Path) -> ModelVersion | None:
+    """Return the version that the alias names.
 
     Raises:
-        UserError: champion.json names a champion of another registry.
+        UserError: there is none, but champion.json names a champion: of another registry.
     """
-    present = _find_champion(registry, read_name(root))
-    if present is None:
-        known = read_champion(root)
-        # An alias never goes away again, so this file was written for another registry. It is
-        # not this one's to overwrite.
-        if known.digest is not None:
-            raise UserError(
-                f"{root / CHAMPION_FILE}: names champion {_short(known.digest)}, which the "
-                f"registry {registry.tracking_uri} does not know; set MLFLOW_TRACKING_URI to the "
-                "registry that does, or restore the file"
-            )
-    else:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return registry.get_model_version_by_alias(read_name(root), CHAMPION_ALIAS)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+    known = read_champion(root)
+    # An alias never goes away again, so this file was written for another registry. It is
+    # not this one's to overwrite.
+    if known.digest is not None:
+        raise UserError(
+            f"{root / CHAMPION_FILE}: names champion {_short(known.digest)}, which the "
+            f"registry {registry.tracking_uri} does not know; set MLFLOW_TRACKING_URI to the "
+            "registry that does, or restore the file"
+        )
+    return None
+
+
+def _catch_up(registry: MlflowClient, root: Path) -> ModelVersion | None:
+    """Return the champion, and complete what a killed act has left.
+
+    Whoever replaces a champion whose files are lost does not need them, so that they are not
+    told here.
+    """
+    present = _find_champion(registry, root)
+    if present is not None and read_champion(root) != describe(present):
+        try:
+            fetch_version(registry, present, root)
+        except UserError:
+            return present
         write_champion(root, describe(present))
     return present
 
 
-def _find_champion(registry: MlflowClient, name: str) -> ModelVersion | None:
+def _publish(registry: MlflowClient, version: ModelVersion, root: Path) -> None:
+    """Write champion.json, the champion's files first: a service that watches it takes them."""
+    fetch_version(registry, version, root)
+    write_champion(root, describe(version))
+
+
+def _secure(registry: MlflowClient, version: ModelVersion, root: Path) -> None:
+    """Fetch the version of the trained model; where the registry lost its files it gets them anew.
+
+    Raises:
+        UserError: they cannot be had even so.
+    """
+    from mlflow.exceptions import MlflowException
+
+    from pipelines.registry.tracking import upload_model
+
+    try:
+        fetch_version(registry, version, root)
+    except UserError as lost:
+        logged = _find_models(registry, read_digest(version))
+        models = [model for model in logged if model.artifact_location == version.source]
+        if not models:
+            raise
+        try:
+            upload_model(registry, models[0], root / MODEL, _list_outputs(root))
+        except (MlflowException, OSError):
+            raise lost from None
+        fetch_version(registry, version, root)
+
+
+def _find_number(registry: MlflowClient, name: str, number: int) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
     try:
-        return registry.get_model_version_by_alias(name, CHAMPION_ALIAS)
+        return registry.get_model_version(name, str(number))
     except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return None
+        raise UserError(
+            f"{name} version {number}, the champion before, is not in the registry any more"
+        ) from None
 
 
 def _read_history(registry: MlflowClient, name: str, present: ModelVersion | None) -> list[int]:

@@ -16,6 +16,7 @@ from pipelines.registry.champion import DIGEST_TAG, check_files, connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
 EXPERIMENT: Final = "forecart"
 DATA_TAG: Final = "forecart.data_digest"
@@ -60,24 +61,12 @@ class Run:
             UserError: the folder holds other files.
         """
         from mlflow.entities import LoggedModelOutput
-        from mlflow.models import Model
 
         check_files(folder)
         model = self._store.create_logged_model(
             self._experiment_id, MODEL_NAME, source_run_id=self.run_id, tags={DIGEST_TAG: digest}
         )
-        with tempfile.TemporaryDirectory(prefix="forecart-") as temporary:
-            shutil.copytree(folder, Path(temporary) / FILES)
-            description = Model(
-                artifact_path=model.artifact_location,
-                run_id=self.run_id,
-                model_id=model.model_id,
-                signature=_describe_signature(outputs),
-            )
-            # A flavour of our own: there is no pickle that a generic loader could open.
-            description.add_flavor(FLAVOUR, data=FILES, loader="pipelines.model.predictor")
-            description.save(str(Path(temporary) / "MLmodel"))
-            self._store.log_model_artifacts(model.model_id, temporary)
+        upload_model(self._store, model, folder, outputs)
         self._store.finalize_logged_model(model.model_id, "READY")
         self._store.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
         self._store.set_tag(self.run_id, DIGEST_TAG, digest)
@@ -122,6 +111,33 @@ def track(
         store.set_terminated(run.info.run_id, status="FAILED")
         raise
     store.set_terminated(run.info.run_id)
+
+
+def upload_model(
+    store: MlflowClient, model: LoggedModel, folder: Path, outputs: Sequence[str]
+) -> None:
+    """Give a logged model its files, for the first time or again.
+
+    Args:
+        store: that knows the model.
+        model: that was logged.
+        folder: safetensors and JSON files, nothing else.
+        outputs: columns that the model predicts.
+    """
+    from mlflow.models import Model
+
+    with tempfile.TemporaryDirectory(prefix="forecart-") as temporary:
+        shutil.copytree(folder, Path(temporary) / FILES)
+        description = Model(
+            artifact_path=model.artifact_location,
+            run_id=model.source_run_id,
+            model_id=model.model_id,
+            signature=_describe_signature(outputs),
+        )
+        # A flavour of our own: there is no pickle that a generic loader could open.
+        description.add_flavor(FLAVOUR, data=FILES, loader="pipelines.model.predictor")
+        description.save(str(Path(temporary) / "MLmodel"))
+        store.log_model_artifacts(model.model_id, temporary)
 
 
 def _log_dataset(store: MlflowClient, run_id: str, digest: str) -> None:

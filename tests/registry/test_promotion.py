@@ -9,6 +9,7 @@ from typing import Any
 
 import mlflow
 import pytest
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, read_json, write_json
@@ -16,9 +17,12 @@ from pipelines.registry import promotion
 from pipelines.registry.champion import (
     CACHE,
     DIGEST_TAG,
+    Champion,
     connect,
     fetch_champion,
+    locate_fetched,
     locate_golden,
+    write_champion,
 )
 from pipelines.registry.tracking import track
 
@@ -198,6 +202,128 @@ def test_a_champion_of_old_can_be_promoted_again_and_rolled_back(root: Path) -> 
 def test_rollback_needs_a_champion(root: Path) -> None:
     with pytest.raises(UserError, match="no champion to roll back"):
         promotion.rollback(root)
+
+
+def lose_files(root: Path, version: int) -> None:
+    """Remove the files of a version from the registry, and what was fetched of them."""
+    registry = connect(root)
+    uri = registry.get_model_version_download_uri("forecart", str(version))
+    shutil.rmtree(local_file_uri_to_path(uri))
+    digest = registry.get_model_version("forecart", str(version)).tags[DIGEST_TAG]
+    shutil.rmtree(locate_fetched(root, digest), ignore_errors=True)
+
+
+def test_a_promotion_gives_the_registry_the_files_that_it_has_lost(root: Path) -> None:
+    digest = train(root, "one")
+    judge(root, digest)
+    promotion.register(root)
+    lose_files(root, 1)
+    promotion.promote(root)
+    forget_fetched(root)
+    assert digest_directory(fetch_champion(root) or Path()) == digest
+    lose_files(root, 1)
+    assert "champion already" in promotion.promote(root)
+    assert digest_directory(fetch_champion(root) or Path()) == digest
+
+
+def test_what_cannot_be_had_is_not_promoted(root: Path) -> None:
+    one = install(root, "one")
+    judge(root, train(root, "two"), champion=one)
+    promotion.register(root)
+    uri = connect(root).get_model_version_download_uri("forecart", "2")
+    (Path(local_file_uri_to_path(uri)) / "model/model.pkl").write_bytes(b"\x80\x04N.")
+    with pytest.raises(UserError, match=r"model\.pkl: a model holds"):
+        promotion.promote(root)
+    assert alias(root, "champion") == 1
+    assert champion_of(root) == (one, 1)
+
+
+def test_what_cannot_be_had_is_not_returned_to(root: Path) -> None:
+    one = install(root, "one")
+    two = install(root, "two", champion=one)
+    lose_files(root, 1)
+    with pytest.raises(UserError, match="cannot give the files of version 1"):
+        promotion.rollback(root)
+    assert alias(root, "champion") == 2
+    assert champion_of(root) == (two, 2)
+    connect(root).delete_model_version("forecart", "1")
+    with pytest.raises(UserError, match="version 1, the champion before, is not in the registry"):
+        promotion.rollback(root)
+    assert champion_of(root) == (two, 2)
+
+
+@pytest.mark.parametrize("act", ["promote", "rollback"])
+def test_a_champion_whose_files_are_lost_can_be_replaced(root: Path, act: str) -> None:
+    one = install(root, "one")
+    two = install(root, "two", champion=one)
+    end = one
+    if act == "promote":
+        end = train(root, "three")
+        judge(root, end, champion=two)
+    lose_files(root, 2)
+    # As another checkout has it, that has not followed yet.
+    write_json(root / "champion.json", {"digest": one, "version": 1, "verdict": None})
+    with pytest.raises(UserError, match="cannot give the files of version 2"):
+        promotion.status(root)
+    assert champion_of(root) == (one, 1)
+    getattr(promotion, act)(root)
+    assert champion_of(root)[0] == end
+
+
+def test_status_fetches_a_champion_that_was_promoted_elsewhere(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the run of an orchestrator does in a workspace of its own."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("params.yaml", "champion.json"):
+        shutil.copyfile(root / name, home / name)
+    digest = install(root, "one")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    promotion.status(home)
+    assert champion_of(home) == (digest, 1)
+    assert digest_directory(locate_fetched(home, digest)) == digest
+
+
+@pytest.mark.parametrize("act", ["promote", "rollback", "status"])
+def test_the_file_names_no_digest_whose_files_are_not_there(
+    root: Path, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    one = install(root, "one")
+    two = install(root, "two", champion=one)
+    judge(root, train(root, "three"), champion=two)
+    if act == "status":
+        write_json(root / "champion.json", {"digest": one, "version": 1, "verdict": None})
+    forget_fetched(root)
+    written = []
+
+    def write(folder: Path, champion: Champion) -> None:
+        assert digest_directory(locate_fetched(folder, champion.digest or "")) == champion.digest
+        written.append(champion.version)
+        write_champion(folder, champion)
+
+    monkeypatch.setattr(promotion, "write_champion", write)
+    getattr(promotion, act)(root)
+    assert written == [{"promote": 3, "rollback": 1, "status": 2}[act]]
+
+
+def test_status_does_not_set_the_file_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a promotion that ends between the status's look and its writing, the end stays."""
+    one = install(root, "one")
+    two = install(root, "two", champion=one)
+    end = train(root, "three")
+    judge(root, end, champion=two)
+    write_json(root / "champion.json", {"digest": one, "version": 1, "verdict": None})
+    look = promotion.describe
+    looks = iter([None])
+
+    def describe(version: Any) -> Champion:
+        if next(looks, 0) is None:
+            promotion.promote(root)
+        return look(version)
+
+    monkeypatch.setattr(promotion, "describe", describe)
+    promotion.status(root)
+    assert champion_of(root) == (end, 3)
 
 
 class Killed(BaseException):
