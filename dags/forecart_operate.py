@@ -26,14 +26,14 @@ RETRY_DELAY = timedelta(seconds=10)
 
 
 @task(retries=2, retry_delay=RETRY_DELAY)
-def deploy() -> None:
+def deploy(run_id: Any = None) -> None:
     """Run the command of FORECART_DEPLOY; it finds the champion's digest and version in variables.
 
     It may be run again for the same champion, so it has to be one that may.
     """
     if os.environ.get("FORECART_GIT_REMOTE"):
-        # Another worker may have promoted it.
-        code = Command(f"{HOME}:status").run(["forecart", "status"], HOME, {})
+        # Another worker may have promoted it; other runs may do the same at this moment.
+        code = Command(f"{HOME}:{run_id}:status").run(["forecart", "status"], HOME, {})
         if code:
             raise AirflowException(f"forecart status ended with code {code}")
     champion = json.loads((HOME / "champion.json").read_text())

@@ -49,9 +49,9 @@ from pipelines.processes import Command
 HOME = Path(os.environ.get("FORECART_HOME") or Path(__file__).resolve().parents[1])
 POOLS = frozenset(filter(None, os.environ.get("FORECART_POOLS", "").split(",")))
 REMOTE = os.environ.get("FORECART_GIT_REMOTE", "")
-KEEP_RUNS = int(os.environ.get("FORECART_KEEP_RUNS", "5"))
+KEEP_RUNS = int(os.environ.get("FORECART_KEEP_RUNS") or 5)
 MLFLOW = os.environ.get("FORECART_MLFLOW", "").rstrip("/")
-SCHEDULE = os.environ.get("FORECART_SCHEDULE", "0 3 * * *")
+SCHEDULE = os.environ.get("FORECART_SCHEDULE") or "0 3 * * *"
 RETRY_DELAY = timedelta(seconds=10)
 # What `forecart promote` reads of a run.
 PROMOTED = ("models/gpt", "reports/verdict.json")
@@ -205,14 +205,16 @@ def describe_stage(stage: Stage) -> str:
     return "\n".join(lines)
 
 
+# Airflow gives a task its run's id by this name. A template would make a number of one that looks
+# like a number.
 @task(retries=2, retry_delay=RETRY_DELAY)
-def prepare(run_id: str, params: dict[str, Any]) -> str:
+def prepare(params: dict[str, Any], run_id: Any = None) -> str:
     """Make the run's workspace, with the settings of the form in its `params.yaml`."""
     changes = {key: params[field] for field, key in SETTINGS.items()}
     try:
         if REMOTE:
             # Another worker may have promoted the champion.
-            follow_registry(HOME)
+            follow_registry(run_id)
             relay.start(HOME, run_id, changes, REMOTE)
             return f"{relay.REFS}{workspace.name_run(run_id)} on {REMOTE}"
         folder = workspace.prepare(HOME, run_id, changes)
@@ -223,10 +225,11 @@ def prepare(run_id: str, params: dict[str, Any]) -> str:
     return str(folder)
 
 
-def follow_registry(folder: Path) -> None:
-    """Bring the checkout's champion.json up to date with the registry."""
-    command = Command(f"{folder}:status")
-    code = command.run(["forecart", "status"], HOME, workspace.environment(HOME, folder))
+def follow_registry(run_id: str) -> None:
+    """Bring the checkout's champion, file and model, up to date with the registry."""
+    # Other runs may do the same at this moment.
+    command = Command(f"{workspace.locate(HOME, run_id)}:status")
+    code = command.run(["forecart", "status"], HOME, workspace.environment(HOME, HOME))
     if code:
         raise AirflowException(f"forecart status ended with code {code}")
 
@@ -308,7 +311,7 @@ def verdict(result: dict[str, Any], params: dict[str, Any]) -> str:
     outlets=[CHAMPION],
     trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS,
 )
-def promote(run_id: str) -> str:
+def promote(run_id: Any = None) -> str:
     """Make the model champion; the registry decides when two runs want to at once."""
     folder = workspace.locate(HOME, run_id)
     if REMOTE:
@@ -318,12 +321,12 @@ def promote(run_id: str) -> str:
     code = command.run(["forecart", "promote"], folder, variables)
     if code:
         raise AirflowException(f"forecart promote ended with code {code}")
-    follow_registry(folder)
+    follow_registry(run_id)
     return "promoted"
 
 
 @task.branch(trigger_rule=TriggerRule.ALL_DONE)
-def outcome(run_id: str, ti: Any = None) -> str:
+def outcome(run_id: Any = None, ti: Any = None) -> str:
     """Say how the run ended, and remove the workspaces of old ones."""
     result = ti.xcom_pull(task_ids="commit")
     if result is None:
@@ -366,8 +369,8 @@ def build(*, require_approval: bool) -> Any:
             "moments may be lost; it is then asked for again.",
         )
         chosen = verdict(result, params="{{ params }}")
-        made = promote(run_id="{{ run_id }}")
-        ended = outcome(run_id="{{ run_id }}")
+        made = promote()
+        ended = outcome()
         chosen >> approve >> made
         chosen >> made >> ended
         chosen >> ended
@@ -380,7 +383,7 @@ def build(*, require_approval: bool) -> Any:
 
     def build_tasks() -> None:
         graph = load_graph(HOME / "dvc.yaml")
-        ready = prepare(run_id="{{ run_id }}", params="{{ params }}")
+        ready = prepare(params="{{ params }}")
         names = dict.fromkeys(stage.hints.group for stage in graph.stages.values())
         # Tasks keep the names of their stages.
         groups = {name: TaskGroup(name, prefix_group_id=False) for name in names if name}

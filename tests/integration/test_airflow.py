@@ -16,6 +16,7 @@ import pytest
 
 from pipelines.config import load_params
 from pipelines.graph import load_graph
+from pipelines.io import digest_directory, write_json
 from pipelines.workspace import locate, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,6 +114,7 @@ def run_airflow(
 
 
 DAG_FILE = str(ROOT / "dags/forecart_train.py")
+OPERATE_FILE = str(ROOT / "dags/forecart_operate.py")
 LOAD = f"import runpy; module = runpy.run_path({DAG_FILE!r}, run_name='dag'); d = module['DAG'];"
 RUN = (
     LOAD
@@ -211,6 +213,83 @@ def test_a_failing_stage_fails_the_run_and_is_told(airflow_home: Path, project: 
     assert not (find_run(project) / "c.txt").exists()
 
 
+# The run's name is Airflow's to make.
+NAMED = (
+    "from airflow.models.dagrun import DagRun;"
+    "DagRun.generate_run_id = staticmethod(lambda **_: {run_id!r});"
+)
+
+
+def test_a_run_may_be_named_like_a_number(airflow_home: Path, project: Path) -> None:
+    code = NAMED.format(run_id="20250601") + RUN.format(confs=[{}])
+    out = run_airflow(airflow_home, project, "-c", code).stdout
+    assert "STATES success" in out
+    assert (locate(project, "20250601") / "c.txt").exists()
+
+
+def test_variables_that_are_set_to_nothing_are_as_unset(airflow_home: Path) -> None:
+    code = LOAD + "print('KEEP', module['KEEP_RUNS'])"
+    nothing = {"FORECART_KEEP_RUNS": "", "FORECART_SCHEDULE": "", "FORECART_POOLS": ""}
+    assert "KEEP 5" in run_airflow(airflow_home, ROOT, "-c", code, **nothing).stdout
+
+
+def test_a_promoted_model_reaches_the_checkout(airflow_home: Path, project: Path) -> None:
+    """A service that watches the checkout's champion.json takes the files from beside it."""
+    folder = prepare(project, "one", {})
+    (folder / "models/gpt").mkdir(parents=True)
+    (folder / "models/gpt/model.safetensors").write_text("weights")
+    write_json(folder / "models/gpt/config.json", {"targets": [{"name": "purchase_14d"}]})
+    write_json(folder / "data/features/cuts.json", {})
+    digest = digest_directory(folder / "models/gpt")
+    write_json(
+        folder / "reports/verdict.json",
+        {"passed": True, "checks": [], "candidate": digest, "champion": None},
+    )
+    code = LOAD + "module['promote'].function(run_id='one')"
+    run_airflow(airflow_home, project, "-c", code)
+    assert json.loads((project / "champion.json").read_text())["digest"] == digest
+    fetched = project / ".forecart/models" / digest.removeprefix("sha256:")
+    assert digest_directory(fetched) == digest
+
+
+# Two commands with one mark are two attempts of one task: the second ends the first.
+MARKS = (
+    LOAD
+    + """
+operate = runpy.run_path({file!r}, run_name="dag")
+marks = []
+
+class Command:
+    def __init__(self, mark):
+        marks.append(mark)
+
+    def run(self, *_):
+        return 0
+
+for file, act in ((module, module["follow_registry"]), (operate, operate["deploy"].function)):
+    act.__globals__["Command"] = Command
+    for run_id in ("one", "two", "one"):
+        try:
+            act(run_id=run_id)
+        except file["AirflowException"]:
+            pass
+print("MARKS", marks)
+"""
+)
+
+
+def test_runs_that_do_the_same_at_once_do_not_end_each_other(
+    airflow_home: Path, project: Path
+) -> None:
+    write_json(project / "champion.json", {"digest": None, "version": None, "verdict": None})
+    code = MARKS.format(file=OPERATE_FILE)
+    out = run_airflow(airflow_home, project, "-c", code, FORECART_GIT_REMOTE="origin").stdout
+    one, two, again, *deploys = ast.literal_eval(out.split("MARKS ")[1].splitlines()[0])
+    assert one == again
+    assert deploys[0] == deploys[2]
+    assert len({one, two, *deploys}) == 4
+
+
 SLOW = """
 import os, pathlib, time
 if pathlib.Path("slow").exists():
@@ -303,7 +382,6 @@ def test_a_pool_is_used_where_it_exists(airflow_home: Path, project: Path) -> No
     assert "POOL gpu default_pool" in out
 
 
-OPERATE_FILE = str(ROOT / "dags/forecart_operate.py")
 # One process for all: Airflow's start takes longer than they do.
 OPERATE = """
 import json, os, runpy, sys
