@@ -204,16 +204,21 @@ def write_params(path: Path, home: Path, changes: Mapping[str, Any]) -> None:
     yaml = YAML()
     yaml.preserve_quotes = True
     settings = yaml.load(path.read_text(encoding="utf-8"))
+    if settings is None:
+        settings = {}
     for key, value in changes.items():
         if value is None:
             continue
         *parents, last = key.split(".")
         section = settings
         for parent in parents:
+            # Whoever needs nothing else than the defaults may leave a section out.
+            if section.get(parent) is None:
+                section[parent] = {}
             section = section[parent]
         section[last] = value
+    files = (settings.get("ingest") or {}).get("files") or {}
     for name in ("path", "users", "items"):
-        files = settings.get("ingest", {}).get("files", {})
         given = files.get(name)
         if given and "://" not in given and not Path(given).is_absolute():
             files[name] = str(home / given)
@@ -281,5 +286,7 @@ def _share_cache(home: Path, folder: Path) -> None:
 
 
 def _touched(folder: Path) -> float:
+    """Return when a workspace was last marked; one that is being made has no mark yet."""
     marks = [folder / RUNS.parent / name for name in (_FINISHED, _READY)]
-    return max([path.stat().st_mtime for path in marks if path.exists()], default=0.0)
+    found = [path for path in marks if path.exists()] or [folder]
+    return max(path.stat().st_mtime for path in found)

@@ -130,6 +130,24 @@ def test_a_wrong_setting_is_named(home: Path, changes: dict[str, object], named:
         prepare(home, "one", changes)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "# nothing is set\n",
+        "package: {name: shop}\n",
+        "ingest: {source: files, files: {path: b.csv}}\n",
+        "train:\n",
+    ],
+)
+def test_a_section_that_is_left_out_is_no_hindrance(home: Path, text: str) -> None:
+    (home / "params.yaml").write_text(text)
+    changes = {"train.epochs": 2, "ingest.simulator.days": 200, "ingest.files.path": "a.csv"}
+    params = load_params(prepare(home, "one", changes) / "params.yaml")
+    assert (params.train.epochs, params.ingest.simulator.days) == (2, 200)
+    assert params.ingest.files.path == f"{home}/a.csv"
+
+
 def test_a_half_made_workspace_is_made_anew(home: Path) -> None:
     folder = prepare(home, "one", {})
     (folder / ".forecart/.ready").unlink()
@@ -194,6 +212,26 @@ def test_an_unfinished_workspace_goes_after_a_month(home: Path) -> None:
     moment = time.time() - 31 * 86_400
     os.utime(lost, (moment, moment))
     assert workspace.finish(home, "now", keep=5) == [name_run("lost")]
+
+
+def test_a_workspace_that_is_being_made_is_left_alone(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run ends meanwhile."""
+    prepare(home, "ended", {})
+    share_cache = workspace._share_cache
+
+    def share(*folders: Path) -> None:
+        assert workspace.finish(home, "ended", keep=5) == []
+        share_cache(*folders)
+
+    monkeypatch.setattr(workspace, "_share_cache", share)
+    folder = prepare(home, "new", {})
+    assert (folder / "code.py").exists()
+    # One that was killed then has no mark for ever, and goes like others.
+    (folder / ".forecart/.ready").unlink()
+    os.utime(folder, (0, 0))
+    assert workspace.finish(home, "ended", keep=5) == [name_run("new")]
 
 
 def test_a_machine_without_workspaces_has_none_to_remove(home: Path) -> None:
