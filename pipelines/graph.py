@@ -94,9 +94,24 @@ def load_graph(path: Path) -> Graph:
             (foreach, matrix, ${...} in a path).
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)  # noqa: S506 - a safe loader
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    return parse_graph(text, path)
+
+
+def parse_graph(text: str, path: Path) -> Graph:
+    """Read the content of a dvc.yaml.
+
+    Args:
+        text: of the file.
+        path: that messages name.
+
+    Raises:
+        UserError: as `load_graph`, but that the file is there.
+    """
+    try:
+        content = yaml.load(text, Loader=_LOADER)  # noqa: S506 - a safe loader
     except yaml.YAMLError:
         raise UserError(f"{path}: not valid YAML") from None
     entries = content.get("stages") if isinstance(content, Mapping) else None

@@ -25,7 +25,7 @@ import yaml
 
 from pipelines import workspace
 from pipelines.errors import UserError
-from pipelines.graph import Graph, load_graph
+from pipelines.graph import Graph, load_graph, parse_graph
 from pipelines.processes import command_environment, mend_lock
 from pipelines.workspace import BRANCHES, PARAMS, run_git
 
@@ -89,11 +89,12 @@ def run_stage(home: Path, run_id: str, stage: str, remote: str, *, force: bool =
             remote cannot be reached.
     """
     tip = _read_tip(home, run_id, remote)
-    folder = workspace.locate(home, run_id, stage)
-    _take(home, folder, tip)
-    graph = load_graph(folder / _GRAPH)
+    graph = parse_graph(run_git(home, "show", f"{tip}:{_GRAPH}"), Path(_GRAPH))
+    # The workspace is named after the stage.
     if stage not in graph.stages:
         raise UserError(f"stage {stage}: not in dvc.yaml, which has {', '.join(graph.stages)}")
+    folder = workspace.locate(home, run_id, stage)
+    _take(home, folder, tip)
     entries = _read_lock(folder)
     waits = [up for up in graph.upstream[stage] if up not in entries]
     if waits:

@@ -289,8 +289,11 @@ def test_what_is_missing_is_told_in_one_line(machines: list[Project]) -> None:
     with pytest.raises(UserError, match="not on the git remote origin"):
         relay.run_stage(one.path, "unknown", "first", "origin")
     relay.start(one.path, RUN, {}, "origin")
-    with pytest.raises(UserError, match=r"stage third: not in dvc\.yaml"):
-        relay.run_stage(one.path, RUN, "third", "origin")
+    for name in ("third", "/../../../victim"):
+        with pytest.raises(UserError, match=rf"stage {name}: not in dvc\.yaml"):
+            relay.run_stage(one.path, RUN, name, "origin")
+    assert not list((one.path / ".forecart/runs").iterdir())
+    assert not (one.path / "victim").exists()
     with pytest.raises(UserError, match="not done: first, left, right, last"):
         relay.conclude(one.path, RUN, "origin")
     with pytest.raises(UserError, match="git ls-remote"):
