@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 _FEATURES: Final = Path("data/features")
+_MODEL: Final = Path("models/gpt")
 _BENTO: Final = Path("build/bento")
 _COMMIT_TAG: Final = "mlflow.source.git.commit"
 
@@ -119,7 +120,7 @@ def find_model(registry: MlflowClient, name: str, model: str | None) -> ModelVer
         if "champion" not in aliases:
             raise UserError("there is no champion; name a version or a digest")
         model = str(aliases["champion"])
-    if model.isdigit() and len(model) < 12:
+    if model.isascii() and model.isdigit() and len(model) < 12:
         found = [v for v in versions if int(v.version) == int(model)]
     else:
         start = model.removeprefix("sha256:")
@@ -137,8 +138,7 @@ def _check_links(registry: MlflowClient, version: ModelVersion, root: Path) -> I
     digest = read_digest(version)
     run = registry.get_run(version.run_id) if version.run_id else None
     data = run.data.tags.get(DATA_TAG) if run is not None else None
-    features = root / _FEATURES
-    yield _compare("data", data, digest_directory(features) if features.is_dir() else None)
+    yield _compare("data", data, _digest_data(root, digest))
     try:
         with downloaded(registry, version) as folder:
             files: str | None = digest_directory(locate_files(folder))
@@ -165,6 +165,17 @@ def _check_links(registry: MlflowClient, version: ModelVersion, root: Path) -> I
     if _label(bento) == digest:
         packed = root / _BENTO / "src/model"
         yield _compare("bento", digest, digest_directory(packed) if packed.is_dir() else None)
+
+
+def _digest_data(root: Path, model: str) -> str | None:
+    """Return the digest of the data that are here, or None where they are not this model's.
+
+    They are while the trained model is this one: the next run replaces both.
+    """
+    features, trained = root / _FEATURES, root / _MODEL
+    if not features.is_dir() or not trained.is_dir() or digest_directory(trained) != model:
+        return None
+    return digest_directory(features)
 
 
 def _compare(name: str, expected: str | None, found: str | None) -> Link:

@@ -79,8 +79,14 @@ def test_what_is_not_on_this_machine_does_not_count(promoted: Path) -> None:
     assert "not here  data" in lineage.verify(promoted, None)
 
 
+def test_the_data_of_the_next_model_do_not_count(promoted: Path) -> None:
+    write_text(promoted / "data/features/schema.json", '{"changed": true}')
+    write_text(promoted / "models/gpt/model.safetensors", "other weights")
+    assert "not here  data" in lineage.verify(promoted, None)
+
+
 def test_an_unknown_model_is_told(promoted: Path, root: Path) -> None:
-    for name in ("7", "beef"):
+    for name in ("7", "beef", "²"):
         with pytest.raises(UserError, match="no model has"):
             lineage.verify(promoted, name)
 
