@@ -3,9 +3,9 @@
 Whoever changes the champion holds a lock of the tracking database meanwhile: an advisory lock of
 PostgreSQL or MySQL, or a lock on a file beside an SQLite database. All of them end with their
 holder, also with a killed one, so that there is none to clean up. Behind a tracking server
-(http) the database is out of reach: there a file of the project is locked, which keeps the
-promoters of one checkout apart, and the comparison with the verdict's champion has to do for
-others.
+(http) the database is out of reach: there a file of the git repository is locked, which keeps the
+promoters of one checkout and its workspaces apart, and the comparison with the verdict's champion
+has to do for others.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from pipelines.errors import UserError
 
 _WAIT_SECONDS: Final = 20.0
 _PAUSE_SECONDS: Final = 0.1
-_FILE: Final = Path(".forecart/promotion.lock")
+_FOLDER: Final = Path(".forecart")
 
 
 @contextmanager
@@ -49,8 +51,27 @@ def hold_lock(tracking_uri: str, name: str, root: Path) -> Iterator[None]:
         with _hold_database(tracking_uri, name):
             yield
     else:
-        with _hold_file(root / _FILE, name):
+        with _hold_file(_find_repository(root) / f"forecart-{name}.lock", name):
             yield
+
+
+def _find_repository(root: Path) -> Path:
+    """Return the folder that all worktrees of a checkout share, where there is no git its own."""
+    git = shutil.which("git")
+    if git is not None:
+        # A hook's variables would lead git elsewhere.
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+        done = subprocess.run(
+            [git, "rev-parse", "--git-common-dir"],
+            cwd=root,
+            env=clean,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode == 0:
+            return root / done.stdout.strip()
+    return root / _FOLDER
 
 
 @contextmanager

@@ -89,6 +89,32 @@ def test_of_two_promoters_one_wins_and_the_other_says_so(shared: Path) -> None:
     assert champion(shared) == digest_directory(shared / winners[0] / "models/gpt")
 
 
+def test_behind_a_server_the_promoters_of_all_worktrees_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, run = tmp_path / "home", tmp_path / "run"
+    home.mkdir()
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    for arguments in (
+        ("init", "--quiet"),
+        (*identity, "commit", "--quiet", "--allow-empty", "--message=start"),
+        ("worktree", "add", "--quiet", "--detach", str(run)),
+    ):
+        subprocess.run(["git", *arguments], cwd=home, check=True)
+    monkeypatch.setattr(lock, "_WAIT_SECONDS", 0.3)
+    uri, alone = "http://127.0.0.1:5000", tmp_path / "alone"
+    alone.mkdir()
+    for first, second in ((home, run), (run, home), (alone, alone)):
+        with (
+            hold_lock(uri, "forecart", first),
+            pytest.raises(UserError, match="somebody else"),
+            hold_lock(uri, "forecart", second),
+        ):
+            pass
+        with hold_lock(uri, "forecart", first), hold_lock(uri, "another", second):
+            pass
+
+
 def test_a_lock_ends_with_its_holder(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
