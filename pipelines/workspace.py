@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -155,7 +156,12 @@ def finish(home: Path, run_id: str, *, keep: int) -> list[str]:
     if not folder.parent.exists():
         return []
     removed = []
-    ages = {path: _touched(path) for path in folder.parent.iterdir() if path.is_dir()}
+    ages = {}
+    for path in folder.parent.iterdir():
+        # Another may remove it meanwhile.
+        with suppress(FileNotFoundError):
+            if path.is_dir():
+                ages[path] = _touched(path)
     finished = [path for path in ages if (path / RUNS.parent / _FINISHED).exists()]
     old = sorted(finished, key=lambda path: ages[path], reverse=True)[keep:]
     lost = [
