@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -28,7 +29,7 @@ import psutil
 
 from pipelines.errors import UserError, require
 from pipelines.graph import load_graph
-from pipelines.io import read_json, write_json
+from pipelines.io import read_json, replace_file, write_json
 
 HOST = "127.0.0.1"
 STATE = Path(".forecart")
@@ -220,7 +221,7 @@ def _airflow_environment(root: Path, ports: dict[str, int]) -> dict[str, str]:
 def _read_port(name: str, default: int) -> int:
     variable = f"FORECART_{name.upper()}_PORT"
     text = os.environ.get(variable, str(default))
-    if not text.isdigit() or not 0 < int(text) < 65536:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
         raise UserError(f"{variable}={text!r}: not a port number")
     return int(text)
 
@@ -284,11 +285,12 @@ def _is_healthy(program: Program) -> bool:
 def _make_login(state: Path) -> dict[str, str]:
     """Return user and password of Airflow's pages, drawn at the first start and kept."""
     file = state / "airflow" / _PASSWORDS
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-        file.write_text(json.dumps({USER: secrets.token_urlsafe(12)}))
-    login: dict[str, str] = json.loads(file.read_text())
+    # An empty one is what a full disk has left.
+    if not file.exists() or not file.stat().st_size:
+        with replace_file(file) as partial:
+            partial.touch(mode=0o600)
+            partial.write_text(json.dumps({USER: secrets.token_urlsafe(12)}))
+    login: dict[str, str] = read_json(file)
     return login
 
 

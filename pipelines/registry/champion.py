@@ -186,13 +186,21 @@ def connect(root: Path) -> MlflowClient:
 
     MLflow's address for the whole process stays as it is: setting it would set the environment
     variable too, and bind all projects of the process to one registry.
+
+    Raises:
+        UserError: MLflow cannot open it.
     """
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     # A command says what it did; that MLflow creates its tables is not news.
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root.resolve() / 'mlflow.db'}")
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except (MlflowException, SQLAlchemyError) as error:
+        raise UserError(f"MLFLOW_TRACKING_URI: {_tell(error)}") from None
 
 
 def read_name(root: Path) -> str:
@@ -234,11 +242,15 @@ def _reaching(registry: MlflowClient, version: ModelVersion) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
         raise UserError(
             f"the registry {registry.tracking_uri} cannot give the files of version "
-            f"{version.version} of {version.name}: {why}"
+            f"{version.version} of {version.name}: {_tell(error)}"
         ) from None
+
+
+def _tell(error: Exception) -> str:
+    """Return the first line of what a library says."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
 
 
 def locate_files(folder: Path) -> Path:

@@ -417,6 +417,16 @@ def test_a_file_of_another_registry_is_not_overwritten(
     assert champion_of(root)[1] == 1
 
 
+@pytest.mark.parametrize("uri", ["gopher://shop", "sqlite:/mlflow.db"])
+def test_a_registry_that_cannot_be_opened_is_told_in_one_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: ") as told:
+        promotion.status(root)
+    assert "\n" not in str(told.value)
+
+
 def test_status_tells_roles(root: Path) -> None:
     assert "forecart register" in promotion.status(root)
     one = install(root, "one")
