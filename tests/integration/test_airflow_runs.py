@@ -19,6 +19,7 @@ from urllib.parse import unquote
 import pytest
 
 from pipelines.config import load_params
+from pipelines.io import digest_directory
 from tests.integration.conftest import Project, clone_project
 from tests.integration.test_platform import free_port
 
@@ -271,6 +272,8 @@ def test_a_second_run_computes_nothing_again_and_its_model_is_promoted(
     workspace = airflow.workspaces()[-1]
     champion = read_champion(project)
     assert champion["version"] == 1
+    fetched = project.path / ".forecart/models" / champion["digest"].removeprefix("sha256:")
+    assert digest_directory(fetched) == champion["digest"]
     assert "champion" in project.run("forecart", "status").stdout
     verdict = subprocess.run(
         ["git", "show", f"runs/{workspace.name}:reports/verdict.json"],
