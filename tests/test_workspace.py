@@ -234,6 +234,22 @@ def test_a_workspace_that_is_being_made_is_left_alone(
     assert workspace.finish(home, "ended", keep=5) == [name_run("new")]
 
 
+def test_a_workspace_that_another_removes_meanwhile_is_passed_over(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(home, "ended", {})
+    other = prepare(home, "other", {})
+    touched = workspace._touched
+
+    def look(folder: Path) -> float:
+        if folder == other:
+            workspace.remove(home, other)
+        return touched(folder)
+
+    monkeypatch.setattr(workspace, "_touched", look)
+    assert workspace.finish(home, "ended", keep=5) == []
+
+
 def test_a_machine_without_workspaces_has_none_to_remove(home: Path) -> None:
     assert workspace.finish(home, "elsewhere", keep=5) == []
 
