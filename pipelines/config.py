@@ -127,6 +127,8 @@ class Files(Mapped):
     format: FileFormat | None = None
     users: str | None = None  # optional table in the users schema, same formats
     items: str | None = None  # optional table in the items schema
+    # False: quotation marks in CSV are text, and every separator separates.
+    quoted: bool = True
     # False: a line that repeats another one in every event column is dropped as a duplicate.
     keep_repeats: bool = False
 

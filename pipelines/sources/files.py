@@ -5,7 +5,9 @@ time, in the order of the file; files come in the order of their names. A damage
 the run by name; a damaged line is a row of the quarantine.
 
 CSV files have a header; the separator is the one of comma, semicolon, tab and bar that the
-header holds most of. Text is UTF-8. JSON Lines hold one object a line; a key may be missing
+header holds most of. A value in quotation marks may hold line breaks; lines that a mark has
+swallowed by mistake are told by their separators, and each is a row of the quarantine. Text is
+UTF-8. JSON Lines hold one object a line; a key may be missing
 from a line, which is a null, but a mapped key must occur in some line of the source.
 """
 
@@ -50,7 +52,15 @@ _DELIMITERS: Final = ",;\t|"
 # Cannot occur in JSON text, where control characters are escaped.
 _NO_DELIMITER: Final = "\x01"
 
-_OPEN_QUOTE: Final = "a quotation mark seems not to be closed"
+# A mark at the start of a value, closed lines later by another one, swallows the lines between.
+# Of its lines this share must look like rows: text of several lines rarely has as many separators
+# in each as the header has.
+_SWALLOWED_SHARE: Final = 0.9
+OPEN_QUOTE: Final = "a quotation mark seems not to be closed"
+OPEN_QUOTE_ADVICE: Final = (
+    "close it, double the marks inside of quoted values, or set ingest.files.quoted: false where"
+    " the file quotes none"
+)
 
 # Stands for bytes that are not UTF-8 while they are read: a Unicode noncharacter, which text
 # for interchange never holds.
@@ -135,7 +145,7 @@ class FilesSource:
         connection = connect()
         for file in files:
             try:
-                reader = _open_reader(fs, file, connection, keys)
+                reader = _open_reader(fs, file, connection, keys, self._params)
                 mapper = Mapper(kind, mapping, file.name, reader.columns, connection)
                 for chunk in reader.read(mapper.columns):
                     yield _add_refused(mapper.convert(chunk.table), file, chunk.refused)
@@ -313,13 +323,16 @@ class _ParquetReader:
 class _CsvReader:
     """Yields blocks of lines."""
 
-    def __init__(self, fs: Any, file: _File) -> None:
+    def __init__(self, fs: Any, file: _File, params: Files) -> None:
         self._fs = fs
         self._file = file
+        self._quoted = params.quoted
         with _open(fs, file) as stream:
             header = _read_first_line(file, stream)
         self._delimiter = max(_DELIMITERS, key=header.count)
-        names = next(csv.reader([header], delimiter=self._delimiter), [])
+        plain = csv.reader([header], delimiter=self._delimiter, quoting=csv.QUOTE_NONE)
+        quoted = csv.reader([header], delimiter=self._delimiter)
+        names = next(quoted if self._quoted else plain, [])
         names = [name.strip() for name in names]
         if not any(names):
             raise UserError(f"{file.name}: the first line is empty; it should name the columns")
@@ -328,9 +341,10 @@ class _CsvReader:
     def read(self, columns: list[str]) -> Iterator[_Chunk]:
         places = [self.columns.names.index(name) for name in columns]
         names = [f"c{index}" for index in range(len(self.columns))]
+        quote = '"' if self._quoted else False
         with _open(self._fs, self._file) as stream:
             for chunk in _read_blocks(
-                self._file, stream, names, delimiter=self._delimiter, quote='"', header=1
+                self._file, stream, names, delimiter=self._delimiter, quote=quote, header=1
             ):
                 table = chunk.table.select([ROW, *(f"c{place}" for place in places)])
                 yield replace(chunk, table=table.rename_columns([ROW, *columns]))
@@ -391,12 +405,12 @@ def _pointer(key: str) -> str:
 
 
 def _open_reader(
-    fs: Any, file: _File, connection: Any, keys: _SeenKeys
+    fs: Any, file: _File, connection: Any, keys: _SeenKeys, params: Files
 ) -> _ParquetReader | _CsvReader | _JsonReader:
     if file.format is FileFormat.PARQUET:
         return _ParquetReader(fs, file)
     if file.format is FileFormat.CSV:
-        return _CsvReader(fs, file)
+        return _CsvReader(fs, file, params)
     return _JsonReader(fs, file, connection, keys)
 
 
@@ -487,15 +501,21 @@ def _read_blocks(
         table = _number_rows(table.filter(filled), numbers[filled])
         done = [r for r in refused if r.row < following]
         refused[:] = [r for r in refused if r.row >= following]
+        if quote and text.quotes:
+            done = _tell_swallowed(done, len(names), delimiter)
+            table, swallowed = _split_swallowed(table, delimiter)
+            done += swallowed
         if text.damaged:
             table, damaged = _split_damaged(table)
             done += damaged
         yield _Chunk(table=table, refused=done)
     end = refused[-1] if refused else end
     if quote and text.quotes % 2 and "\n" in end.text:
-        raise UserError(f"{file.name}, row {end.row}: {_OPEN_QUOTE}")
+        raise UserError(f"{file.name}, row {end.row}: {OPEN_QUOTE}; {OPEN_QUOTE_ADVICE}")
     if refused:
         nothing = pa.schema([(name, pa.string()) for name in names]).empty_table()
+        if quote and text.quotes:
+            refused = _tell_swallowed(refused, len(names), delimiter)
         yield _Chunk(table=_number_rows(nothing, np.arange(0)), refused=refused)
 
 
@@ -549,6 +569,57 @@ def _split_damaged(table: pa.Table) -> tuple[pa.Table, list[_Refused]]:
     return table.filter(~damaged), refused
 
 
+def _tell_swallowed(refused: list[_Refused], columns: int, delimiter: str) -> list[_Refused]:
+    """Return refused rows with those that hold whole lines as these lines, so that each counts."""
+    told = []
+    for row in refused:
+        lines = row.text.splitlines()
+        whole = sum(line.count(delimiter) == columns - 1 for line in lines)
+        if len(lines) > 1 and 2 * whole >= len(lines):
+            told += [_Refused(row.row, OPEN_QUOTE, line) for line in lines]
+        else:
+            told.append(row)
+    return told
+
+
+def _split_swallowed(table: pa.Table, delimiter: str) -> tuple[pa.Table, list[_Refused]]:
+    """Take out rows with a value that has swallowed lines: each of these is refused."""
+    names = [name for name in table.column_names if name != ROW]
+    others = len(names) - 1
+    swallowed = np.zeros(table.num_rows, dtype=bool)
+    for place, name in enumerate(names):
+        column = table.column(name)
+        if not others or not _holds_line_break(column):
+            continue
+        # Each line that was swallowed brings the separators of a row.
+        breaks = pc.count_substring(column, "\n").to_numpy()
+        expected = breaks * others
+        excess = np.abs(pc.count_substring(column, delimiter).to_numpy() - expected)
+        for index in np.flatnonzero((breaks > 0) & (excess <= (1 - _SWALLOWED_SHARE) * expected)):
+            found = [line.count(delimiter) for line in column[index].as_py().split("\n")]
+            # The rest of its row, whole rows, and what comes before the mark that closes it.
+            rows = [others - place, *[others] * (len(found) - 2), place]
+            alike = sum(a == b for a, b in zip(found, rows, strict=True))
+            swallowed[index] |= alike >= _SWALLOWED_SHARE * len(rows)
+    if not swallowed.any():
+        return table, []
+    refused = []
+    for values in table.filter(swallowed).to_pylist():
+        row = values.pop(ROW)
+        lines = delimiter.join(values.values()).splitlines()
+        refused += [_Refused(row, OPEN_QUOTE, line) for line in lines]
+    return table.filter(~swallowed), refused
+
+
+def _holds_line_break(column: pa.ChunkedArray) -> bool:
+    """Return whether the column's text may hold a line break: a look at its bytes, not its rows."""
+    for chunk in column.chunks:
+        data = chunk.buffers()[2]
+        if data is not None and (np.frombuffer(data, np.uint8) == ord("\n")).any():
+            return True
+    return False
+
+
 def _number(first: int, count: int, gaps: np.ndarray) -> np.ndarray:
     """Return the ``count`` lowest numbers from ``first`` on that are not in ``gaps`` (sorted)."""
     gaps = gaps[gaps >= first]
@@ -562,7 +633,8 @@ def _check_lengths(file: _File, table: pa.Table, numbers: np.ndarray) -> None:
         if (pc.max(lengths).as_py() or 0) > _MAX_VALUE_BYTES:
             row = numbers[pc.index(pc.greater(lengths, _MAX_VALUE_BYTES), True).as_py()]
             raise UserError(
-                f"{file.name}, row {row}: a value of over {_MAX_VALUE_BYTES} bytes; {_OPEN_QUOTE}"
+                f"{file.name}, row {row}: a value of over {_MAX_VALUE_BYTES} bytes; {OPEN_QUOTE};"
+                f" {OPEN_QUOTE_ADVICE}"
             )
 
 
@@ -603,7 +675,7 @@ def _show_line(text: str) -> str:
 
 def _explain_damage(file: _File, error: Exception) -> str:
     if "straddling" in str(error):
-        return f"a row of over {_BLOCK_BYTES >> 20} MiB; {_OPEN_QUOTE}"
+        return f"a row of over {_BLOCK_BYTES >> 20} MiB; {OPEN_QUOTE}; {OPEN_QUOTE_ADVICE}"
     what = file.format if file.compression is None else f"{file.compression} {file.format}"
     return f"not a readable {what} file, damaged or cut off ({_first_line(error)})"
 

@@ -36,6 +36,7 @@ from pipelines.io import progress, read_json, replace_directory, write_json, wri
 from pipelines.sources import base
 from pipelines.sources.base import QUARANTINE_SCHEMA, ROW, Batch, Kind
 from pipelines.sources.catalog import open_source
+from pipelines.sources.files import OPEN_QUOTE, OPEN_QUOTE_ADVICE
 from pipelines.stages import fingerprint
 
 EVENTS: Final = Path("data/events")
@@ -52,6 +53,7 @@ _ROWS_PER_INSERT: Final = 1 << 19
 _MICROSECONDS_PER_DAY: Final = 86_400_000_000
 _EXAMPLES: Final = 3
 _MANY_DUPLICATES: Final = 0.05
+_ADVICE: Final = {OPEN_QUOTE: OPEN_QUOTE_ADVICE}
 
 _COLUMNS: Final = ", ".join(EVENT_SCHEMA.names)
 _CONTENT: Final = EVENT_SCHEMA.names[1:]  # all but event_id
@@ -130,9 +132,10 @@ class _Counts:
                 )
 
     def explain(self) -> str:
-        """Return the most frequent reasons, each with an example."""
+        """Return the most frequent reasons, each with an example, and what to do where known."""
         return "; ".join(
             f"{reason} ({count:,}, e.g. {self.examples[reason]})"
+            + (f": {_ADVICE[reason]}" if reason in _ADVICE else "")
             for reason, count in _by_frequency(self.reasons)[:_EXAMPLES]
         )
 

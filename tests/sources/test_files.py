@@ -465,8 +465,46 @@ def test_an_open_quotation_mark_does_not_swallow_rows_in_silence(
     tmp_path: Path, line: str, following: int
 ) -> None:
     write_csv(tmp_path / "e.csv", LINES[0], line, *(LINES * following))
-    with pytest.raises(UserError, match=r"e\.csv, row 2: .*quotation mark seems not to be closed"):
+    with pytest.raises(UserError, match=r"e\.csv, row 2: .*seems not to be closed; close it"):
         read(tmp_path, path="e.csv")
+
+
+@pytest.mark.parametrize("second", ['u1,2025-01-01,view,"i1,1', 'u1,2025-01-01,"view,i1,1'])
+@pytest.mark.parametrize("between", [0, 1, 40])
+def test_every_line_between_two_open_quotation_marks_is_refused(
+    tmp_path: Path, second: str, between: int
+) -> None:
+    first = 'u1,2025-01-01,view,"i1,1'
+    middle = ["u3,2025-01-01,view,i3,1"] * between
+    write_csv(tmp_path / "e.csv", LINES[0], first, *middle, second, *LINES)
+    result = read(tmp_path, path="e.csv")
+    assert [row["user_id"] for row in result["rows"]] == ["u1", "u1", "u2"]
+    assert reasons(result) == [(2, "a quotation mark seems not to be closed")] * (between + 2)
+    assert result["read"] == between + 5
+    assert all("u3" in row["record"] for row in result["refused"][1:-1])
+    plain = read(tmp_path, path="e.csv", quoted=False)
+    assert len(plain["rows"]) + len(plain["refused"]) == between + 5
+    assert plain["rows"][1]["item_id"] == '"i1'
+
+
+def test_open_marks_in_a_column_that_is_not_mapped_swallow_nothing_in_silence(
+    tmp_path: Path,
+) -> None:
+    notes = ['"Nr. 5 Eau' if i % 500 == 7 else "x" for i in range(1000)]
+    lines = [f"u{i},2025-01-01,view,{note}" for i, note in enumerate(notes)]
+    write_csv(tmp_path / "e.csv", *lines, header="user_id,ts,event_type,note")
+    result = read(tmp_path, path="e.csv")
+    assert (len(result["rows"]), len(result["refused"])) == (499, 501)
+    assert result["read"] == 1000
+
+
+def test_text_of_several_lines_is_text(tmp_path: Path) -> None:
+    notes = ["red, blue\nand green", "one\n\ntwo\n", "soft, warm, light, and\nlasting", "a\nb"]
+    quoted = [f'u1,2025-01-01,search,"{note}",1' for note in notes]
+    write_csv(tmp_path / "e.csv", *quoted, header="user_id,ts,event_type,query,price")
+    result = read(tmp_path, path="e.csv")
+    assert [row["query"] for row in result["rows"]] == [note.strip() for note in notes]
+    assert result["refused"] == []
 
 
 def test_quotation_marks_within_values_are_text(tmp_path: Path) -> None:
