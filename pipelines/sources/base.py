@@ -57,14 +57,18 @@ class Batch:
     """Some rows of one table of a source.
 
     Attributes:
+        source: the file or table that they are of.
         table: rows that keep to the schema of their kind (``SCHEMAS``).
+        numbers: of these rows, counted as in the quarantine; rising within a source.
         quarantined: rows that break it (``QUARANTINE_SCHEMA``).
         rows: rows read, those set aside included.
         anonymous: rows without a user id. They are no damage, and no use either.
         ignored: rows of an event type that the mapping leaves out on purpose.
     """
 
+    source: str
     table: pa.Table
+    numbers: Column
     quarantined: pa.Table
     rows: int
     anonymous: int = 0

@@ -37,6 +37,8 @@ class SimulatorSource:
         for start in range(0, table.num_rows, _ROWS_PER_BATCH):
             part = table.slice(start, _ROWS_PER_BATCH)
             yield Batch(
+                source=config.Source.SIMULATOR,
+                numbers=pa.array(range(start + 1, start + part.num_rows + 1), pa.int64()),
                 table=part.select(SCHEMAS[kind].names).cast(SCHEMAS[kind]),
                 quarantined=QUARANTINE_SCHEMA.empty_table(),
                 rows=part.num_rows,

@@ -112,6 +112,8 @@ class Mapper:
             aside = pc.is_in(refused.column("reason"), pa.array([_ANONYMOUS, _IGNORED]))
             refused = refused.filter(pc.invert(aside))
         return Batch(
+            source=self._source,
+            numbers=kept.column(ROW),
             table=kept.select(self._schema.names).cast(self._schema),
             quarantined=quarantine(
                 self._source,

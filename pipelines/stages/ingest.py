@@ -7,9 +7,10 @@ Rules, the same for every source:
     * An event without an event_id gets a content hash: the MD5 of all other columns (after
       the rules above) as a JSON array, times in microseconds. Lines that repeat each other in
       every column thus share an id.
-    * Of events with one id the first by time is kept, of equal times the first read. With
-      ``ingest.files.keep_repeats``, repeats of a hashed event get the suffix -2, -3, ... and
-      are kept.
+    * Of events with one id the first by time is kept, of equal times the first read. Those
+      with the same content are its duplicates, others are damage: what is taken for an id
+      does not tell events apart. With ``ingest.files.keep_repeats``, repeats of a hashed event
+      get the suffix -2, -3, ... and are kept.
 """
 
 from __future__ import annotations
@@ -53,7 +54,14 @@ _ROWS_PER_INSERT: Final = 1 << 19
 _MICROSECONDS_PER_DAY: Final = 86_400_000_000
 _EXAMPLES: Final = 3
 _MANY_DUPLICATES: Final = 0.05
-_ADVICE: Final = {OPEN_QUOTE: OPEN_QUOTE_ADVICE}
+_ANOTHER_EVENT: Final = "event_id of another event"
+_ADVICE: Final = {
+    OPEN_QUOTE: OPEN_QUOTE_ADVICE,
+    _ANOTHER_EVENT: "map event_id to a column with an id of its own for each event, or to null",
+}
+
+# An event's place in the order read: the number of its source, then of its row there.
+_ROW_BITS: Final = 40
 
 _COLUMNS: Final = ", ".join(EVENT_SCHEMA.names)
 _CONTENT: Final = EVENT_SCHEMA.names[1:]  # all but event_id
@@ -77,13 +85,23 @@ _INSERT: Final = f"""
 _SORTED: Final = f"SELECT {_COLUMNS} FROM staged ORDER BY ts, event_id"  # noqa: S608
 
 # Ids that occur once, nearly all, never reach the window function.
-_FIND_REPEATS: Final = """
+_FIND_REPEATS: Final = f"""
     CREATE TABLE repeats AS
-    SELECT place, hashed, row_number() OVER (PARTITION BY event_id ORDER BY ts, place) AS number
-    FROM staged
+    SELECT place, hashed, row_number() OVER events AS number,
+        NOT hashed AND content <> first_value(content) OVER events AS differs
+    FROM (SELECT *, hash({", ".join(_CONTENT)}) AS content FROM staged)
     SEMI JOIN (SELECT event_id FROM staged GROUP BY event_id HAVING count(*) > 1) USING (event_id)
+    WINDOW events AS (PARTITION BY event_id ORDER BY ts, place)
     QUALIFY number > 1
+"""  # noqa: S608
+_COUNT_REPEATS: Final = """
+    SELECT count(*) FILTER (NOT differs), count(*) FILTER (hashed) FROM repeats
 """
+_SHOWN: Final = ", ".join(f"'{name}', {name}" for name in EVENT_SCHEMA.names)
+_CONFLICTS: Final = f"""
+    SELECT place, CAST(json_object({_SHOWN}) AS VARCHAR) AS record
+    FROM staged SEMI JOIN (SELECT place FROM repeats WHERE differs) USING (place) ORDER BY place
+"""  # noqa: S608
 _NUMBER_REPEATS: Final = """
     UPDATE staged SET event_id = event_id || '-' || number
     FROM repeats WHERE repeats.place = staged.place AND repeats.hashed
@@ -122,11 +140,14 @@ class _Counts:
         self.rows += batch.rows
         self.anonymous += batch.anonymous
         self.ignored += batch.ignored
-        for entry in pc.value_counts(batch.quarantined.column("reason")).to_pylist():
+        self.add_refused(batch.quarantined)
+
+    def add_refused(self, refused: pa.Table) -> None:
+        for entry in pc.value_counts(refused.column("reason")).to_pylist():
             self.reasons[entry["values"]] += entry["counts"]
             if entry["values"] not in self.examples:
-                found = pc.equal(batch.quarantined.column("reason"), entry["values"])
-                row = batch.quarantined.filter(found).slice(0, 1).to_pylist()[0]
+                found = pc.equal(refused.column("reason"), entry["values"])
+                row = refused.filter(found).slice(0, 1).to_pylist()[0]
                 self.examples[entry["values"]] = (
                     f"{row['source']} row {row[ROW]}: {_shorten(row['record'])}"
                 )
@@ -138,6 +159,28 @@ class _Counts:
             + (f": {_ADVICE[reason]}" if reason in _ADVICE else "")
             for reason, count in _by_frequency(self.reasons)[:_EXAMPLES]
         )
+
+
+class _Places:
+    """Numbers events in the order read, so that a number tells the source and the row."""
+
+    def __init__(self) -> None:
+        self._sources: list[str] = []
+
+    def number(self, batch: Batch) -> pa.Array:
+        if self._sources[-1:] != [batch.source]:
+            self._sources.append(batch.source)
+        first = (len(self._sources) - 1) << _ROW_BITS
+        return pc.add(batch.numbers, pa.scalar(first, pa.int64()))
+
+    def quarantine(self, places: pa.Array, reason: str, records: pa.Array) -> pa.Table:
+        """Return a quarantine table of events by their places."""
+        sources = pc.take(
+            pa.array(self._sources, pa.string()), pc.shift_right(places, pa.scalar(_ROW_BITS))
+        )
+        rows = pc.bit_wise_and(places, pa.scalar((1 << _ROW_BITS) - 1))
+        reasons = pa.array([reason] * len(places), pa.string())
+        return pa.table([sources, rows, reasons, records], schema=QUARANTINE_SCHEMA)
 
 
 def run(params: Params, root: Path = Path()) -> str:
@@ -170,14 +213,15 @@ def run(params: Params, root: Path = Path()) -> str:
             ) as quarantine,
         ):
             batches = progress(source.read(Kind.EVENTS), "ingest", unit="batch")
-            _store_events(batches, connection, quarantine, counts, params.ingest.until)
+            places = _Places()
+            _store_events(batches, connection, quarantine, counts, places, params.ingest.until)
+            keep = params.ingest.source is Source.FILES and params.ingest.files.keep_repeats
+            repeats = _resolve_repeats(connection, quarantine, counts, places, keep)
             users = _read_entities(source, Kind.USERS, quarantine, entity_counts)
             items = _read_entities(source, Kind.ITEMS, quarantine, entity_counts)
         _check_share(counts, params.ingest.max_quarantine_share, "rows")
         _check_share(entity_counts, params.ingest.max_quarantine_share, "rows of users and items")
 
-        keep_repeats = params.ingest.source is Source.FILES and params.ingest.files.keep_repeats
-        duplicates = _resolve_repeats(connection, keep_repeats)
         sums = _summarise(connection)
         if not sums["events"]:
             raise UserError(_explain_nothing(counts, params))
@@ -201,18 +245,23 @@ def run(params: Params, root: Path = Path()) -> str:
             "reasons": dict(counts.reasons),
             "entities": dict(entity_counts.reasons),
         },
-        "duplicates": duplicates,
+        "duplicates": repeats.dropped,
         "items": item_table.num_rows,
         **sums,
     }
     write_json(root / REPORT, report)
-    return _tell(report)
+    return _tell(report, _advise(repeats, counts, params))
 
 
-def _tell(report: dict[str, Any]) -> str:
-    advice = ""
-    if report["duplicates"] > _MANY_DUPLICATES * report["rows"]:
-        advice = " (many: if they are no mistake, map event_id or set ingest.files.keep_repeats)"
+def _advise(repeats: _Repeats, counts: _Counts, params: Params) -> str:
+    """Return what to do where many events without an id are dropped."""
+    if repeats.dropped_hashed <= _MANY_DUPLICATES * counts.rows:
+        return ""
+    keep = " or set ingest.files.keep_repeats" if params.ingest.source is Source.FILES else ""
+    return f" (many: if they are no mistake, map event_id{keep})"
+
+
+def _tell(report: dict[str, Any], advice: str) -> str:
     return (
         f"{report['events']:,} events of {report['users']:,} users,"
         f" {report['first_ts'][:10]} to {report['last_ts'][:10]}, in {EVENTS};"
@@ -252,14 +301,12 @@ def _store_events(
     connection: Any,
     quarantine: pq.ParquetWriter,
     counts: _Counts,
+    places: _Places,
     until: datetime | None,
 ) -> None:
     """Take in the source's events, numbered in the order read."""
-    first = 0
-    for events in _gather(_keep_events(batches, quarantine, counts, until)):
-        places = pa.array(np.arange(first, first + events.num_rows))
-        first += events.num_rows
-        connection.register("batch", events.append_column("place", places))
+    for events in _gather(_keep_events(batches, quarantine, counts, places, until)):
+        connection.register("batch", events)
         connection.execute(_INSERT).fetchall()
         connection.unregister("batch")
 
@@ -268,13 +315,14 @@ def _keep_events(
     batches: Iterator[Batch],
     quarantine: pq.ParquetWriter,
     counts: _Counts,
+    places: _Places,
     until: datetime | None,
 ) -> Iterator[pa.Table]:
     """Count batches, write what they refuse, and yield events before ``until``."""
     for batch in batches:
         counts.add(batch)
         quarantine.write_table(batch.quarantined)
-        events = batch.table
+        events = batch.table.append_column("place", places.number(batch))
         if until is not None:
             events = events.filter(pc.less(events.column("ts"), pa.scalar(until, TIMESTAMP)))
             counts.after_until += batch.table.num_rows - events.num_rows
@@ -331,13 +379,34 @@ def _explain_nothing(counts: _Counts, params: Params) -> str:
 # -- sorting and writing ---------------------------------------------------------------------
 
 
-def _resolve_repeats(connection: Any, keep: bool) -> int:
-    """Drop or number events that repeat an id; return how many are dropped."""
+@dataclass(frozen=True, kw_only=True)
+class _Repeats:
+    """How many events repeated another one and are dropped; how many of them had no id."""
+
+    dropped: int
+    dropped_hashed: int
+
+
+def _resolve_repeats(
+    connection: Any,
+    quarantine: pq.ParquetWriter,
+    counts: _Counts,
+    places: _Places,
+    keep: bool,
+) -> _Repeats:
+    """Drop or number events that repeat another one; refuse those that repeat its id alone."""
     connection.execute(_FIND_REPEATS)
+    for batch in connection.sql(_CONFLICTS).to_arrow_reader(_ROWS_PER_GROUP):
+        refused = places.quarantine(batch.column("place"), _ANOTHER_EVENT, batch.column("record"))
+        counts.add_refused(refused)
+        quarantine.write_table(refused)
     if keep:
         connection.execute(_NUMBER_REPEATS)
-    (dropped,) = connection.execute(_DROP_REPEATS, {"keep": keep}).fetchone()
-    return int(dropped)
+    alike, hashed = connection.execute(_COUNT_REPEATS).fetchone()
+    connection.execute(_DROP_REPEATS, {"keep": keep}).fetchall()
+    if keep:
+        return _Repeats(dropped=alike - hashed, dropped_hashed=0)
+    return _Repeats(dropped=alike, dropped_hashed=hashed)
 
 
 def _summarise(connection: Any) -> dict[str, Any]:

@@ -161,11 +161,48 @@ def test_ids_of_the_source_keep_the_first_by_time(tmp_path: Path, keep: bool) ->
         "a,u1,2025-01-02,view,later",
         "a,u1,2025-01-01,view,first",
         "a,u1,2025-01-01,view,second",
+        "a,u1,2025-01-01,view,first",
         ",u1,2025-01-01,view,hashed",
         header="event_id,user_id,ts,event_type,item_id",
     )
-    assert run(tmp_path, files={"keep_repeats": keep})["duplicates"] == 2
+    report = run(tmp_path, files={"keep_repeats": keep}, max_quarantine_share=0.4)
+    assert report["duplicates"] == 1
+    assert report["quarantined"]["reasons"] == {"event_id of another event": 2}
     assert {row["item_id"] for row in events(tmp_path)} == {"first", "hashed"}
+    refused = quarantined(tmp_path).to_pylist()
+    assert [(row["source"], row["row"]) for row in refused] == [("e.csv", 1), ("e.csv", 3)]
+    assert json.loads(refused[0]["record"])["item_id"] == "later"
+
+
+def test_a_column_that_is_no_event_id_stops_the_run(tmp_path: Path) -> None:
+    header = "session,user_id,ts,event_type,item_id"
+    for name in ("1.csv", "2.csv"):
+        lines = [f"s{name[0]},u{name[0]},2025-01-01T00:00:0{i},view,i{i}" for i in range(5)]
+        write_csv(tmp_path / name, *lines, header=header)
+    files = {"path": "*.csv", "mapping": {"event_id": "session"}}
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, files=files)
+    message = str(caught.value)
+    assert "8 of 10 rows (80.0%)" in message
+    assert "event_id of another event (8, e.g. 1.csv row 2: " in message
+    assert "map event_id to a column with an id of its own for each event, or to null" in message
+    found = [(row["source"], row["row"]) for row in quarantined(tmp_path).to_pylist()]
+    assert found == [(name, row) for name in ("1.csv", "2.csv") for row in range(2, 6)]
+    assert run(tmp_path, files={"path": "*.csv", "mapping": {"event_id": None}})["events"] == 10
+
+
+def test_a_file_that_is_delivered_twice_holds_duplicates(tmp_path: Path) -> None:
+    lines = [f"u1,2025-01-01T00:00:0{i},view,i{i}" for i in range(5)]
+    header = "user_id,ts,event_type,item_id"
+    params = {"ingest": {"source": "files", "files": {"path": "*.csv"}}}
+    for given in (True, False):
+        for name in ("1.csv", "2.csv"):
+            ids = [f"e{i},{line}" for i, line in enumerate(lines)] if given else lines
+            write_csv(tmp_path / name, *ids, header=f"event_id,{header}" if given else header)
+        report = run(tmp_path, files={"path": "*.csv"})
+        assert (report["events"], report["duplicates"]) == (5, 5)
+        told = ingest.run(config.parse_params(params), tmp_path)
+        assert ("map event_id or set ingest.files.keep_repeats" in told) != given
 
 
 def test_until_is_a_snapshot(tmp_path: Path) -> None:
