@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol, TypeAlias
 import pyarrow as pa
 
 from pipelines.config import ColumnMapping
+from pipelines.errors import UserError
 from pipelines.events import EVENT_SCHEMA, ITEM_SCHEMA, USER_SCHEMA
 
 
@@ -103,3 +104,44 @@ def quarantine(source: str, rows: Column, reasons: Column, records: Column) -> p
     return pa.table([sources, rows, reasons, records], names=QUARANTINE_SCHEMA.names).cast(
         QUARANTINE_SCHEMA
     )
+
+
+def choose_origins(
+    kind: Kind, mapping: Mapping, source: str, found: list[str], section: str
+) -> dict[str, ColumnMapping]:
+    """Return where each column of a table comes from; columns without an origin are left out.
+
+    Args:
+        kind: the table.
+        mapping: the user's mapping.
+        source: the file's name.
+        found: the file's columns.
+        section: the settings that hold the mapping, for messages.
+
+    Raises:
+        UserError: a column that is mapped or required is not in the file.
+    """
+    origins: dict[str, ColumnMapping] = {}
+    for field in SCHEMAS[kind]:
+        name = field.name
+        origin = mapping.get(name)
+        if name in mapping and origin is None:
+            continue
+        if origin is not None:
+            if origin.column is not None and origin.column not in found:
+                raise UserError(
+                    f"{source}: no column {origin.column} ({section}.mapping.{name});"
+                    f" found {', '.join(found)}"
+                )
+            origins[name] = origin
+        elif name in found:
+            origins[name] = ColumnMapping(column=name)
+        elif not field.nullable:
+            advice = f"; map it in {section}.mapping.{name}" if kind is Kind.EVENTS else ""
+            raise UserError(f"{source}: no column {name}{advice}; found {', '.join(found)}")
+    return origins
+
+
+def needed_columns(origins: dict[str, ColumnMapping]) -> list[str]:
+    """Return the columns of the source that are read, each once."""
+    return list(dict.fromkeys(o.column for o in origins.values() if o.column is not None))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +15,15 @@ from pipelines.address import parse_address
 from pipelines.config import ColumnMapping, Database
 from pipelines.errors import UserError
 from pipelines.events import USER_SCHEMA
-from pipelines.sources.base import ROW, Batch, Kind, Mapping
+from pipelines.sources.base import (
+    ROW,
+    SCHEMAS,
+    Batch,
+    Kind,
+    Mapping,
+    choose_origins,
+    needed_columns,
+)
 
 URL_VARIABLE: Final = "FORECART_STORE"
 DEFAULT_URL: Final = "sqlite:///.forecart/events.db"
@@ -21,6 +31,10 @@ DEFAULT_URL: Final = "sqlite:///.forecart/events.db"
 # Where the collecting service keeps what the shop knows of its users.
 PROFILES: Final = "profiles"
 
+# The primary key of the collecting service's tables, which tells the order of arrival.
+_NUMBER: Final = "number"
+
+_SECTION: Final = "ingest.database"
 _ROWS_PER_CHUNK: Final = 1 << 16
 
 
@@ -28,8 +42,9 @@ class DatabaseSource:
     """Events, and perhaps users and items, from tables.
 
     Rows are read in the order of the primary key, or of all columns where there is none. What
-    changes is noticed by the number of rows and the extremes of the key: rows that are added or
-    deleted are, rows that are changed in place are not.
+    changes is noticed by a hash over all that is read. Tables of the collecting service, whose
+    rows are added and deleted but never changed, are described by how many there are and by the
+    extremes of their numbers instead: that is quick however many there are.
     """
 
     def __init__(self, params: Database, root: Path = Path()) -> None:
@@ -43,9 +58,7 @@ class DatabaseSource:
         self._root = root
 
     def fingerprint(self) -> dict[str, Any]:
-        """See ``Source``: counts and extremes of the keys, table by table."""
-        from sqlalchemy import func, select
-
+        """See ``Source``: a hash of each table, or its number of rows and their extremes."""
         tables: dict[str, Any] = {}
         with self._connect() as (engine, connection):
             for kind in Kind:
@@ -53,16 +66,18 @@ class DatabaseSource:
                 if name is None:
                     continue
                 table = self._reflect(engine, name)
-                keys = list(table.primary_key.columns) or list(table.columns)
-                extremes = [extreme(key) for key in keys for extreme in (func.min, func.max)]
-                row = connection.execute(select(func.count(), *extremes).select_from(table)).one()
-                tables[kind.value] = {"table": name, "found": [_to_json(v) for v in row]}
+                if _is_numbered(table, kind):
+                    tables[kind.value] = {"table": name, "found": _count(connection, table)}
+                else:
+                    columns = self._needed(kind, table)
+                    content = _Content()
+                    for rows in _stream(connection, table, columns):
+                        content.add(rows)
+                    tables[kind.value] = {"table": name, **content.describe()}
         return {"source": "database", **tables}
 
     def read(self, kind: Kind) -> Iterator[Batch]:
         """See ``Source``."""
-        from sqlalchemy import select
-
         from pipelines.sources.mapping import Mapper, connect
 
         with self._connect() as (engine, connection):
@@ -72,15 +87,10 @@ class DatabaseSource:
             table = self._reflect(engine, name)
             schema = pa.schema([pa.field(c.name, _arrow_type(c.type)) for c in table.columns])
             mapping = self._complete(kind, schema)
-            mapper = Mapper(kind, mapping, name, schema, connect())
-            order = list(table.primary_key.columns) or list(table.columns)
-            query = select(*(table.c[column] for column in mapper.columns)).order_by(*order)
+            mapper = Mapper(kind, mapping, name, schema, connect(), _SECTION)
             wanted = pa.schema([schema.field(column) for column in mapper.columns])
-            stream = connection.execution_options(
-                stream_results=True, yield_per=_ROWS_PER_CHUNK
-            ).execute(query)
             first = 1
-            for rows in stream.partitions():
+            for rows in _stream(connection, table, mapper.columns):
                 columns = [
                     _to_arrow([row[i] for row in rows], field.type)
                     for i, field in enumerate(wanted)
@@ -109,6 +119,12 @@ class DatabaseSource:
                 columns = {column["name"] for column in found.get_columns(PROFILES)}
                 return PROFILES if columns >= set(USER_SCHEMA.names) else None
         return name
+
+    def _needed(self, kind: Kind, table: Any) -> list[str]:
+        """Return the columns that are read."""
+        names = [column.name for column in table.columns]
+        mapping: Mapping = self._params.mapping if kind is Kind.EVENTS else {}
+        return needed_columns(choose_origins(kind, mapping, table.name, names, _SECTION))
 
     def _complete(self, kind: Kind, schema: pa.Schema) -> Mapping:
         """Read an unmapped time that is a whole number as microseconds, as the service stores."""
@@ -163,6 +179,49 @@ class DatabaseSource:
             raise UserError(f"ingest.database: there is no table {name}") from None
 
 
+class _Content:
+    """Takes a hash over rows as they are read, in whatever chunks they come."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._rows = 0
+
+    def add(self, rows: Sequence[Any]) -> None:
+        values = [tuple(row) for row in rows]
+        text = json.dumps(values, default=_to_text, separators=(",", ":"))
+        self._hash.update(text[1:-1].encode() + b",")
+        self._rows += len(rows)
+
+    def describe(self) -> dict[str, Any]:
+        return {"rows": self._rows, "digest": f"sha256:{self._hash.hexdigest()}"}
+
+
+def _is_numbered(table: Any, kind: Kind) -> bool:
+    """Return whether a table is the collecting service's: numbered rows that never change."""
+    names = {column.name for column in table.columns}
+    keys = [column.name for column in table.primary_key.columns]
+    service = kind in (Kind.EVENTS, Kind.USERS)
+    return service and keys == [_NUMBER] and names == {_NUMBER, *SCHEMAS[kind].names}
+
+
+def _count(connection: Any, table: Any) -> list[int | None]:
+    from sqlalchemy import func, select
+
+    number = table.c[_NUMBER]
+    query = select(func.count(), func.min(number), func.max(number)).select_from(table)
+    return list(connection.execute(query).one())
+
+
+def _stream(connection: Any, table: Any, columns: list[str]) -> Iterator[Sequence[Any]]:
+    """Yield chunks of rows in the table's order."""
+    from sqlalchemy import select
+
+    order = list(table.primary_key.columns) or list(table.columns)
+    query = select(*(table.c[column] for column in columns)).order_by(*order)
+    options = {"stream_results": True, "yield_per": _ROWS_PER_CHUNK}
+    yield from connection.execution_options(**options).execute(query).partitions()
+
+
 def _arrow_type(kind: Any) -> pa.DataType:
     from sqlalchemy import types
 
@@ -187,7 +246,3 @@ def _to_arrow(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 def _to_text(value: Any) -> str:
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _to_json(value: Any) -> Any:
-    return value if value is None or isinstance(value, int | str) else str(value)

@@ -146,7 +146,9 @@ class FilesSource:
         for file in files:
             try:
                 reader = _open_reader(fs, file, connection, keys, self._params)
-                mapper = Mapper(kind, mapping, file.name, reader.columns, connection)
+                mapper = Mapper(
+                    kind, mapping, file.name, reader.columns, connection, "ingest.files"
+                )
                 for chunk in reader.read(mapper.columns):
                     yield _add_refused(mapper.convert(chunk.table), file, chunk.refused)
             except FileNotFoundError:

@@ -24,7 +24,16 @@ import pyarrow.compute as pc
 from pipelines.config import ColumnMapping
 from pipelines.errors import UserError
 from pipelines.events import EVENT_TYPES, MAX_ID_LENGTH, MAX_QUERY_LENGTH
-from pipelines.sources.base import ROW, SCHEMAS, Batch, Kind, Mapping, quarantine
+from pipelines.sources.base import (
+    ROW,
+    SCHEMAS,
+    Batch,
+    Kind,
+    Mapping,
+    choose_origins,
+    needed_columns,
+    quarantine,
+)
 
 # A timestamp outside is damage or a wrong unit (milliseconds read as seconds are far in the
 # future, seconds read as milliseconds are in January 1970), and each wrong day would become
@@ -59,6 +68,8 @@ class Mapper:
             source column of the same name where there is one, else they are null.
         source: the file's name, for messages and the quarantine.
         columns: the file's columns with their types.
+        connection: compiles and runs the mapping.
+        section: the settings that hold the mapping, for messages.
 
     Raises:
         UserError: a mapped or required column is missing, or an option does not suit it.
@@ -71,16 +82,16 @@ class Mapper:
         source: str,
         columns: pa.Schema,
         connection: duckdb.DuckDBPyConnection,
+        section: str,
     ) -> None:
         """Compile the mapping."""
         self._schema = SCHEMAS[kind]
         self._kind = kind
         self._source = source
         self._connection = connection
-        self._origins = choose_origins(kind, mapping, source, columns.names)
-        self.columns = list(
-            dict.fromkeys(o.column for o in self._origins.values() if o.column is not None)
-        )
+        self._section = section
+        self._origins = choose_origins(kind, mapping, source, columns.names, section)
+        self.columns = needed_columns(self._origins)
         for name in self.columns:
             if columns.names.count(name) > 1:
                 raise UserError(f"{source}: there are two columns {name}")
@@ -131,7 +142,7 @@ class Mapper:
         origin = self._origins.get("ts")
         if origin is None:
             return
-        key = "ingest.files.mapping.ts"
+        key = f"{self._section}.mapping.ts"
         try:
             self._connection.execute(
                 "SELECT CAST(timezone($zone, TIMESTAMP '2000-01-01') AS VARCHAR)",
@@ -236,7 +247,9 @@ class Mapper:
             return _local_time(f"TRY_CAST({sql} AS TIMESTAMP)", origin.timezone)
         if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
             if origin.unit is None:
-                advice = f"; say in ingest.files.mapping.{name}.unit whether they are s, ms or us"
+                advice = (
+                    f"; say in {self._section}.mapping.{name}.unit whether they are s, ms or us"
+                )
                 raise UserError(
                     f"{self._source}: column {origin.column} holds numbers, not times"
                     + (advice if self._kind is Kind.EVENTS else "")
@@ -333,41 +346,6 @@ class Mapper:
     def _is_nan(self, name: str) -> str:
         # Text 'nan' is how some tools write a null; a NaN of a float column is not "given".
         return f"coalesce(isnan(TRY_CAST({self._text(name)} AS DOUBLE)), FALSE)"
-
-
-def choose_origins(
-    kind: Kind, mapping: Mapping, source: str, found: list[str]
-) -> dict[str, ColumnMapping]:
-    """Return where each column of a table comes from; columns without an origin are left out.
-
-    Args:
-        kind: the table.
-        mapping: the user's mapping.
-        source: the file's name.
-        found: the file's columns.
-
-    Raises:
-        UserError: a column that is mapped or required is not in the file.
-    """
-    origins: dict[str, ColumnMapping] = {}
-    for field in SCHEMAS[kind]:
-        name = field.name
-        origin = mapping.get(name)
-        if name in mapping and origin is None:
-            continue
-        if origin is not None:
-            if origin.column is not None and origin.column not in found:
-                raise UserError(
-                    f"{source}: no column {origin.column} (ingest.files.mapping.{name});"
-                    f" found {', '.join(found)}"
-                )
-            origins[name] = origin
-        elif name in found:
-            origins[name] = ColumnMapping(column=name)
-        elif not field.nullable:
-            advice = f"; map it in ingest.files.mapping.{name}" if kind is Kind.EVENTS else ""
-            raise UserError(f"{source}: no column {name}{advice}; found {', '.join(found)}")
-    return origins
 
 
 def _count(refused: pa.Table, reason: str) -> int:

@@ -64,6 +64,47 @@ def test_what_is_added_or_deleted_is_noticed(tmp_path: Path) -> None:
     assert source.fingerprint() not in (first, second)
 
 
+def make_log(path: Path, *rows: tuple[Any, ...], columns: str | None = None) -> DatabaseSource:
+    """Make a table of somebody else's shop."""
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        columns = (
+            columns or "id INTEGER PRIMARY KEY, who TEXT, at DATETIME, cost NUMERIC, n INTEGER"
+        )
+        connection.execute(text(f"CREATE TABLE log ({columns}, note TEXT)"))
+        for row in rows:
+            marks = ", ".join("?" * len(row))
+            connection.exec_driver_sql(f"INSERT INTO log VALUES ({marks}, 'x')", row)  # noqa: S608
+    mapping = {"user_id": "who", "ts": "at", "event_type": {"value": "view"}}
+    mapping |= {"price": "cost", "quantity": "n"}
+    return DatabaseSource(
+        Database.model_validate({"url": f"sqlite:///{path}", "events": "log", "mapping": mapping})
+    )
+
+
+def change(path: Path, statement: str) -> None:
+    with create_engine(f"sqlite:///{path}").begin() as connection:
+        connection.execute(text(statement))
+
+
+def test_what_is_changed_in_place_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "shop.db"
+    rows = [(i, "ann", f"2025-03-01 10:00:0{i}.000000", 9.5, i) for i in range(1, 6)]
+    source = make_log(path, *rows)
+    first = source.fingerprint()
+    assert first["events"]["rows"] == 5
+    monkeypatch.setattr("pipelines.sources.database._ROWS_PER_CHUNK", 2)
+    assert source.fingerprint() == first
+    change(path, "UPDATE log SET note = 'not read'")
+    assert source.fingerprint() == first
+    change(path, "UPDATE log SET cost = 9.75 WHERE id = 3")
+    assert source.fingerprint() != first
+    change(path, "UPDATE log SET cost = 9.5 WHERE id = 3")
+    assert source.fingerprint() == first
+
+
 def test_tables_of_others_are_mapped(tmp_path: Path) -> None:
     engine = create_engine(f"sqlite:///{tmp_path / 'shop.db'}")
     with engine.begin() as connection:
