@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +35,8 @@ PROFILES: Final = "profiles"
 # The primary key of the collecting service's tables, which tells the order of arrival.
 _NUMBER: Final = "number"
 
+_BOOLEANS: Final = {0: False, 1: True}
+
 _SECTION: Final = "ingest.database"
 _ROWS_PER_CHUNK: Final = 1 << 16
 
@@ -45,6 +48,9 @@ class DatabaseSource:
     changes is noticed by a hash over all that is read. Tables of the collecting service, whose
     rows are added and deleted but never changed, are described by how many there are and by the
     extremes of their numbers instead: that is quick however many there are.
+
+    A value that does not suit the type of its column is text, as it would be in a file: where it
+    cannot be read, its row goes to the quarantine.
     """
 
     def __init__(self, params: Database, root: Path = Path()) -> None:
@@ -85,19 +91,31 @@ class DatabaseSource:
             if name is None:
                 return
             table = self._reflect(engine, name)
-            schema = pa.schema([pa.field(c.name, _arrow_type(c.type)) for c in table.columns])
+            untyped = _is_untyped(connection)
+            schema = pa.schema([(c.name, _arrow_type(c.type, untyped)) for c in table.columns])
             mapping = self._complete(kind, schema)
-            mapper = Mapper(kind, mapping, name, schema, connect(), _SECTION)
-            wanted = pa.schema([schema.field(column) for column in mapper.columns])
+            mapping_connection = connect()
+
+            @cache
+            def map_text(*names: str) -> Mapper:
+                """Return the mapper of chunks in which these columns are text."""
+                kinds = [pa.string() if f.name in names else f.type for f in schema]
+                given = pa.schema(list(zip(schema.names, kinds, strict=True)))
+                return Mapper(kind, mapping, name, given, mapping_connection, _SECTION)
+
+            columns = map_text().columns
             first = 1
-            for rows in _stream(connection, table, mapper.columns):
-                columns = [
-                    _to_arrow([row[i] for row in rows], field.type)
-                    for i, field in enumerate(wanted)
-                ]
-                chunk = pa.table(columns, schema=wanted)
+            for rows in _stream(connection, table, columns):
+                chunk = pa.table(
+                    [
+                        _to_arrow([row[i] for row in rows], schema.field(column).type)
+                        for i, column in enumerate(columns)
+                    ],
+                    names=columns,
+                )
+                damaged = [f.name for f in chunk.schema if f.type != schema.field(f.name).type]
                 numbers = pa.array(range(first, first + len(rows)), pa.int64())
-                yield mapper.convert(chunk.add_column(0, ROW, numbers))
+                yield map_text(*damaged).convert(chunk.add_column(0, ROW, numbers))
                 first += len(rows)
 
     def _name(self, kind: Kind) -> str | None:
@@ -214,22 +232,31 @@ def _count(connection: Any, table: Any) -> list[int | None]:
 
 def _stream(connection: Any, table: Any, columns: list[str]) -> Iterator[Sequence[Any]]:
     """Yield chunks of rows in the table's order."""
-    from sqlalchemy import select
+    from sqlalchemy import select, type_coerce
+    from sqlalchemy.types import NullType
 
     order = list(table.primary_key.columns) or list(table.columns)
-    query = select(*(table.c[column] for column in columns)).order_by(*order)
+    wanted = [table.c[column] for column in columns]
+    if _is_untyped(connection):
+        wanted = [type_coerce(column, NullType()) for column in wanted]  # as it is stored
+    query = select(*wanted).order_by(*order)
     options = {"stream_results": True, "yield_per": _ROWS_PER_CHUNK}
     yield from connection.execution_options(**options).execute(query).partitions()
 
 
-def _arrow_type(kind: Any) -> pa.DataType:
+def _is_untyped(connection: Any) -> bool:
+    """Return whether a column's type says nothing sure of its values: SQLite takes any in any."""
+    return bool(connection.dialect.name == "sqlite")
+
+
+def _arrow_type(kind: Any, untyped: bool) -> pa.DataType:
     from sqlalchemy import types
 
     if isinstance(kind, types.Integer):
         return pa.int64()
     if isinstance(kind, types.Numeric | types.Float):
         return pa.float64()
-    if isinstance(kind, types.DateTime):
+    if isinstance(kind, types.DateTime) and not untyped:
         return pa.timestamp("us", tz="UTC" if kind.timezone else None)
     if isinstance(kind, types.Boolean):
         return pa.bool_()
@@ -237,12 +264,22 @@ def _arrow_type(kind: Any) -> pa.DataType:
 
 
 def _to_arrow(values: list[Any], kind: pa.DataType) -> pa.Array:
-    if pa.types.is_floating(kind):
-        values = [None if v is None else float(v) for v in values]
-    elif pa.types.is_string(kind):
-        values = [None if v is None else _to_text(v) for v in values]
-    return pa.array(values, kind)
+    """Return values as a column of a type; as text where one of them does not suit it."""
+    try:
+        if pa.types.is_floating(kind):
+            return pa.array([None if v is None else float(v) for v in values], kind)
+        if pa.types.is_boolean(kind):
+            return pa.array([None if v is None else _BOOLEANS[v] for v in values], kind)
+        if not pa.types.is_string(kind):
+            return pa.array(values, kind)
+    except (pa.ArrowException, ArithmeticError, KeyError, TypeError, ValueError):
+        pass
+    return pa.array([None if v is None else _to_text(v) for v in values], pa.string())
 
 
 def _to_text(value: Any) -> str:
-    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    if isinstance(value, float) and value.is_integer():
+        return f"{value:.0f}"  # an id
+    return str(value)

@@ -87,6 +87,44 @@ def change(path: Path, statement: str) -> None:
         connection.execute(text(statement))
 
 
+def test_values_that_do_not_suit_their_column_cost_their_row_alone(tmp_path: Path) -> None:
+    at = "2025-03-01 10:00:00.000000"
+    source = make_log(
+        tmp_path / "shop.db",
+        (1, "ann", at, 9.5, 1),
+        (2, "ann", "gestern", 9.5, 1),
+        (3, "ann", at, "teuer", 1),
+        (4, "ann", at, 9.5, "zwei"),
+        (5, 17.0, "2025-03-01", "9.5", 2.5),
+        (6, None, 3, b"\xff", b"\xff"),
+        (7, "ann", 1740823200, 9, 1),
+    )
+    (batch,) = source.read(Kind.EVENTS)
+    found = [(row["row"], row["reason"]) for row in batch.quarantined.to_pylist()]
+    assert found == [
+        (2, "ts cannot be read"),
+        (3, "price is not a number"),
+        (4, "quantity is not a number"),
+        (7, "ts cannot be read"),
+    ]
+    assert (batch.rows, batch.anonymous) == (7, 1)
+    assert '"at":"gestern"' in batch.quarantined.column("record")[0].as_py()
+    assert [(r["user_id"], r["price"], r["quantity"]) for r in batch.table.to_pylist()] == [
+        ("ann", 9.5, 1.0),
+        ("17.0", 9.5, 2.5),
+    ]
+    assert batch.table.to_pylist()[0]["ts"] == datetime(2025, 3, 1, 10, tzinfo=UTC)
+    assert source.fingerprint()["events"]["rows"] == 7
+
+
+def test_ids_in_a_column_of_numbers_stay_whole(tmp_path: Path) -> None:
+    columns = "id INTEGER PRIMARY KEY, who STRING, at DATE, cost NUMERIC, n BOOLEAN"
+    rows = [(i, who, "2025-03-01", 1, 1) for i, who in enumerate(("17", "ann", 2.0**60), 1)]
+    found = read(make_log(tmp_path / "shop.db", *rows, columns=columns))
+    assert [row["user_id"] for row in found] == ["17", "ann", str(2**60)]
+    assert found[0]["quantity"] == 1.0
+
+
 def test_what_is_changed_in_place_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
