@@ -161,16 +161,18 @@ class DatabaseSource:
         from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
         text = self._params.url or os.environ.get(URL_VARIABLE, DEFAULT_URL)
+        setting = f"{_SECTION}.url" if self._params.url else URL_VARIABLE
         try:
             url = parse_address(text)
             if url.get_backend_name() == "sqlite" and url.database:
                 path = self._root / url.database
                 if not path.exists():
-                    raise UserError(f"{path}: no such database; set {URL_VARIABLE}")
+                    change = "correct" if self._params.url else "set"
+                    raise UserError(f"{path}: no such database; {change} {setting}")
                 url = url.set(database=str(path))
             engine = create_engine(url)
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
-            raise UserError(f"ingest.database.url: {error}") from None
+            raise UserError(f"{setting}: {error}") from None
 
         @contextmanager
         def opened() -> Iterator[Any]:
@@ -194,7 +196,7 @@ class DatabaseSource:
         try:
             return Table(table, MetaData(), schema=schema or None, autoload_with=engine)
         except NoSuchTableError:
-            raise UserError(f"ingest.database: there is no table {name}") from None
+            raise UserError(f"{_SECTION}: there is no table {name}") from None
 
 
 class _Content:

@@ -175,15 +175,44 @@ def test_tables_of_others_are_mapped(tmp_path: Path) -> None:
     assert read(source, Kind.ITEMS) == []
 
 
-def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
+def test_mistakes_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = collect(tmp_path / "events.db", EVENTS)
     for params, match in (
         (Database(url=url, events="log"), "there is no table log"),
-        (Database(url=f"sqlite:///{tmp_path}/none.db"), "no such database"),
-        (Database(url="nonsense"), "ingest.database.url"),
+        (
+            Database(url=f"sqlite:///{tmp_path}/none.db"),
+            "none.db: no such database; correct ingest.database.url",
+        ),
+        (Database(url="nonsense"), "ingest.database.url: "),
+        (
+            Database.model_validate({"url": url, "mapping": {"price": "cost"}}),
+            r"events: no column cost \(ingest\.database\.mapping\.price\); found number, event_id",
+        ),
+        (
+            Database.model_validate({"url": url, "mapping": {"ts": {"column": "number"}}}),
+            "say in ingest.database.mapping.ts.unit",
+        ),
+        (
+            Database.model_validate(
+                {"url": url, "mapping": {"ts": {"column": "ts", "unit": "us", "timezone": "x"}}}
+            ),
+            "ingest.database.mapping.ts.timezone: no time zone 'x'",
+        ),
     ):
         with pytest.raises(UserError, match=match):
             DatabaseSource(params).fingerprint()
+            list(DatabaseSource(params).read(Kind.EVENTS))
+    for address, match in (("sqlite:///none.db", "set FORECART_STORE"), ("x", "FORECART_STO")):
+        monkeypatch.setenv(URL_VARIABLE, address)
+        with pytest.raises(UserError, match=match):
+            DatabaseSource(Database(), tmp_path).fingerprint()
+    make_log(tmp_path / "shop.db")
+    change(tmp_path / "shop.db", "ALTER TABLE log RENAME COLUMN who TO whom")
+    params = Database.model_validate(
+        {"url": f"sqlite:///{tmp_path}/shop.db", "events": "log", "mapping": {"user_id": "who"}}
+    )
+    with pytest.raises(UserError, match=r"log: no column who \(ingest\.database\.mapping\.user_id"):
+        DatabaseSource(params).fingerprint()
     secret = Database(url="postgresql+psycopg://u:hunter2@127.0.0.1:1/x")
     with pytest.raises(UserError) as caught:
         DatabaseSource(secret).fingerprint()
