@@ -97,6 +97,10 @@ class Source(Protocol):
         """
         ...
 
+    def fingerprint_read(self) -> dict[str, Any]:
+        """Describe, as ``fingerprint`` does, what every kind held while it was read."""
+        ...
+
 
 def quarantine(source: str, rows: Column, reasons: Column, records: Column) -> pa.Table:
     """Return a quarantine table of one source."""

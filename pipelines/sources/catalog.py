@@ -44,6 +44,10 @@ class SimulatorSource:
                 rows=part.num_rows,
             )
 
+    def fingerprint_read(self) -> dict[str, Any]:
+        """See ``Source``."""
+        return self.fingerprint()
+
     def _simulate(self) -> dict[Kind, pa.Table]:
         from pipelines.sources.simulator import SimulatorParams, simulate
 
@@ -51,15 +55,18 @@ class SimulatorSource:
         return {Kind.EVENTS: shop.events, Kind.USERS: shop.users, Kind.ITEMS: shop.items}
 
 
-def open_source(params: config.Ingest, root: Path = Path()) -> Source:
+def open_source(
+    params: config.Ingest, root: Path = Path(), found: dict[str, Any] | None = None
+) -> Source:
     """Return the source that params.yaml names.
 
     Args:
         params: the ``ingest`` section.
         root: folder that relative paths start from.
+        found: its fingerprint, past which a source that grows is not read.
     """
     if params.source is config.Source.DATABASE:
-        return DatabaseSource(params.database, root)
+        return DatabaseSource(params.database, root, found)
     if params.source is config.Source.FILES:
         return FilesSource(params.files, root)
     return SimulatorSource(params.simulator)

@@ -53,15 +53,20 @@ class DatabaseSource:
     cannot be read, its row goes to the quarantine.
     """
 
-    def __init__(self, params: Database, root: Path = Path()) -> None:
+    def __init__(
+        self, params: Database, root: Path = Path(), found: dict[str, Any] | None = None
+    ) -> None:
         """Remember where to look; nothing is opened yet.
 
         Args:
             params: the ``ingest.database`` section.
             root: folder that a relative SQLite path starts from.
+            found: the fingerprint. The service's events that came after it are not read.
         """
         self._params = params
         self._root = root
+        self._found = found or {}
+        self._read: dict[str, Any] = {}
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Source``: a hash of each table, or its number of rows and their extremes."""
@@ -104,8 +109,14 @@ class DatabaseSource:
                 return Mapper(kind, mapping, name, given, mapping_connection, _SECTION)
 
             columns = map_text().columns
+            found = self._found.get(kind.value, {})
+            described = found.get("table") == name and "found" in found
+            numbered = described and _is_numbered(table, kind)
+            last = found["found"][2] or 0 if numbered and kind is Kind.EVENTS else None
+            content = _Content()
             first = 1
-            for rows in _stream(connection, table, columns):
+            for rows in _stream(connection, table, columns, last):
+                content.add(rows)
                 chunk = pa.table(
                     [
                         _to_arrow([row[i] for row in rows], schema.field(column).type)
@@ -117,6 +128,12 @@ class DatabaseSource:
                 numbers = pa.array(range(first, first + len(rows)), pa.int64())
                 yield map_text(*damaged).convert(chunk.add_column(0, ROW, numbers))
                 first += len(rows)
+            # The service goes on collecting meanwhile: that is no damage, and the next run's.
+            self._read[kind.value] = found if numbered else {"table": name, **content.describe()}
+
+    def fingerprint_read(self) -> dict[str, Any]:
+        """See ``Source``."""
+        return {"source": "database", **self._read}
 
     def _name(self, kind: Kind) -> str | None:
         names = {
@@ -232,8 +249,10 @@ def _count(connection: Any, table: Any) -> list[int | None]:
     return list(connection.execute(query).one())
 
 
-def _stream(connection: Any, table: Any, columns: list[str]) -> Iterator[Sequence[Any]]:
-    """Yield chunks of rows in the table's order."""
+def _stream(
+    connection: Any, table: Any, columns: list[str], last: int | None = None
+) -> Iterator[Sequence[Any]]:
+    """Yield chunks of rows in the table's order, up to the number ``last`` where it is given."""
     from sqlalchemy import select, type_coerce
     from sqlalchemy.types import NullType
 
@@ -242,6 +261,8 @@ def _stream(connection: Any, table: Any, columns: list[str]) -> Iterator[Sequenc
     if _is_untyped(connection):
         wanted = [type_coerce(column, NullType()) for column in wanted]  # as it is stored
     query = select(*wanted).order_by(*order)
+    if last is not None:
+        query = query.where(table.c[_NUMBER] <= last)
     options = {"stream_results": True, "yield_per": _ROWS_PER_CHUNK}
     yield from connection.execution_options(**options).execute(query).partitions()
 

@@ -162,6 +162,10 @@ class FilesSource:
                 raise UserError(f"{file.name}: {_explain_damage(file, error)}") from None
         keys.check()
 
+    def fingerprint_read(self) -> dict[str, Any]:
+        """See ``Source``: what is there once all is read."""
+        return self.fingerprint()
+
     def _path(self, kind: Kind) -> str | None:
         return {
             Kind.EVENTS: self._params.path,

@@ -186,7 +186,7 @@ class _Places:
 def run(params: Params, root: Path = Path()) -> str:
     """Ingest the source.
 
-    Reads ``data/source.json`` (only to insist on the order of stages) and the source; writes
+    Reads ``data/source.json`` and the source, which must be what is described there; writes
     ``data/events/day=YYYY-MM-DD/part-0.parquet`` (sorted by ts, event_id), ``data/entities``
     (users, items), ``data/quarantine/ingest`` and ``reports/ingest.json``.
 
@@ -198,11 +198,11 @@ def run(params: Params, root: Path = Path()) -> str:
         One line for people.
 
     Raises:
-        UserError: the source cannot be read, too many rows break the schema (these are then
-            in the quarantine to look at), or no event is left.
+        UserError: the source cannot be read or has changed, too many rows break the schema
+            (these are then in the quarantine to look at), or no event is left.
     """
-    read_json(root / fingerprint.OUTPUT)
-    source = open_source(params.ingest, root)
+    found = read_json(root / fingerprint.OUTPUT)
+    source = open_source(params.ingest, root, found)
     counts, entity_counts = _Counts(), _Counts()
     with ExitStack() as stack:
         connection = _open_store(root, stack)
@@ -219,6 +219,12 @@ def run(params: Params, root: Path = Path()) -> str:
             repeats = _resolve_repeats(connection, quarantine, counts, places, keep)
             users = _read_entities(source, Kind.USERS, quarantine, entity_counts)
             items = _read_entities(source, Kind.ITEMS, quarantine, entity_counts)
+        # DVC would give the events of one content for another's, whenever that comes back.
+        if fingerprint.take_digest(source.fingerprint_read()) != found.get("digest"):
+            raise UserError(
+                f"the source is not what {fingerprint.OUTPUT} describes: it changed before or while"
+                " it was read; run dvc repro again, or forecart fingerprint and forecart ingest"
+            )
         _check_share(counts, params.ingest.max_quarantine_share, "rows")
         _check_share(entity_counts, params.ingest.max_quarantine_share, "rows of users and items")
 

@@ -143,6 +143,32 @@ def test_what_is_changed_in_place_is_noticed(
     assert source.fingerprint() == first
 
 
+def test_what_was_read_is_compared_with_the_fingerprint(tmp_path: Path) -> None:
+    path = tmp_path / "shop.db"
+    rows = [(i, "ann", f"2025-03-01 10:00:0{i}.000000", 9.5, i) for i in range(1, 6)]
+    source = make_log(path, *rows)
+    first = source.fingerprint()
+    read(source)
+    assert source.fingerprint_read() == first
+    change(path, "UPDATE log SET cost = 9.75 WHERE id = 3")
+    read(source)
+    assert source.fingerprint_read() != first
+
+
+def test_what_the_service_collects_after_the_fingerprint_is_the_next_runs(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    params = Database(url=collect(path, EVENTS[:2]))
+    Store(f"sqlite:///{path}").keep_profile("ann", {"age": 33.0})
+    found = DatabaseSource(params).fingerprint()
+    collect(path, EVENTS[2:])
+    Store(f"sqlite:///{path}").keep_profile("ann", {"age": 34.0})
+    source = DatabaseSource(params, found=found)
+    assert [row["user_id"] for row in read(source)] == ["ann", "bob"]
+    assert read(source, Kind.USERS)[0]["age"] == 34.0
+    assert source.fingerprint_read() == found
+    assert len(read(DatabaseSource(params))) == 3
+
+
 def test_tables_of_others_are_mapped(tmp_path: Path) -> None:
     engine = create_engine(f"sqlite:///{tmp_path / 'shop.db'}")
     with engine.begin() as connection:

@@ -337,6 +337,24 @@ def test_fingerprint_changes_with_the_simulator(tmp_path: Path) -> None:
     assert len(digests) == 2
 
 
+def test_a_source_that_changed_after_its_fingerprint_stops_the_run(tmp_path: Path) -> None:
+    write_csv(tmp_path / "1.csv", "u1,2025-01-01,view,i1,1,")
+    run(tmp_path, files={"path": "*.csv"})
+    before = digest_directory(tmp_path / "data/events")
+    params = config.parse_params({"ingest": {"source": "files", "files": {"path": "*.csv"}}})
+    write_csv(tmp_path / "2.csv", "u2,2025-01-01,view,i1,1,")
+    with pytest.raises(UserError, match=r"changed before or while it was read; run dvc repro"):
+        ingest.run(params, tmp_path)
+    (tmp_path / "2.csv").unlink()
+    write_csv(tmp_path / "1.csv", "u1,2025-01-01,view,i1,2,")  # as long as before
+    with pytest.raises(UserError, match=r"changed before or while it was read"):
+        ingest.run(params, tmp_path)
+    assert digest_directory(tmp_path / "data/events") == before
+    fingerprint.run(params, tmp_path)
+    ingest.run(params, tmp_path)
+    assert digest_directory(tmp_path / "data/events") != before
+
+
 def test_ingest_wants_the_fingerprint_first(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"source\.json"):
         ingest.run(config.parse_params({}), tmp_path)
