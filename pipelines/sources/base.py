@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -36,6 +36,7 @@ SCHEMAS: Final[dict[Kind, pa.Schema]] = {
 }
 
 ROW: Final = "row"
+UNKNOWN_TYPE: Final = "unknown event_type"
 
 # Rows that break the schema. `row` counts the rows of `source` from 1, headers not included.
 QUARANTINE_SCHEMA: Final = pa.schema(
@@ -65,6 +66,7 @@ class Batch:
         rows: rows read, those set aside included.
         anonymous: rows without a user id. They are no damage, and no use either.
         ignored: rows of an event type that the mapping leaves out on purpose.
+        unknown_types: how many of the rows refused for their event type hold which.
     """
 
     source: str
@@ -74,6 +76,7 @@ class Batch:
     rows: int
     anonymous: int = 0
     ignored: int = 0
+    unknown_types: dict[str, int] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -126,8 +129,8 @@ def choose_origins(
         UserError: a column that is mapped or required is not in the file.
     """
     origins: dict[str, ColumnMapping] = {}
-    for field in SCHEMAS[kind]:
-        name = field.name
+    for column in SCHEMAS[kind]:
+        name = column.name
         origin = mapping.get(name)
         if name in mapping and origin is None:
             continue
@@ -140,7 +143,7 @@ def choose_origins(
             origins[name] = origin
         elif name in found:
             origins[name] = ColumnMapping(column=name)
-        elif not field.nullable:
+        elif not column.nullable:
             advice = f"; map it in {section}.mapping.{name}" if kind is Kind.EVENTS else ""
             raise UserError(f"{source}: no column {name}{advice}; found {', '.join(found)}")
     return origins

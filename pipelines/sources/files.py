@@ -47,6 +47,8 @@ _ROWS_PER_CHUNK: Final = 1 << 17
 # A longer value is a quotation mark that nobody closed: it has swallowed the lines after it.
 _MAX_VALUE_BYTES: Final = 1 << 16
 
+_NOT_UTF8: Final = "UTF-8 text; save the file as UTF-8 (it may be UTF-16 or of Windows)"
+
 _DELIMITERS: Final = ",;\t|"
 
 # Cannot occur in JSON text, where control characters are escaped.
@@ -434,9 +436,9 @@ def _read_first_line(file: _File, stream: pa.NativeFile) -> str:
     try:
         text: str = line.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{file.name}: the first line is not UTF-8 text") from None
+        raise UserError(f"{file.name}: the first line is not {_NOT_UTF8}") from None
     if "\0" in text:
-        raise UserError(f"{file.name}: the first line is not UTF-8 text (UTF-16 perhaps)")
+        raise UserError(f"{file.name}: the first line is not {_NOT_UTF8}")
     return text
 
 

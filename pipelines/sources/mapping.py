@@ -27,6 +27,7 @@ from pipelines.events import EVENT_TYPES, MAX_ID_LENGTH, MAX_QUERY_LENGTH
 from pipelines.sources.base import (
     ROW,
     SCHEMAS,
+    UNKNOWN_TYPE,
     Batch,
     Kind,
     Mapping,
@@ -135,7 +136,20 @@ class Mapper:
             rows=chunk.num_rows,
             anonymous=anonymous,
             ignored=ignored,
+            unknown_types=self._count_unknown(chunk, refused),
         )
+
+    def _count_unknown(self, chunk: pa.Table, refused: pa.Table) -> dict[str, int]:
+        """Return how often which event type is refused as unknown."""
+        unknown = refused.filter(pc.equal(refused.column("reason"), UNKNOWN_TYPE)).column(ROW)
+        if not unknown.length():
+            return {}
+        column = self._origins["event_type"].column
+        if column is None:
+            return {str(self._origins["event_type"].value): unknown.length()}
+        found = chunk.filter(pc.is_in(chunk.column(ROW), unknown)).column(column)
+        names = pc.utf8_trim_whitespace(found.cast(pa.string()))
+        return {entry["values"]: entry["counts"] for entry in pc.value_counts(names).to_pylist()}
 
     def _check_options(self) -> None:
         """Try the options of time, so that a mistake shows before any row is read."""
@@ -338,7 +352,7 @@ class Mapper:
         checks.append(
             (
                 f"g_event_type AND (v_event_type IS NULL OR v_event_type NOT IN ({types}))",
-                "unknown event_type",
+                UNKNOWN_TYPE,
             )
         )
         return checks

@@ -109,7 +109,7 @@ def _build(params: Params, connection: Any, caches: ExitStack, root: Path, folde
     notes = "".join(f"; {note['name']} left out: {note['why']}" for note in omitted)
     fewer = params.cuts.train - sum(c.split is Split.TRAIN for c in cuts)
     if fewer:
-        notes += f"; {fewer} of {params.cuts.train} training cuts left out: the events are too few"
+        notes += f"; {fewer} of {params.cuts.train} training cuts left out: the log is too short"
     return (
         f"{sequences.events:,} events of {sequences.users:,} users, "
         f"{snapshots.num_rows:,} snapshots at {len(cuts)} cuts, {len(targets)} targets "

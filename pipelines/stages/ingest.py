@@ -16,6 +16,7 @@ Rules, the same for every source:
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ from pipelines.errors import UserError
 from pipelines.events import EVENT_SCHEMA, ITEM_SCHEMA, TIMESTAMP, USER_SCHEMA, EventType
 from pipelines.io import progress, read_json, replace_directory, write_json, write_table
 from pipelines.sources import base
-from pipelines.sources.base import QUARANTINE_SCHEMA, ROW, Batch, Kind
+from pipelines.sources.base import QUARANTINE_SCHEMA, ROW, UNKNOWN_TYPE, Batch, Kind
 from pipelines.sources.catalog import open_source
 from pipelines.sources.files import OPEN_QUOTE, OPEN_QUOTE_ADVICE
 from pipelines.stages import fingerprint
@@ -55,7 +56,9 @@ _MICROSECONDS_PER_DAY: Final = 86_400_000_000
 _EXAMPLES: Final = 3
 _MANY_DUPLICATES: Final = 0.05
 _ANOTHER_EVENT: Final = "event_id of another event"
+_MOST_TYPES: Final = 1000
 _ADVICE: Final = {
+    UNKNOWN_TYPE: "say in mapping.event_type.values what they are; null leaves a type out",
     OPEN_QUOTE: OPEN_QUOTE_ADVICE,
     _ANOTHER_EVENT: "map event_id to a column with an id of its own for each event, or to null",
 }
@@ -127,6 +130,8 @@ class _Counts:
     after_until: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    unknown_types: Counter[str] = field(default_factory=Counter)
+    origins: dict[str, str] = field(default_factory=dict)  # column of the schema -> of the source
 
     @property
     def quarantined(self) -> int:
@@ -141,6 +146,9 @@ class _Counts:
         self.anonymous += batch.anonymous
         self.ignored += batch.ignored
         self.add_refused(batch.quarantined)
+        self.unknown_types.update(batch.unknown_types)
+        if len(self.unknown_types) > 2 * _MOST_TYPES:  # of a column that holds no types at all
+            self.unknown_types = Counter(dict(self.unknown_types.most_common(_MOST_TYPES)))
 
     def add_refused(self, refused: pa.Table) -> None:
         for entry in pc.value_counts(refused.column("reason")).to_pylist():
@@ -149,13 +157,27 @@ class _Counts:
                 found = pc.equal(refused.column("reason"), entry["values"])
                 row = refused.filter(found).slice(0, 1).to_pylist()[0]
                 self.examples[entry["values"]] = (
-                    f"{row['source']} row {row[ROW]}: {_shorten(row['record'])}"
+                    f"{row['source']} row {row[ROW]}: {self._show(row['reason'], row['record'])}"
                 )
+
+    def _show(self, reason: str, record: str) -> str:
+        """Return the start of a record, the value that the reason is about first."""
+        values = json.loads(record)
+        for word in reason.split():
+            name = self.origins.get(word, word)
+            if name in values:
+                values = {name: values[name], **values}
+        return _shorten(json.dumps(values, ensure_ascii=False))
 
     def explain(self) -> str:
         """Return the most frequent reasons, each with an example, and what to do where known."""
+        types = ", ".join(
+            f"{_shorten(kind, 40)} {count:,}"
+            for kind, count in _by_frequency(self.unknown_types)[:5]
+        )
+        named = {UNKNOWN_TYPE: f": {types}"} if types else {}
         return "; ".join(
-            f"{reason} ({count:,}, e.g. {self.examples[reason]})"
+            f"{reason}{named.get(reason, '')} ({count:,}, e.g. {self.examples[reason]})"
             + (f": {_ADVICE[reason]}" if reason in _ADVICE else "")
             for reason, count in _by_frequency(self.reasons)[:_EXAMPLES]
         )
@@ -203,7 +225,7 @@ def run(params: Params, root: Path = Path()) -> str:
     """
     found = read_json(root / fingerprint.OUTPUT)
     source = open_source(params.ingest, root, found)
-    counts, entity_counts = _Counts(), _Counts()
+    counts, entity_counts = _Counts(origins=_list_origins(params)), _Counts()
     with ExitStack() as stack:
         connection = _open_store(root, stack)
         with (
@@ -257,6 +279,14 @@ def run(params: Params, root: Path = Path()) -> str:
     }
     write_json(root / REPORT, report)
     return _tell(report, _advise(repeats, counts, params))
+
+
+def _list_origins(params: Params) -> dict[str, str]:
+    """Return the source columns of the event columns that are mapped."""
+    sections = {Source.FILES: params.ingest.files, Source.DATABASE: params.ingest.database}
+    section = sections.get(params.ingest.source)
+    mapping = section.mapping.items() if section else []
+    return {name: o.column for name, o in mapping if o is not None and o.column is not None}
 
 
 def _advise(repeats: _Repeats, counts: _Counts, params: Params) -> str:

@@ -423,6 +423,13 @@ def test_a_target_without_events_is_left_out_with_a_note(params: Params, tmp_pat
     assert not [n for n in names if n.startswith("y_search")]
 
 
+def test_training_cuts_that_a_short_log_lacks_are_told(params: Params, tmp_path: Path) -> None:
+    write_log(tmp_path, make_log())
+    cuts = params.cuts.model_copy(update={"train": 50})
+    told = run(params.model_copy(update={"cuts": cuts}), tmp_path)
+    assert "of 50 training cuts left out: the log is too short" in told
+
+
 def test_no_purchases_leave_search_and_churn(params: Params, tmp_path: Path) -> None:
     write_log(tmp_path, without("purchase"))
     run(params, tmp_path)

@@ -519,7 +519,7 @@ def test_quotation_marks_within_values_are_text(tmp_path: Path) -> None:
 
 def test_other_encodings_are_told(tmp_path: Path) -> None:
     (tmp_path / "e.csv").write_bytes("\n".join([HEADER, *LINES]).encode("utf-16"))
-    with pytest.raises(UserError, match=r"e\.csv: the first line is not UTF-8"):
+    with pytest.raises(UserError, match=r"e\.csv: the first line is not UTF-8 text; save"):
         read(tmp_path, path="e.csv")
 
 

@@ -231,7 +231,10 @@ def test_too_many_bad_rows_stop_the_run_and_can_be_looked_at(tmp_path: Path) -> 
     message = str(caught.value)
     assert "3 of 20 rows (15.0%)" in message
     assert "ingest.max_quarantine_share (5.0%)" in message
-    assert 'unknown event_type (1, e.g. e.csv row 19: {"user_id":"u1"' in message
+    assert (
+        'unknown event_type: dance 1 (1, e.g. e.csv row 19: {"event_type": "dance", "user_id"'
+        in message
+    )
     assert "\n" not in message
     table = quarantined(tmp_path)
     assert table.schema == QUARANTINE_SCHEMA
@@ -242,6 +245,21 @@ def test_too_many_bad_rows_stop_the_run_and_can_be_looked_at(tmp_path: Path) -> 
     ]
     assert digest_directory(tmp_path / "data/events") == before
     assert run(tmp_path, max_quarantine_share=0.15)["quarantined"]["rows"] == 3
+
+
+def test_too_many_unknown_event_types_are_named(tmp_path: Path) -> None:
+    kinds = ["kauf"] * 5 + ["ansicht"] * 9 + [" kauf"] * 2 + ["x" * 300, "view"]
+    lines = [f"{'n' * 200},u1,2025-01-01T00:00:{i:02},{kind}" for i, kind in enumerate(kinds)]
+    write_csv(tmp_path / "e.csv", *lines, header="user_id,brand,ts,what")
+    mapping = {"event_type": {"column": "what", "values": {"view": "view"}}}
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, files={"mapping": mapping})
+    message = str(caught.value)
+    assert f"unknown event_type: ansicht 9, kauf 7, {'x' * 37}... 1 (17, e.g. " in message
+    assert 'e.csv row 1: {"what": "kauf", "user_id": "nnn' in message
+    assert "say in mapping.event_type.values what they are; null leaves a type out" in message
+    mapping["event_type"]["values"] |= {"kauf": "purchase", "ansicht": None, "x" * 300: None}
+    assert run(tmp_path, files={"mapping": mapping})["events"] == 8
 
 
 @pytest.mark.parametrize(
