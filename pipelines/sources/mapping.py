@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Final
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -44,6 +45,7 @@ _END_TS: Final = "2200-01-01 00:00:00+00"
 
 # DuckDB gives each thread a batch at a time.
 _ROWS_PER_TASK: Final = 1 << 14
+_MOST_PIECES: Final = 1000
 
 _ANONYMOUS: Final = "anonymous"
 _IGNORED: Final = "ignored"
@@ -112,7 +114,7 @@ class Mapper:
         )
         tasks = raw.combine_chunks().to_batches(_ROWS_PER_TASK)
         self._connection.register("raw", pa.Table.from_batches(tasks, raw.schema))
-        result = self._connection.sql(self._query).to_arrow_table()
+        result = _restore_order(self._connection.sql(self._query).to_arrow_table())
         self._connection.unregister("raw")
 
         reason = result.column("reason")
@@ -360,6 +362,20 @@ class Mapper:
     def _is_nan(self, name: str) -> str:
         # Text 'nan' is how some tools write a null; a NaN of a float column is not "given".
         return f"coalesce(isnan(TRY_CAST({self._text(name)} AS DOUBLE)), FALSE)"
+
+
+def _restore_order(result: pa.Table) -> pa.Table:
+    """Return rows by their numbers: DuckDB's threads keep the order within their tasks alone."""
+    numbers = result.column(ROW).to_numpy()
+    steps = np.diff(numbers)
+    if (steps > 0).all():
+        return result
+    edges = np.array([0, *(np.flatnonzero(steps != 1) + 1), len(numbers)])
+    if len(edges) > _MOST_PIECES:
+        return result.sort_by(ROW)
+    # Pieces of rows that follow each other are moved without a copy.
+    order = np.argsort(numbers[edges[:-1]])
+    return pa.concat_tables([result.slice(edges[i], edges[i + 1] - edges[i]) for i in order])
 
 
 def _count(refused: pa.Table, reason: str) -> int:

@@ -342,6 +342,14 @@ def test_text_is_stripped_and_empty_text_is_null(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("line", ["{i},2025-01-01,view,,", "{i},2025-01-01,view,,\n"])
+def test_rows_keep_their_order(tmp_path: Path, line: str) -> None:
+    write_csv(tmp_path / "e.csv", *(line.format(i=i) for i in range(100_000)))
+    for _ in range(3):
+        rows = read(tmp_path, path="e.csv")["rows"]
+        assert [row["user_id"] for row in rows] == [str(i) for i in range(100_000)]
+
+
 def test_columns_that_differ_by_case_are_two(tmp_path: Path) -> None:
     write_csv(
         tmp_path / "e.csv", "u1,2025-01-01,view,1,2", header="user_id,ts,event_type,Price,price"
