@@ -6,6 +6,7 @@ that a misspelt setting cannot silently keep its default.
 
 from __future__ import annotations
 
+import codecs
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -127,10 +128,22 @@ class Files(Mapped):
     format: FileFormat | None = None
     users: str | None = None  # optional table in the users schema, same formats
     items: str | None = None  # optional table in the items schema
+    encoding: str = "utf-8"  # of CSV and JSON Lines
+    # Of numbers in CSV; with a comma, dots may group the digits before it by three.
+    decimal: Literal[".", ","] = "."
     # False: quotation marks in CSV are text, and every separator separates.
     quoted: bool = True
     # False: a line that repeats another one in every event column is dropped as a duplicate.
     keep_repeats: bool = False
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, value: str) -> str:
+        try:
+            "".encode(value)
+        except LookupError:
+            raise ValueError("no such encoding; utf-8, cp1252 and utf-16 are some") from None
+        return codecs.lookup(value).name
 
 
 def _check_event_types(mapping: ColumnMapping) -> None:

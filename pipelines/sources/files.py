@@ -7,8 +7,8 @@ the run by name; a damaged line is a row of the quarantine.
 CSV files have a header; the separator is the one of comma, semicolon, tab and bar that the
 header holds most of. A value in quotation marks may hold line breaks; lines that a mark has
 swallowed by mistake are told by their separators, and each is a row of the quarantine. Text is
-UTF-8. JSON Lines hold one object a line; a key may be missing
-from a line, which is a null, but a mapped key must occur in some line of the source.
+UTF-8 unless ``ingest.files.encoding`` says what it is. JSON Lines hold one object a line; a key
+may be missing from a line, which is a null, but a mapped key must occur in some line of the source.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ _ROWS_PER_CHUNK: Final = 1 << 17
 # A longer value is a quotation mark that nobody closed: it has swallowed the lines after it.
 _MAX_VALUE_BYTES: Final = 1 << 16
 
-_NOT_UTF8: Final = "UTF-8 text; save the file as UTF-8 (it may be UTF-16 or of Windows)"
+_UTF8: Final = "utf-8"
+NOT_UTF8: Final = "not UTF-8"
+NOT_UTF8_ADVICE: Final = (
+    "say in ingest.files.encoding what it is (cp1252, utf-16, utf-16-le, ...), or save the file as"
+    " UTF-8"
+)
 
 _DELIMITERS: Final = ",;\t|"
 
@@ -64,9 +69,11 @@ OPEN_QUOTE_ADVICE: Final = (
     " the file quotes none"
 )
 
-# Stands for bytes that are not UTF-8 while they are read: a Unicode noncharacter, which text
-# for interchange never holds.
+# Stands for bytes that are no text while they are read: a Unicode noncharacter, which text for
+# interchange never holds.
 _DAMAGE_MARK: Final = "\ufdd0"
+_MARK_DAMAGE: Final = "forecart.mark"
+codecs.register_error(_MARK_DAMAGE, lambda error: (_DAMAGE_MARK, error.end))  # type: ignore[attr-defined]
 _SURROGATES: Final = re.compile("[\udc80-\udcff]+")
 
 # What object stores and servers call a content hash or, failing that, a version.
@@ -149,7 +156,13 @@ class FilesSource:
             try:
                 reader = _open_reader(fs, file, connection, keys, self._params)
                 mapper = Mapper(
-                    kind, mapping, file.name, reader.columns, connection, "ingest.files"
+                    kind,
+                    mapping,
+                    file.name,
+                    reader.columns,
+                    connection,
+                    "ingest.files",
+                    decimal=self._params.decimal if file.format is FileFormat.CSV else ".",
                 )
                 for chunk in reader.read(mapper.columns):
                     yield _add_refused(mapper.convert(chunk.table), file, chunk.refused)
@@ -157,6 +170,11 @@ class FilesSource:
                 raise UserError(f"{file.name}: the file has gone") from None
             except PermissionError:
                 raise UserError(f"{file.name}: no permission to read it") from None
+            except UnicodeError as error:  # UTF-16 that does not say its order of bytes
+                raise UserError(
+                    f"{file.name}: not {self._params.encoding} ({_first_line(error)});"
+                    f" {NOT_UTF8_ADVICE}"
+                ) from None
             except (pa.ArrowException, OSError) as error:
                 # With a number it is the machine's (a full disk, a lost connection).
                 if isinstance(error, OSError) and error.errno is not None:
@@ -335,8 +353,9 @@ class _CsvReader:
         self._fs = fs
         self._file = file
         self._quoted = params.quoted
+        self._encoding = params.encoding
         with _open(fs, file) as stream:
-            header = _read_first_line(file, stream)
+            header = _read_first_line(file, _Utf8Stream(stream, params.encoding))
         self._delimiter = max(_DELIMITERS, key=header.count)
         plain = csv.reader([header], delimiter=self._delimiter, quoting=csv.QUOTE_NONE)
         quoted = csv.reader([header], delimiter=self._delimiter)
@@ -352,7 +371,12 @@ class _CsvReader:
         quote = '"' if self._quoted else False
         with _open(self._fs, self._file) as stream:
             for chunk in _read_blocks(
-                self._file, stream, names, delimiter=self._delimiter, quote=quote, header=1
+                self._file,
+                _Utf8Stream(stream, self._encoding),
+                names,
+                delimiter=self._delimiter,
+                quote=quote,
+                header=1,
             ):
                 table = chunk.table.select([ROW, *(f"c{place}" for place in places)])
                 yield replace(chunk, table=table.rename_columns([ROW, *columns]))
@@ -361,7 +385,10 @@ class _CsvReader:
 class _JsonReader:
     """Yields blocks of JSON lines, of which it takes the wanted keys as text."""
 
-    def __init__(self, fs: Any, file: _File, connection: Any, keys: _SeenKeys) -> None:
+    def __init__(
+        self, fs: Any, file: _File, connection: Any, keys: _SeenKeys, params: Files
+    ) -> None:
+        self._encoding = params.encoding
         self._fs = fs
         self._file = file
         self._connection = connection
@@ -374,7 +401,12 @@ class _JsonReader:
                 return  # an hour without events
         with _open(self._fs, self._file) as stream:
             for chunk in _read_blocks(
-                self._file, stream, ["line"], delimiter=_NO_DELIMITER, quote=False, header=0
+                self._file,
+                _Utf8Stream(stream, self._encoding),
+                ["line"],
+                delimiter=_NO_DELIMITER,
+                quote=False,
+                header=0,
             ):
                 yield self._extract(chunk, columns)
 
@@ -419,7 +451,7 @@ def _open_reader(
         return _ParquetReader(fs, file)
     if file.format is FileFormat.CSV:
         return _CsvReader(fs, file, params)
-    return _JsonReader(fs, file, connection, keys)
+    return _JsonReader(fs, file, connection, keys, params)
 
 
 def _open(fs: Any, file: _File) -> pa.NativeFile:
@@ -428,23 +460,19 @@ def _open(fs: Any, file: _File) -> pa.NativeFile:
     return raw if file.compression is None else pa.CompressedInputStream(raw, file.compression)
 
 
-def _read_first_line(file: _File, stream: pa.NativeFile) -> str:
-    start = stream.read(_MAX_VALUE_BYTES)
+def _read_first_line(file: _File, text: _Utf8Stream) -> str:
+    start = text.read(_MAX_VALUE_BYTES)
     if not start:
         raise UserError(f"{file.name}: the file is empty")
-    line = start.splitlines()[0]
-    try:
-        text: str = line.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{file.name}: the first line is not {_NOT_UTF8}") from None
-    if "\0" in text:
-        raise UserError(f"{file.name}: the first line is not {_NOT_UTF8}")
-    return text
+    line = start.splitlines()[0].decode("utf-8-sig", errors="replace")
+    if _DAMAGE_MARK in line or "\0" in line:
+        raise UserError(f"{file.name}: the first line is {text.damage}; {NOT_UTF8_ADVICE}")
+    return line
 
 
 def _read_blocks(
     file: _File,
-    stream: pa.NativeFile,
+    text: _Utf8Stream,
     names: list[str],
     *,
     delimiter: str,
@@ -455,7 +483,7 @@ def _read_blocks(
 
     Args:
         file: for messages.
-        stream: decompressed bytes, at their start.
+        text: at its start.
         names: columns that every line must have.
         delimiter: one character.
         quote: the quotation mark; False for none.
@@ -472,7 +500,6 @@ def _read_blocks(
         refused.append(_Refused(row.number - header, reason, row.text))
         return "skip"
 
-    text = _Utf8Stream(stream)
     reader = arrow_csv.open_csv(
         pa.PythonFile(text, mode="r"),
         # Threads would leave the rows without numbers.
@@ -514,7 +541,7 @@ def _read_blocks(
             table, swallowed = _split_swallowed(table, delimiter)
             done += swallowed
         if text.damaged:
-            table, damaged = _split_damaged(table)
+            table, damaged = _split_damaged(table, text.damage)
             done += damaged
         yield _Chunk(table=table, refused=done)
     end = refused[-1] if refused else end
@@ -528,14 +555,22 @@ def _read_blocks(
 
 
 class _Utf8Stream:
-    """A byte stream whose bytes that are not UTF-8 are replaced by a mark.
+    """A byte stream made UTF-8, in which a mark stands for bytes that are no text.
 
     The CSV parser would fail on the whole file, or lose the text of a line it refuses.
+
+    Args:
+        stream: decompressed bytes.
+        encoding: of the text.
     """
 
-    def __init__(self, stream: pa.NativeFile) -> None:
+    def __init__(self, stream: pa.NativeFile, encoding: str) -> None:
         self._stream = stream
-        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        # A function for each damage is slow: where it can be done without, it is.
+        self._marks = encoding != _UTF8
+        handler = _MARK_DAMAGE if self._marks else "surrogateescape"
+        self._decoder = codecs.getincrementaldecoder(encoding)(handler)
+        self.damage = NOT_UTF8 if encoding == _UTF8 else f"not {encoding}"
         self._held = b""
         self.damaged = False
         self.quotes = 0  # quotation marks read
@@ -551,21 +586,22 @@ class _Utf8Stream:
         """Return up to ``size`` bytes; none at the end alone."""
         while not self._held:
             raw = self._stream.read(size)
-            self.quotes += raw.count(b'"')
             text = self._decoder.decode(raw, final=not raw)
+            self.damaged |= self._marks and _DAMAGE_MARK in text
             try:
                 self._held = text.encode()
             except UnicodeEncodeError:  # a lone surrogate stands for a byte that is not UTF-8
                 self.damaged = True
                 self._held = _SURROGATES.sub(_DAMAGE_MARK, text).encode()
+            self.quotes += self._held.count(b'"')
             if not raw:
                 break
         part, self._held = self._held[:size], self._held[size:]
         return part
 
 
-def _split_damaged(table: pa.Table) -> tuple[pa.Table, list[_Refused]]:
-    """Take out rows with a mark of bytes that are not UTF-8."""
+def _split_damaged(table: pa.Table, damage: str) -> tuple[pa.Table, list[_Refused]]:
+    """Take out rows with a mark of bytes that are no text."""
     damaged = np.zeros(table.num_rows, dtype=bool)
     for name in table.column_names:
         if name != ROW:
@@ -573,7 +609,7 @@ def _split_damaged(table: pa.Table) -> tuple[pa.Table, list[_Refused]]:
     refused = []
     for row in table.filter(damaged).to_pylist():
         number = row.pop(ROW)
-        refused.append(_Refused(number, "not UTF-8", "|".join(row.values())))
+        refused.append(_Refused(number, damage, "|".join(row.values())))
     return table.filter(~damaged), refused
 
 

@@ -49,6 +49,8 @@ _MOST_PIECES: Final = 1000
 
 _ANONYMOUS: Final = "anonymous"
 _IGNORED: Final = "ignored"
+# Digits in groups of three, perhaps with a decimal comma.
+_GROUPED: Final = r"[+-]?\d{1,3}(\.\d{3})+(,\d*)?"
 _MICROSECONDS: Final = {"s": 1e6, "ms": 1e3, "us": 1.0}
 
 # ISO text that carries its own offset: a time of day, then Z, UTC, GMT or +hh[[:]mm].
@@ -73,6 +75,7 @@ class Mapper:
         columns: the file's columns with their types.
         connection: compiles and runs the mapping.
         section: the settings that hold the mapping, for messages.
+        decimal: what stands before the fraction of a number in text, a point or a comma.
 
     Raises:
         UserError: a mapped or required column is missing, or an option does not suit it.
@@ -86,6 +89,7 @@ class Mapper:
         columns: pa.Schema,
         connection: duckdb.DuckDBPyConnection,
         section: str,
+        decimal: str = ".",
     ) -> None:
         """Compile the mapping."""
         self._schema = SCHEMAS[kind]
@@ -93,6 +97,7 @@ class Mapper:
         self._source = source
         self._connection = connection
         self._section = section
+        self._decimal = decimal
         self._origins = choose_origins(kind, mapping, source, columns.names, section)
         self.columns = needed_columns(self._origins)
         for name in self.columns:
@@ -243,11 +248,20 @@ class Mapper:
     def _number(self, name: str) -> str:
         column = self._column(name)
         if column is None or _is_text(column[1]):
-            number = f"TRY_CAST({self._text(name)} AS DOUBLE)"
+            number = self._number_of_text(name)
         else:
             number = f"TRY_CAST({column[0]} AS DOUBLE)"
         # The value is kept where it is infinite, so that the row can be refused for it.
         return f"CASE WHEN isnan({number}) THEN NULL ELSE {number} END"
+
+    def _number_of_text(self, name: str) -> str:
+        text = self._text(name)
+        if self._decimal == ".":
+            return f"TRY_CAST({text} AS DOUBLE)"
+        # A point that groups no digits is another country's: refused, rather than read as none.
+        plain = f"TRY_CAST(replace(replace({text}, '.', ''), ',', '.') AS DOUBLE)"
+        grouped = f"regexp_full_match({text}, {_literal(_GROUPED)})"
+        return f"CASE WHEN NOT contains({text}, '.') OR {grouped} THEN {plain} END"
 
     def _time(self, name: str) -> str:
         origin = self._origins[name]
@@ -278,7 +292,7 @@ class Mapper:
     def _time_of_text(self, name: str, origin: ColumnMapping) -> str:
         text = self._text(name)
         if origin.unit is not None:
-            return _epoch_time(f"TRY_CAST({text} AS DOUBLE)", origin.unit)
+            return _epoch_time(self._number_of_text(name), origin.unit)
         if origin.format is not None:
             parsed = f"try_strptime({text}, {_literal(origin.format)})"
             zoned = "%z" in origin.format or "%Z" in origin.format

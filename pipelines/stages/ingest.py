@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ from pipelines.io import progress, read_json, replace_directory, write_json, wri
 from pipelines.sources import base
 from pipelines.sources.base import QUARANTINE_SCHEMA, ROW, UNKNOWN_TYPE, Batch, Kind
 from pipelines.sources.catalog import open_source
-from pipelines.sources.files import OPEN_QUOTE, OPEN_QUOTE_ADVICE
+from pipelines.sources.files import NOT_UTF8, NOT_UTF8_ADVICE, OPEN_QUOTE, OPEN_QUOTE_ADVICE
 from pipelines.stages import fingerprint
 
 EVENTS: Final = Path("data/events")
@@ -57,9 +58,13 @@ _EXAMPLES: Final = 3
 _MANY_DUPLICATES: Final = 0.05
 _ANOTHER_EVENT: Final = "event_id of another event"
 _MOST_TYPES: Final = 1000
+# The start of a shown record, where its first value is a number with a decimal comma.
+_COMMA: Final = re.compile(r'[^{]*\{"[^"]*": "\s*[-+\d.]*\d,\d+\s*"')
+_COMMA_ADVICE: Final = 'ingest.files.decimal: "," reads decimal commas'
 _ADVICE: Final = {
     UNKNOWN_TYPE: "say in mapping.event_type.values what they are; null leaves a type out",
     OPEN_QUOTE: OPEN_QUOTE_ADVICE,
+    NOT_UTF8: NOT_UTF8_ADVICE,
     _ANOTHER_EVENT: "map event_id to a column with an id of its own for each event, or to null",
 }
 
@@ -132,6 +137,7 @@ class _Counts:
     examples: dict[str, str] = field(default_factory=dict)
     unknown_types: Counter[str] = field(default_factory=Counter)
     origins: dict[str, str] = field(default_factory=dict)  # column of the schema -> of the source
+    of_files: bool = False
 
     @property
     def quarantined(self) -> int:
@@ -169,6 +175,12 @@ class _Counts:
                 values = {name: values[name], **values}
         return _shorten(json.dumps(values, ensure_ascii=False))
 
+    def _advise(self, reason: str) -> str:
+        advice = _ADVICE.get(reason)
+        if self.of_files and "not a number" in reason and _COMMA.match(self.examples[reason]):
+            advice = _COMMA_ADVICE
+        return f": {advice}" if advice else ""
+
     def explain(self) -> str:
         """Return the most frequent reasons, each with an example, and what to do where known."""
         types = ", ".join(
@@ -178,7 +190,7 @@ class _Counts:
         named = {UNKNOWN_TYPE: f": {types}"} if types else {}
         return "; ".join(
             f"{reason}{named.get(reason, '')} ({count:,}, e.g. {self.examples[reason]})"
-            + (f": {_ADVICE[reason]}" if reason in _ADVICE else "")
+            + self._advise(reason)
             for reason, count in _by_frequency(self.reasons)[:_EXAMPLES]
         )
 
@@ -225,7 +237,9 @@ def run(params: Params, root: Path = Path()) -> str:
     """
     found = read_json(root / fingerprint.OUTPUT)
     source = open_source(params.ingest, root, found)
-    counts, entity_counts = _Counts(origins=_list_origins(params)), _Counts()
+    of_files = params.ingest.source is Source.FILES
+    counts = _Counts(of_files=of_files, origins=_list_origins(params))
+    entity_counts = _Counts(of_files=of_files)
     with ExitStack() as stack:
         connection = _open_store(root, stack)
         with (
@@ -237,7 +251,7 @@ def run(params: Params, root: Path = Path()) -> str:
             batches = progress(source.read(Kind.EVENTS), "ingest", unit="batch")
             places = _Places()
             _store_events(batches, connection, quarantine, counts, places, params.ingest.until)
-            keep = params.ingest.source is Source.FILES and params.ingest.files.keep_repeats
+            keep = of_files and params.ingest.files.keep_repeats
             repeats = _resolve_repeats(connection, quarantine, counts, places, keep)
             users = _read_entities(source, Kind.USERS, quarantine, entity_counts)
             items = _read_entities(source, Kind.ITEMS, quarantine, entity_counts)

@@ -527,8 +527,54 @@ def test_quotation_marks_within_values_are_text(tmp_path: Path) -> None:
 
 def test_other_encodings_are_told(tmp_path: Path) -> None:
     (tmp_path / "e.csv").write_bytes("\n".join([HEADER, *LINES]).encode("utf-16"))
-    with pytest.raises(UserError, match=r"e\.csv: the first line is not UTF-8 text; save"):
+    with pytest.raises(UserError, match=r"e\.csv: the first line is not UTF-8; say in ingest\.fil"):
         read(tmp_path, path="e.csv")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "utf-8-sig", "latin-1"])
+@pytest.mark.parametrize("name", ["e.csv", "e.jsonl"])
+def test_text_of_other_encodings_is_read(tmp_path: Path, encoding: str, name: str) -> None:
+    lines = [HEADER, 'u1,2025-01-01,view,"Käse, ""jung""",1', *LINES * 40_000]
+    if name == "e.jsonl":
+        row = {"user_id": "u1", "ts": "2025-01-01", "event_type": "view", "item_id": 'Käse, "jung"'}
+        lines = [json.dumps(row, ensure_ascii=False)] * 2
+    (tmp_path / name).write_bytes("\n".join(lines).encode(encoding))
+    result = read(tmp_path, path=name, encoding=encoding)
+    assert result["rows"][0]["item_id"] == 'Käse, "jung"'
+    assert len(result["rows"]) == result["read"] == (2 if name == "e.jsonl" else 80_001)
+
+
+def test_utf16_without_a_mark_of_its_order_is_told(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_bytes("\n".join([HEADER, *LINES]).encode("utf-16-be"))
+    with pytest.raises(UserError, match=r"e\.csv: not utf-16 \(.*BOM\); say in ingest\.files\.enc"):
+        read(tmp_path, path="e.csv", encoding="utf-16")
+    assert len(read(tmp_path, path="e.csv", encoding="utf-16-be")["rows"]) == 2
+
+
+def test_bytes_that_are_no_text_of_the_encoding_cost_their_row_alone(tmp_path: Path) -> None:
+    lines = [LINES[0].encode(), b"u1,2025-01-01,view,caf\x81,1", LINES[1].encode()]
+    (tmp_path / "e.csv").write_bytes(b"\n".join([HEADER.encode(), *lines]))
+    result = read(tmp_path, path="e.csv", encoding="cp1252")
+    assert reasons(result) == [(2, "not cp1252")]
+    assert len(result["rows"]) == 2
+
+
+def test_an_encoding_that_is_none_is_told() -> None:
+    with pytest.raises(ValueError, match="no such encoding"):
+        Files(path="e.csv", encoding="klingon")
+
+
+def test_decimal_commas(tmp_path: Path) -> None:
+    texts = ["12,90", "1.234,5", "-1.234.567", "7", "12.90", "1.23,4", "1,2,3", "", "nan", "x"]
+    lines = [f"u{i};2025-01-01;view;i1;{text}" for i, text in enumerate(texts)]
+    write_csv(tmp_path / "e.csv", *lines, header=HEADER.replace(",", ";"))
+    result = read(tmp_path, path="e.csv", decimal=",")
+    prices = [row["price"] for row in result["rows"]]
+    assert prices == [12.9, 1234.5, -1234567.0, 7.0, None, None]
+    assert reasons(result) == [(row, "price is not a number") for row in (5, 6, 7, 10)]
+    row = {"user_id": "u1", "ts": "2025-01-01", "event_type": "view", "price": 12.9}
+    (tmp_path / "e.jsonl").write_text(json.dumps(row))
+    assert read(tmp_path, path="e.jsonl", decimal=",")["rows"][0]["price"] == 12.9
 
 
 def test_row_numbers_hold_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,16 +601,18 @@ def test_row_numbers_hold_over_blocks(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @settings(max_examples=60, deadline=None)
 @given(
-    content=st.binary(max_size=300), ending=st.sampled_from(["csv", "jsonl", "csv.gz", "parquet"])
+    content=st.binary(max_size=300),
+    ending=st.sampled_from(["csv", "jsonl", "csv.gz", "parquet"]),
+    encoding=st.sampled_from(["utf-8", "utf-16", "cp1252"]),
 )
 def test_any_bytes_are_read_or_refused_by_name(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes, ending: str
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, ending: str, encoding: str
 ) -> None:
     root = tmp_path_factory.mktemp("any")
-    head = f"{HEADER}\n".encode() if ending == "csv" else b""
+    head = f"{HEADER}\n".encode(encoding) if ending == "csv" else b""
     (root / f"e.{ending}").write_bytes(head + content)
     try:
-        result = read(root, path=f"e.{ending}")
+        result = read(root, path=f"e.{ending}", encoding=encoding)
     except UserError as error:
         assert f"e.{ending}" in str(error)
     else:

@@ -262,6 +262,23 @@ def test_too_many_unknown_event_types_are_named(tmp_path: Path) -> None:
     assert run(tmp_path, files={"mapping": mapping})["events"] == 8
 
 
+def test_a_german_export_is_told_what_it_needs(tmp_path: Path) -> None:
+    lines = [f"u1;2025-01-01 00:00:{i:02};view;Käse;{i},90" for i in range(20)]
+    text = "\n".join(["user_id;ts;event_type;item_id;price", *lines])
+    (tmp_path / "e.csv").write_bytes(text.encode("cp1252"))
+    with pytest.raises(UserError, match=r"not UTF-8 \(20, .*: say in ingest\.files\.encoding what"):
+        run(tmp_path)
+    with pytest.raises(
+        UserError, match=r'price is not a number \(20, .*\): ingest\.files\.decimal: ","'
+    ):
+        run(tmp_path, files={"encoding": "cp1252"})
+    run(tmp_path, files={"encoding": "windows-1252", "decimal": ","})
+    assert [(row["item_id"], row["price"]) for row in events(tmp_path)][:2] == [
+        ("Käse", 0.9),
+        ("Käse", 1.9),
+    ]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
