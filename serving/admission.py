@@ -19,7 +19,7 @@ from collections.abc import Callable, MutableMapping
 from http import HTTPStatus
 from typing import Any, Final
 
-from serving.middleware import App, Message, Receive, Send, refuse
+from serving.middleware import LATER, WITH_BODY, App, Message, Receive, Send, refuse, replay
 
 # What waits longer is refused, but for so many requests that are open at any time: a service that
 # is slow by itself still answers, and a few clients that wait for their answers are never refused.
@@ -40,8 +40,7 @@ FLOOD_WAIT_SECONDS: Final = 0.015
 FLOOD_OPEN: Final = 12
 _ASKED_SECONDS: Final = 0.5
 
-# Work of a request that tells no length, or next to none: its head is work as well.
-_UNKNOWN_BYTES: Final = 16_384
+# A request's head is work as well.
 _HEAD_BYTES: Final = 1_024
 # Over so many seconds, and at least so many answers, the time of an answer is averaged: a stall of
 # the machine passes for a slow service only as far as it is a share of them.
@@ -54,17 +53,16 @@ _OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
 class Admit:
     """Lets requests in as long as they will not wait for long.
 
+    It stands inside of ``LimitBody``: a request is open from when it is there as a whole until its
+    answer is, so that clients that send or read slowly keep nobody waiting.
+
     Args:
         app: the application inside.
-        max_bytes: of a body; one that is announced to be longer is refused unread.
         clock: seconds.
     """
 
-    def __init__(
-        self, app: App, *, max_bytes: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, app: App, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.app = app
-        self._max_bytes = max_bytes
         self._clock = clock
         self._requests = 0
         self._work = 0
@@ -84,41 +82,43 @@ class Admit:
         if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
             await self.app(scope, receive, send)
             return
+        work = _HEAD_BYTES
+        if scope["method"] in WITH_BODY:
+            body = (await receive()).get("body", b"")
+            work += len(body)
+            receive = replay(body, receive)
         now = self._clock()
-        self._note_asked(now, _measure(scope, self._max_bytes))
+        self._note_asked(now, work)
         most, limit = self._find_limits(now)
         if self._requests >= most and self.wait > limit:
             self._refused = now
             text = f"{self._requests} requests wait already; send again in a moment"
-            retry = [(b"retry-after", b"1")]
-            await refuse(send, HTTPStatus.TOO_MANY_REQUESTS, text, retry)
+            await refuse(send, HTTPStatus.TOO_MANY_REQUESTS, text, LATER)
             return
         if not self._requests:
             self._since = now
-        # What is only announced keeps nobody waiting: a body is work when it has come.
-        work, status = _HEAD_BYTES, 0
         self._requests += 1
         self._work += work
+        is_open = True
 
-        async def count(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
+        def leave(status: int) -> None:
+            nonlocal is_open
+            if is_open:
+                is_open = False
+                self._requests -= 1
+                self._work -= work
+                self._learn(work if status < HTTPStatus.BAD_REQUEST else 0)
+
+        async def pass_on(message: Message) -> None:
+            # Before it is sent: that waits for the client.
+            if message["type"] == "http.response.start":
+                leave(message["status"])
             await send(message)
 
-        async def read() -> Message:
-            nonlocal work
-            message = await receive()
-            part = len(message.get("body", b""))
-            work += part
-            self._work += part
-            return message
-
         try:
-            await self.app(scope, read, count)
+            await self.app(scope, receive, pass_on)
         finally:
-            self._requests -= 1
-            self._work -= work
-            self._learn(work if status < HTTPStatus.BAD_REQUEST else 0)
+            leave(HTTPStatus.INTERNAL_SERVER_ERROR)
 
     def _learn(self, work: int) -> None:
         """Take an answer into account; of a refusal or an error (work 0) nothing is learnt."""
@@ -157,13 +157,3 @@ class Admit:
     def load(self) -> float:
         """How many times what can be done was asked of late, refused or not."""
         return self._asked / _ASKED_SECONDS * self._seconds / self._done if self._done else 0.0
-
-
-def _measure(scope: MutableMapping[str, Any], max_bytes: int) -> int:
-    """Return the work that a request announces, in bytes."""
-    if scope["method"] in ("GET", "HEAD", "DELETE", "OPTIONS"):
-        return _HEAD_BYTES
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit():
-            return _HEAD_BYTES + (int(value) if int(value) <= max_bytes else 0)
-    return _UNKNOWN_BYTES

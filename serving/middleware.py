@@ -15,9 +15,18 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+# Status and text of a refusal, and headers.
+Headers = Sequence[tuple[bytes, bytes]]
+Problem = tuple[HTTPStatus, str] | tuple[HTTPStatus, str, Headers]
 
 JSON: Final = "application/json"
-_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
+LATER: Final = ((b"retry-after", b"1"),)
+WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
+
+# Bodies of all requests together that are kept in memory. What is small is let in beyond it: a few
+# clients that send much at once must not lock out all the others.
+MAX_HELD_BYTES: Final = 64 << 20
+SMALL_BYTES: Final = 1 << 16
 
 # Names that clients may rely on; the phrases of http.HTTPStatus change between Pythons.
 CODES: Final = {
@@ -36,7 +45,7 @@ CODES: Final = {
 
 
 class LimitBody:
-    """Refuses bodies that are too large or no JSON before anything reads them.
+    """Refuses bodies that are too large, too many or no JSON before anything reads them.
 
     The body is read here up to the limit and handed on as one message, so that a client that
     announces no length, or a wrong one, is stopped as well.
@@ -44,53 +53,100 @@ class LimitBody:
     Args:
         app: the application inside.
         max_bytes: largest body.
+        max_held: bytes of all bodies together; beyond them only small ones are taken.
         seconds: until it has to be there.
     """
 
-    def __init__(self, app: App, max_bytes: int, seconds: float = 10.0) -> None:
+    def __init__(
+        self, app: App, max_bytes: int, *, max_held: int = MAX_HELD_BYTES, seconds: float = 10.0
+    ) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.max_held = max_held
         self.seconds = seconds
+        # Bytes that have come, of all requests that are not answered.
+        self._held = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        if scope["type"] != "http" or scope["method"] not in _WITH_BODY:
+        if scope["type"] != "http" or scope["method"] not in WITH_BODY:
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        # All of them: who reads the body may look at another one than is looked at here.
-        told = [value for name, value in scope["headers"] if name == b"content-type"]
-        if any(value.split(b";")[0].strip().lower() != JSON.encode() for value in told):
-            await refuse(send, HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"send {JSON}")
+        problem = self._judge_head(scope["headers"])
+        if problem is not None:
+            await refuse(send, *problem)
             return
-        length = headers.get(b"content-length", b"0")
-        too_large = length.isdigit() and int(length) > self.max_bytes
-        body = bytearray()
+        body = _Body()
+        try:
+            problem = await self._read(receive, body)
+            if problem is not None:
+                await refuse(send, *problem)
+            elif body.whole:
+                await self.app(scope, replay(body.take(), receive), send)
+        finally:
+            self._held -= body.size
+
+    def _judge_head(self, headers: Headers) -> Problem | None:
+        # All of them: who reads the body may look at another one than is looked at here.
+        told = [value for name, value in headers if name == b"content-type"]
+        if any(value.split(b";")[0].strip().lower() != JSON.encode() for value in told):
+            return HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"send {JSON}"
+        length = dict(headers).get(b"content-length", b"0")
+        return self._judge_size(int(length)) if length.isdigit() else None
+
+    def _judge_size(self, size: int) -> Problem | None:
+        if size > self.max_bytes:
+            text = f"the body is larger than {self.max_bytes} bytes; send fewer users in a call"
+            return HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text
+        if size > SMALL_BYTES and self._held > self.max_held:
+            text = "too much is being sent at once; send again in a moment"
+            return HTTPStatus.TOO_MANY_REQUESTS, text, LATER
+        return None
+
+    async def _read(self, receive: Receive, body: _Body) -> Problem | None:
+        """Read a body up to the limits; return what is wrong with it."""
         try:
             async with asyncio.timeout(self.seconds):
-                gone = not too_large and not await self._read(receive, body)
+                while not body.whole:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    part = message.get("body", b"")
+                    self._held += len(part)
+                    body.add(part, whole=not message.get("more_body", False))
+                    problem = self._judge_size(body.size)
+                    if problem is not None:
+                        return problem
         except TimeoutError:
             text = f"the body did not come within {self.seconds:g} seconds"
-            await refuse(send, HTTPStatus.REQUEST_TIMEOUT, text)
-            return
-        if gone:
-            return
-        if too_large or len(body) > self.max_bytes:
-            text = f"the body is larger than {self.max_bytes} bytes; send fewer users in a call"
-            await refuse(send, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
-            return
-        await self.app(scope, replay(bytes(body), receive), send)
+            return HTTPStatus.REQUEST_TIMEOUT, text
+        return None
 
-    async def _read(self, receive: Receive, body: bytearray) -> bool:
-        """Read a body up to the limit; return whether the client is still there."""
-        more = True
-        while more and len(body) <= self.max_bytes:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return False
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-        return True
+
+class _Body:
+    """A body that is being read.
+
+    Attributes:
+        size: of what has come.
+        whole: whether that is all.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.whole = False
+        self._content = bytearray()
+
+    def add(self, part: bytes, *, whole: bool) -> None:
+        """Take what has come next."""
+        self._content += part
+        self.size += len(part)
+        self.whole = whole
+
+    def take(self) -> bytes:
+        """Return the content, which is not kept."""
+        content = bytes(self._content)
+        self._content.clear()
+        return content
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
@@ -177,7 +233,7 @@ async def refuse(
     send: Send,
     status: HTTPStatus,
     message: str,
-    headers: Sequence[tuple[bytes, bytes]] = (),
+    headers: Headers = (),
 ) -> None:
     """Answer with an error in the service's form."""
     start = {"type": "http.response.start", "headers": list(headers)}

@@ -16,6 +16,9 @@ from serving.admission import (
     MIN_OPEN,
     Admit,
 )
+from serving.direct import AnswerDirectly
+from serving.middleware import LimitBody
+from serving.service import Forecart
 
 
 class Server:
@@ -25,7 +28,7 @@ class Server:
         self.seconds = seconds
         self.now = 0.0
         self.waiting: list[asyncio.Future[None]] = []
-        self.admit = Admit(self.app, max_bytes=8 << 20, clock=lambda: self.now)
+        self.admit = Admit(self.app, clock=lambda: self.now)
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -166,6 +169,83 @@ def test_bodies_that_are_only_announced_keep_nobody_waiting() -> None:
         return await good
 
     assert asyncio.run(run()) == 200
+
+
+def make_scope(size: int) -> dict[str, Any]:
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(size).encode()),
+    ]
+    return {"type": "http", "method": "POST", "path": "/predict", "headers": headers}
+
+
+def test_a_client_that_does_not_read_its_answer_keeps_nobody_waiting() -> None:
+    async def run() -> float:
+        server = Server(0.001)
+        await learn(server)
+        never = asyncio.Event()
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": bytes(1000)}
+
+        async def send(_: Any) -> None:
+            await never.wait()
+
+        stuck = [
+            asyncio.create_task(server.admit(make_scope(1000), receive, send))
+            for _ in range(3 * MIN_OPEN)
+        ]
+        await asyncio.sleep(0)
+        await server.answer(len(stuck))
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in stuck)
+        wait = server.admit.wait
+        for task in stuck:
+            task.cancel()
+        await asyncio.gather(*stuck, return_exceptions=True)
+        assert server.admit.wait == 0.0
+        return wait
+
+    assert asyncio.run(run()) == 0.0
+
+
+def test_time_in_which_bodies_are_waited_for_is_no_work() -> None:
+    """Some clients send next to nothing for ever; another one calls now and then."""
+
+    async def run() -> list[int]:
+        server = Server(0.001)
+        await learn(server)
+        app = LimitBody(server.admit, max_bytes=1 << 20)
+        never = asyncio.Event()
+
+        async def wait() -> Any:
+            await never.wait()
+
+        async def send(_: Any) -> None:
+            pass
+
+        slow = [asyncio.create_task(app(make_scope(8000), wait, send)) for _ in range(3 * MIN_OPEN)]
+        statuses = []
+        for _ in range(100):
+            server.now += 0.5
+            good = server.ask()
+            await asyncio.sleep(0)
+            await server.answer(1)
+            statuses.append(await good)
+        assert server.admit.wait == 0.0
+        assert server.admit._seconds / server.admit._done * 2024 < 0.01
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        return statuses
+
+    assert set(asyncio.run(run())) == {200}
+
+
+def test_bodies_are_read_before_requests_are_counted() -> None:
+    service: Any = Forecart
+    order = [middleware for middleware, _ in service.middlewares]
+    assert order.index(LimitBody) < order.index(Admit) < order.index(AnswerDirectly)
 
 
 def test_what_is_refused_teaches_nothing() -> None:

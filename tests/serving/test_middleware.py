@@ -89,6 +89,42 @@ def test_a_body_that_does_not_come_is_waited_for_no_longer() -> None:
     assert json.loads(sent[1]["body"])["error"]["code"] == "request_timeout"
 
 
+def test_many_large_bodies_at_once_are_refused_and_small_ones_are_not() -> None:
+    async def run() -> tuple[list[int], list[int], int]:
+        never = asyncio.Event()
+        app = LimitBody(answer(200, b"done"), max_bytes=1 << 20, max_held=4 << 20)
+
+        async def ask(size: int, *, whole: bool, announced: bool = True) -> int:
+            sent: list[Any] = []
+            left = [{"type": "http.request", "body": bytes(size), "more_body": not whole}]
+
+            async def receive() -> Any:
+                if not left:
+                    await never.wait()
+                return left.pop()
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            headers = [(b"content-type", b"application/json")]
+            if announced:
+                headers.append((b"content-length", str(size + (not whole)).encode()))
+            scope = {"type": "http", "method": "POST", "path": "/events", "headers": headers}
+            await app(scope, receive, send)
+            return int(sent[0]["status"])
+
+        slow = [asyncio.create_task(ask((1 << 20) - 1, whole=False)) for _ in range(5)]
+        await asyncio.sleep(0)
+        beyond = [await ask(1 << 20, whole=True, announced=told) for told in (True, False)]
+        small = [await ask(1 << 16, whole=True) for _ in range(3)]
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        return beyond, small, await ask(1 << 20, whole=True)
+
+    assert asyncio.run(run()) == ([429, 429], [200, 200, 200], 200)
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_of_several_media_types_all_have_to_be_json(order: tuple[int, int]) -> None:
     types = [b"application/json", b"multipart/form-data; boundary=x"]
