@@ -36,6 +36,7 @@ from serving.collect import (
     parse_event,
     summarise,
 )
+from serving.connections import install as install_connections
 from serving.direct import AnswerDirectly
 from serving.engine import Engine, Unavailable, find_count
 from serving.exports import erase_exported, find_exports
@@ -426,6 +427,7 @@ def _find_digest() -> str:
 
 # The decorator has made a service of the class. The first one added is the outermost: errors of
 # the limits are shaped as well.
+install_connections()
 _service: Any = Forecart
 _service.mount_asgi_app(make_reads())
 _service.add_asgi_middleware(ObserveRequests)
