@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Coroutine
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from msgspec import MsgspecError
@@ -32,6 +34,7 @@ from serving.frames import (
     read_length,
     unpack_reply,
 )
+from serving.golden import GOLDEN_FILE, MODEL, locate_golden
 
 COUNT_VARIABLE: Final = "FORECART_PREDICTORS"
 _MOST_BY_DEFAULT: Final = 4
@@ -189,6 +192,47 @@ class _Process:
             await asyncio.to_thread(self._process.wait)
 
 
+class _Copy:
+    """The files of a model as they were when it was taken.
+
+    Other ones may be put in their place, good or bad, and a process that is started later has to
+    hold what the others do.
+
+    Args:
+        source: the model's folder; its golden predictions are copied as well.
+
+    Raises:
+        UserError: there is no such folder.
+        OSError: it cannot be copied.
+
+    Attributes:
+        model: folder of the copy.
+    """
+
+    def __init__(self, source: Path) -> None:
+        if not source.is_dir():
+            raise UserError(f"{source}: no such folder")
+        self._source = source
+        self._folder = TemporaryDirectory(prefix="forecart-", ignore_cleanup_errors=True)
+        self.model = Path(self._folder.name) / MODEL
+        try:
+            golden = locate_golden(source)
+            if golden.is_file():
+                shutil.copyfile(golden, self.model.parent / GOLDEN_FILE)
+            shutil.copytree(source, self.model)
+        except BaseException:
+            self.remove()
+            raise
+
+    def name_source(self, text: str) -> str:
+        """Return a text about the copy as one about the model's own folder."""
+        return text.replace(str(self.model), str(self._source))
+
+    def remove(self) -> None:
+        """Delete the copy."""
+        self._folder.cleanup()
+
+
 class Engine:
     """Some processes that hold one model.
 
@@ -201,7 +245,7 @@ class Engine:
     def __init__(self, count: int) -> None:
         self.count = count
         self.digest = ""
-        self._model = Path()
+        self._copy: _Copy | None = None
         self._idle: asyncio.Queue[_Process] = asyncio.Queue()
         # All of the model that serves, idle or not.
         self._serving: set[_Process] = set()
@@ -229,18 +273,22 @@ class Engine:
         Raises:
             UserError: the model is refused; the one before goes on.
             Unavailable: a process ended before it could tell.
+            OSError: its files cannot be copied.
         """
-        first = Start(model=str(model.resolve()), digest=digest, check=check)
+        copy = await asyncio.to_thread(_Copy, model)
+        first = Start(model=str(copy.model), digest=digest, check=check)
         starts = [_Process.start(first, core) for core in assign_cores(self.count)]
         started = await asyncio.gather(*starts, return_exceptions=True)
         processes = [process for process in started if isinstance(process, _Process)]
         errors = [error for error in started if isinstance(error, BaseException)]
-        if not errors and len({process.digest for process in processes}) > 1:
-            errors.append(UserError(f"{model}: changes while it is read"))
         if errors:
             await asyncio.gather(*(process.end() for process in processes))
+            copy.remove()
+            if isinstance(errors[0], UserError):
+                raise UserError(copy.name_source(str(errors[0])))
             raise errors[0]
-        self._model, self.digest = model, processes[0].digest
+        before, self._copy = self._copy, copy
+        self.digest = processes[0].digest
         self._serving = set(processes)
         # Those of the model before that are busy end when they are given back.
         while not self._idle.empty():
@@ -249,6 +297,8 @@ class Engine:
             self._idle.put_nowait(process)
         if self._watch is None:
             self._watch = self._spawn(self._look_after())
+        if before is not None:
+            before.remove()
         return self.digest
 
     async def ask(self, request: Request) -> Reply:
@@ -279,6 +329,8 @@ class Engine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(process.end() for process in processes))
+        if self._copy is not None:
+            self._copy.remove()
 
     async def _take(self) -> _Process:
         while self.ready:
@@ -314,10 +366,10 @@ class Engine:
     async def _replace(self, lost: _Process, pause: float) -> None:
         """Start a process like one that was lost, as long as its model serves."""
         digest = lost.digest
-        while digest == self.digest:
+        while digest == self.digest and self._copy is not None:
             await asyncio.sleep(pause)
             pause = min(max(2 * pause, _LEAST_PAUSE), _LONGEST_PAUSE)
-            start = Start(model=str(self._model.resolve()), digest=digest, check=False)
+            start = Start(model=str(self._copy.model), digest=digest, check=False)
             try:
                 process = await _Process.start(start, lost.core)
             except (UserError, Unavailable) as error:

@@ -87,6 +87,9 @@ _MAX_WAITING_BYTES: Final = 4 * MAX_BODY_BYTES
 _MAX_WAITING_EVENTS: Final = 20 * MAX_COLLECTED
 _MAX_WAITING_EXPLANATIONS: Final = 16
 
+# Exit status where the model is refused, as uvicorn's where a start fails.
+_REFUSED: Final = 3
+
 _UNKNOWN: Final = "no event of this shopper was collected before that time"
 
 # A shopper that was checked: id, events and profile, with times as datetimes or microseconds.
@@ -143,7 +146,12 @@ class Forecart:
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:
         """Load the model, and look for newer ones."""
-        digest = await self.engine.start(find_model())
+        try:
+            digest = await self.engine.start(find_model(), check=True)
+        except UserError as error:
+            # At once: the framework would print where it happened, which tells nobody anything.
+            logging.getLogger(__name__).critical("the model is refused: %s", error)
+            os._exit(_REFUSED)
         self.metrics.show_model(digest)
         # What is there now stays: to look through it for garbage again and again would make some
         # requests wait for a tenth of a second.

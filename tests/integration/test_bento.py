@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import http.server
 import json
@@ -39,7 +40,7 @@ from pipelines.model.predictor import ModelSpec, Predictor
 from pipelines.model.timeline import feature_names
 from pipelines.model.tokens import Vocabulary
 from pipelines.stages import package
-from serving.engine import assign_cores, find_count
+from serving.engine import Engine, assign_cores, find_count
 from serving.limits import MAX_EVENTS, MAX_USERS
 from serving.loading import load
 from serving.metrics import Metrics
@@ -173,13 +174,16 @@ class Service:
 
 
 @contextmanager
-def start(directory: Path, folder: Path, *, gone: bool = False) -> Iterator[Service]:
+def start(
+    directory: Path, folder: Path, *, gone: bool = False, refused: str | None = None
+) -> Iterator[Service]:
     """Serve a Bento or a model as `forecart serve` does; end it with all its children.
 
     Args:
         directory: a Bento or a model.
         folder: the server's own.
         gone: the test itself kills it.
+        refused: what it says where it does not start, and tries again.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -204,6 +208,7 @@ def start(directory: Path, folder: Path, *, gone: bool = False) -> Iterator[Serv
         while not service.is_ready():
             assert process.poll() is None, service.log.read_text()
             assert time.monotonic() < deadline, service.log.read_text()
+            assert refused is None or refused not in service.log.read_text(), refused
             time.sleep(0.2)
         yield service
     finally:
@@ -862,6 +867,53 @@ def test_a_champion_that_fails_its_golden_predictions_is_not_taken(
     write_json(target.with_name(f"{target.name}.golden.json"), golden)
     with pytest.raises(UserError, match="purchase_14d differs"):
         load(target, digest=digest, check=True)
+
+
+def test_a_model_that_fails_its_golden_predictions_is_not_started(
+    project: Path, tmp_path: Path
+) -> None:
+    bento = tmp_path / "bento"
+    shutil.copytree(project / "build/bento", bento)
+    golden = read_json(bento / "src/golden.json")
+    golden["expected"]["purchase_14d"][0] += 1e-3
+    write_json(bento / "src/golden.json", golden)
+    told = "the model is refused"
+    with pytest.raises(AssertionError, match=told), start(bento, tmp_path, refused=told):
+        pass
+    log = (tmp_path / "log").read_text()
+    assert f"the model is refused: {bento}/src/model: purchase_14d differs" in log
+    assert "Traceback" not in log
+
+
+def test_a_process_is_replaced_though_a_bad_model_lies_in_its_models_folder(
+    project: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(project / "models/gpt", model)
+
+    async def run() -> None:
+        engine = Engine(1)
+        digest = await engine.start(model)
+        try:
+            make_predictor(seed=2).save(model)
+            write_json(model.with_name("golden.json"), {"model": "another"})
+            with pytest.raises(UserError, match=f"{model}: not the model"):
+                await engine.start(model, check=True)
+            (process,) = engine._serving
+            process._process.kill()
+            deadline = time.monotonic() + 60
+            while process in engine._serving or not engine.ready:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.1)
+            assert [other.digest for other in engine._serving] == [digest]
+            assert engine._copy is not None
+            kept = engine._copy.model
+            assert kept.is_dir()
+        finally:
+            await engine.close()
+        assert not kept.exists()
+
+    asyncio.run(run())
 
 
 def list_predictors(service: Service) -> list[psutil.Process]:
