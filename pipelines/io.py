@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,8 @@ T = TypeVar("T")
 _CHUNK = 1 << 20
 
 # A spreadsheet takes a cell that begins like this for a formula, unless it is a plain number.
-_FORMULA = re.compile(r"\s*(?![+-]?[\d.]+$)[=+\-@\t\r\n|%]")
+# The signs of full width (U+FF1D and so on) are the same to some.
+_FORMULA = re.compile(r"\s*(?![+-]?[\d.]+$)[=+\-@\t\r\n|%\uff1d\uff0b\uff0d\uff20]")
 
 
 @contextmanager
@@ -33,7 +35,8 @@ def replace_file(path: Path) -> Iterator[Path]:
     A reader therefore sees the old file or the whole new one, also after a kill.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Of this thread alone: another one may write the same file.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         yield partial
         partial.replace(path)

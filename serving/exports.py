@@ -8,10 +8,11 @@ from __future__ import annotations
 import csv
 import fcntl
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -25,6 +26,10 @@ _USER: Final = "user_id"
 # Beside a folder of scores: its chunks while it is made, and the lock of who makes it.
 _PARTIAL: Final = ".scores"
 _DESCRIPTION: Final = "_scores.json"
+
+# How long another one who writes is waited for, and how often that is looked at.
+_WAIT_SECONDS: Final = 3.0
+_LOOK_SECONDS: Final = 0.02
 
 
 def find_exports() -> list[Path]:
@@ -45,18 +50,30 @@ def erase_exported(exports: Sequence[Path], user_id: str) -> int:
 
     Raises:
         UserError: scores are being written, and nothing was removed from them; or a file is no CSV.
+            From all others they were removed.
     """
     count = 0
+    problems = []
     for path in exports:
-        if path.is_file():
-            try:
-                count += _erase_lines(path, user_id)
-            except (UnicodeDecodeError, csv.Error) as error:
-                raise UserError(f"{path}: no CSV file ({error})") from None
-        elif path.is_dir() or (path.parent / _PARTIAL).is_dir():
-            with _hold_lock(path.parent / _PARTIAL):
-                count += _erase_rows(path, user_id)
+        try:
+            count += _erase(path, user_id)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
     return count
+
+
+def _erase(path: Path, user_id: str) -> int:
+    if path.is_file():
+        try:
+            return _erase_lines(path, user_id)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path.name}: no CSV file ({error})") from None
+    if path.is_dir() or (path.parent / _PARTIAL).is_dir():
+        with _keep_from_scoring(path.parent / _PARTIAL):
+            return _erase_rows(path, user_id)
+    return 0
 
 
 def _erase_rows(folder: Path, user_id: str) -> int:
@@ -77,19 +94,22 @@ def _erase_rows(folder: Path, user_id: str) -> int:
 
 def _erase_lines(path: Path, user_id: str) -> int:
     """Rewrite a CSV file without a user's lines."""
-    (guarded,) = guard_cells([user_id])
+    names = {user_id, *guard_cells([user_id])}
     count = 0
-    with path.open(newline="", encoding="utf-8") as source, replace_file(path) as partial:
+    with _open_alone(path) as source, replace_file(path) as partial:
         read: list[str] = []
         lines = csv.reader(_note(source, read))
-        head = next(lines, [])
-        column = head.index(_USER) if _USER in head else -1
+        # Spreadsheets put a mark of the order of bytes before it.
+        head = [name.removeprefix("\ufeff").strip('"') for name in next(lines, [])]
+        if head and _USER not in head:
+            raise UserError(f"{path.name}: no column {_USER}; columns are parted by commas")
+        column = head.index(_USER) if head else 0
         with partial.open("w", newline="", encoding="utf-8") as target:
             # As they were written, quotes and all.
             target.writelines(read)
             read.clear()
             for line in lines:
-                if 0 <= column < len(line) and line[column] == guarded:
+                if column < len(line) and line[column] in names:
                     count += 1
                 else:
                     target.writelines(read)
@@ -105,16 +125,42 @@ def _note(lines: Iterable[str], read: list[str]) -> Iterator[str]:
 
 
 @contextmanager
-def _hold_lock(folder: Path) -> Iterator[None]:
+def _open_alone(path: Path) -> Iterator[TextIO]:
+    """Open a file that others replace as well, one after the other."""
+    while True:
+        with path.open(newline="", encoding="utf-8") as file:
+            _lock(file.fileno())
+            # Who held it before has put another one in its place.
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield file
+                return
+
+
+@contextmanager
+def _keep_from_scoring(folder: Path) -> Iterator[None]:
     """Keep `forecart score` from writing meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = "the exports are being written; erase again when that has ended"
-            raise UserError(text) from None
+        _lock(handle)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    """Lock a file: another erasure ends soon, and is waited for.
+
+    Raises:
+        UserError: it is held for longer.
+    """
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                text = "the exports are being written; erase again when that has ended"
+                raise UserError(text) from None
+        time.sleep(_LOOK_SECONDS)

@@ -141,6 +141,7 @@ class Forecart:
             max_weight=2 * MAX_COLLECTED,
             max_waiting=_MAX_WAITING_EVENTS,
         )
+        self._erasing = asyncio.Lock()
         self._watcher: Watcher | None = None
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
@@ -290,14 +291,19 @@ class Forecart:
         """Delete a shopper from the store and the exports.
 
         Raises:
-            ServiceUnavailable: the exports are being written; the store has forgotten already.
+            ServiceUnavailable: the exports are being written, or cannot be; the store has forgotten
+                already.
         """
         erased = await _guard(asyncio.to_thread(lambda: self._open_store().erase(user_id)))
         try:
-            exported = await asyncio.to_thread(erase_exported, find_exports(), user_id)
-        except UserError as error:
-            logging.getLogger(__name__).error("%s", error)
-            raise ServiceUnavailable(str(error)) from None
+            # One after the other, or they would wait for each other's files.
+            async with self._erasing:
+                exported = await asyncio.to_thread(erase_exported, find_exports(), user_id)
+        except (UserError, OSError) as error:
+            logging.getLogger(__name__).error("erasing from the exports failed: %s", error)
+            known = isinstance(error, UserError)
+            text = str(error) if known else "the exports cannot be changed; erase again later"
+            raise ServiceUnavailable(text) from None
         return EraseResponse(
             user_id=user_id, events=erased.events, profile=erased.profile, exported=exported
         )

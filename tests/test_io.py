@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,13 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.io import (
     digest_directory,
+    guard_cells,
     progress,
     read_json,
     replace_directory,
     replace_file,
     write_json,
+    write_text,
 )
 
 
@@ -36,6 +39,19 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_threads_do_not_write_into_each_others_files(tmp_path: Path) -> None:
+    target = tmp_path / "x.txt"
+    with ThreadPoolExecutor(1) as pool, replace_file(target) as partial:
+        partial.write_text("mine")
+        pool.submit(write_text, target, "another's").result()
+    assert target.read_text() == "mine"
+
+
+@pytest.mark.parametrize("sign", ["=", "+", "\uff1d", "\uff0b", "\uff0d", "\uff20"])
+def test_no_cell_is_a_formula(sign: str) -> None:
+    assert guard_cells([f"{sign}A1", f"a{sign}1", "-1.5"]) == [f"'{sign}A1", f"a{sign}1", "-1.5"]
 
 
 def test_a_failed_directory_keeps_the_old_one(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,15 +15,16 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.io import write_json, write_table
 from pipelines.scoring import write_csv
+from serving import exports
 from serving.exports import erase_exported, find_exports
 
-USERS = ["ann", "=cmd()", "ünal, b", "Ann"]
+USERS = ["ann", "=cmd()", "ünal, b", "Ann", "\uff1dcmd()"]
 
 
 def make_scores(folder: Path) -> Path:
     scores = folder / "data/scores"
-    for number, pair in enumerate((USERS[:2], USERS[2:])):
-        table = pa.table({"user_id": pair, "purchase_14d": [0.25, 0.5]})
+    for number, pair in enumerate((USERS[:2], USERS[2:4], USERS[4:])):
+        table = pa.table({"user_id": pair, "purchase_14d": [0.25, 0.5][: len(pair)]})
         write_table(scores / f"part-{number}.parquet", table)
     write_json(scores / "_scores.json", {})
     return scores
@@ -73,7 +75,47 @@ def test_what_is_no_csv_file_is_told(tmp_path: Path) -> None:
         erase_exported([file], "ann")
 
 
-def test_nothing_is_changed_under_a_run_that_scores(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_file_that_a_spreadsheet_saved_is_read(tmp_path: Path, quote: str) -> None:
+    file = tmp_path / "people.csv"
+    head = f"\ufeff{quote}user_id{quote},purchase_14d\r\n"
+    file.write_bytes(f"{head}ann,0.25\r\nbob,0.5\r\n".encode())
+    assert erase_exported([file], "ann") == 1
+    assert file.read_bytes() == f"{head}bob,0.5\r\n".encode()
+
+
+def test_a_file_without_ids_is_told_and_the_others_are_changed(tmp_path: Path) -> None:
+    file = tmp_path / "people.csv"
+    file.write_text("user_id;purchase_14d\nann;0.25\n")
+    other = tmp_path / "other.csv"
+    other.write_text("user_id,purchase_14d\nann,0.25\n")
+    with pytest.raises(UserError, match=r"^people.csv: no column user_id"):
+        erase_exported([file, other], "ann")
+    assert other.read_text() == "user_id,purchase_14d\n"
+    empty = tmp_path / "empty.csv"
+    empty.touch()
+    assert erase_exported([empty], "ann") == 0
+
+
+def test_many_are_erased_at_once(tmp_path: Path) -> None:
+    users = [f"user{number}" for number in range(24)]
+    table = pa.table({"user_id": users, "purchase_14d": [0.5] * len(users)})
+    scores = tmp_path / "data/scores"
+    write_table(scores / "part-0.parquet", table)
+    write_json(scores / "_scores.json", {})
+    file = tmp_path / "people.csv"
+    write_csv(scores, file)
+    with ThreadPoolExecutor(8) as pool:
+        counts = list(pool.map(lambda user: erase_exported([scores, file], user), users[1:]))
+    assert counts == [2] * len(users[1:])
+    assert read_users(scores) == users[:1]
+    assert [row["user_id"] for row in csv.DictReader(file.open())] == users[:1]
+
+
+def test_nothing_is_changed_under_a_run_that_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exports, "_WAIT_SECONDS", 0.1)
     scores = make_scores(tmp_path)
     lock = tmp_path / "data/.scores/lock"
     lock.parent.mkdir()
