@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import sys
 import time
@@ -29,6 +30,12 @@ _DEFAULT_RATE: Final = 100.0
 
 # Probes and metrics are the platform's, which holds no key.
 _OPEN: Final = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
+
+# Addresses of this machine alone, and what a client on it calls them. A page in its browser may
+# have its own name point here.
+_LOOPBACK: Final = frozenset({"127.0.0.1", "::1"})
+_OWN_HOSTS: Final = frozenset({b"127.0.0.1", b"localhost", b"[::1]"})
+_PORT: Final = re.compile(rb":\d*$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +67,8 @@ def read_clients() -> list[Client] | None:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{KEYS_VARIABLE}: {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{KEYS_VARIABLE}: {path}: not UTF-8") from None
     clients = []
     for number, line in enumerate(lines, start=1):
         parts = line.split("#", maxsplit=1)[0].split()
@@ -87,6 +96,8 @@ def _parse(parts: list[str], where: str) -> Client:
 class RequireKey:
     """Lets in who holds a key, as often as agreed (token bucket).
 
+    Without keys, over loopback, it lets in who calls this machine by its own names.
+
     Args:
         app: the application inside.
         clock: seconds.
@@ -101,10 +112,18 @@ class RequireKey:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        if scope["type"] != "http" or self._clients is None or scope["path"] in _OPEN:
+        if scope["type"] != "http" or scope["path"] in _OPEN:
             await self.app(scope, receive, send)
             return
-        client = self._find(dict(scope["headers"]))
+        headers = dict(scope["headers"])
+        if self._clients is None:
+            if _is_local(scope) and not _names_us(headers.get(b"host", b"localhost")):
+                text = "without API keys the service is called by localhost or 127.0.0.1 alone"
+                await refuse(send, HTTPStatus.BAD_REQUEST, text)
+                return
+            await self.app(scope, receive, send)
+            return
+        client = self._find(headers)
         if client is None:
             text = "send your API key in the header X-API-Key"
             await refuse(send, HTTPStatus.UNAUTHORIZED, text)
@@ -141,6 +160,16 @@ class RequireKey:
             return (1.0 - tokens) / client.rate
         self._tokens[client.name] = (tokens - 1.0, now)
         return 0.0
+
+
+def _is_local(scope: MutableMapping[str, Any]) -> bool:
+    """Return whether a request came to an address of this machine alone."""
+    server = scope.get("server")
+    return server is not None and server[0] in _LOOPBACK
+
+
+def _names_us(host: bytes) -> bool:
+    return _PORT.sub(b"", host).lower() in _OWN_HOSTS
 
 
 def main() -> int:

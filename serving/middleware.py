@@ -6,9 +6,11 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, Final
 
+from bentoml.exceptions import ServiceUnavailable
 from pydantic import ValidationError
 
 Message = MutableMapping[str, Any]
@@ -20,6 +22,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 Problem = tuple[HTTPStatus, str] | tuple[HTTPStatus, str, Headers]
 
 JSON: Final = "application/json"
+_TYPE: Final = JSON.encode()
 LATER: Final = ((b"retry-after", b"1"),)
 WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
@@ -27,6 +30,9 @@ WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 # clients that send much at once must not lock out all the others.
 MAX_HELD_BYTES: Final = 64 << 20
 SMALL_BYTES: Final = 1 << 16
+
+# What the service has said of a request that it cannot answer now.
+_SAID: Final[ContextVar[list[str] | None]] = ContextVar("said", default=None)
 
 # Names that clients may rely on; the phrases of http.HTTPStatus change between Pythons.
 CODES: Final = {
@@ -89,8 +95,8 @@ class LimitBody:
     def _judge_head(self, headers: Headers) -> Problem | None:
         # All of them: who reads the body may look at another one than is looked at here.
         told = [value for name, value in headers if name == b"content-type"]
-        if any(value.split(b";")[0].strip().lower() != JSON.encode() for value in told):
-            return HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"send {JSON}"
+        if not told or any(value.split(b";")[0].strip().lower() != _TYPE for value in told):
+            return HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"send a body with Content-Type: {JSON}"
         length = dict(headers).get(b"content-length", b"0")
         return self._judge_size(int(length)) if length.isdigit() else None
 
@@ -163,6 +169,20 @@ def replay(body: bytes, receive: Receive) -> Receive:
     return hand_on
 
 
+class NotAvailable(ServiceUnavailable):  # type: ignore[misc]  # BentoML is not typed
+    """What the service cannot do now; the client is told why, which BentoML keeps to its log.
+
+    Args:
+        text: for the client.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        said = _SAID.get()
+        if said is not None:
+            said.append(text)
+
+
 class ShapeErrors:
     """Gives every error of the service one form: {"error": {"code", "message", "field"}}.
 
@@ -180,6 +200,8 @@ class ShapeErrors:
             return
         start: Message | None = None
         body = bytearray()
+        said: list[str] = []
+        _SAID.set(said)
 
         async def shape(message: Message) -> None:
             nonlocal start
@@ -190,13 +212,16 @@ class ShapeErrors:
             elif message["type"] == "http.response.body":
                 body.extend(message.get("body", b""))
                 if not message.get("more_body", False):
-                    await _send_error(send, start, _describe(start["status"], bytes(body)))
+                    error = _describe(start["status"], bytes(body), said)
+                    await _send_error(send, start, error)
 
         await self.app(scope, receive, shape)
 
 
-def _describe(status: int, body: bytes) -> tuple[int, dict[str, Any]]:
-    """Return the status and error for what BentoML answered."""
+def _describe(status: int, body: bytes, reasons: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    """Return the status and error for what BentoML answered, and the service gave as reasons."""
+    if status == HTTPStatus.SERVICE_UNAVAILABLE and reasons:
+        return status, _error(_name(status), reasons[-1])
     try:
         answer = json.loads(body)
     except ValueError:

@@ -19,7 +19,6 @@ from bentoml.exceptions import (
     BentoMLException,
     InternalServerError,
     NotFound,
-    ServiceUnavailable,
 )
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -44,7 +43,7 @@ from serving.frames import Call, Explain, Explained, Predict, Predicted, Refused
 from serving.keys import RequireKey
 from serving.limits import MAX_EVENTS
 from serving.metrics import Metrics
-from serving.middleware import DropValidationErrors, LimitBody, ShapeErrors
+from serving.middleware import DropValidationErrors, LimitBody, NotAvailable, ShapeErrors
 from serving.reads import make_reads
 from serving.schema import (
     MAX_BODY_BYTES,
@@ -291,7 +290,7 @@ class Forecart:
         """Delete a shopper from the store and the exports.
 
         Raises:
-            ServiceUnavailable: the exports are being written, or cannot be; the store has forgotten
+            NotAvailable: the exports are being written, or cannot be; the store has forgotten
                 already.
         """
         erased = await _guard(asyncio.to_thread(lambda: self._open_store().erase(user_id)))
@@ -303,7 +302,7 @@ class Forecart:
             logging.getLogger(__name__).error("erasing from the exports failed: %s", error)
             known = isinstance(error, UserError)
             text = str(error) if known else "the exports cannot be changed; erase again later"
-            raise ServiceUnavailable(text) from None
+            raise NotAvailable(text) from None
         return EraseResponse(
             user_id=user_id, events=erased.events, profile=erased.profile, exported=exported
         )
@@ -339,7 +338,7 @@ class Forecart:
         """Predict shoppers a batch after the other, so that others wait for one at most.
 
         Raises:
-            ServiceUnavailable: models were exchanged in between, again and again.
+            NotAvailable: models were exchanged in between, again and again.
         """
         for _ in range(_TRIES):
             told = PredictResponse(model=self.engine.digest, now=now, predictions=[])
@@ -351,7 +350,7 @@ class Forecart:
                     break
             else:
                 return told
-        raise ServiceUnavailable("the model is being exchanged; send again")
+        raise NotAvailable("the model is being exchanged; send again")
 
     async def _submit(self, batcher: Batcher[Item, Result], item: Item) -> Result:
         try:
@@ -360,7 +359,7 @@ class Forecart:
             status = HTTPStatus.TOO_MANY_REQUESTS
             raise BentoMLException(str(error), error_code=status) from None
         except Unavailable as error:
-            raise ServiceUnavailable(str(error)) from None
+            raise NotAvailable(str(error)) from None
         if result == b"":
             raise InternalServerError("predicting failed")
         return result
@@ -394,13 +393,13 @@ async def _guard(work: Any) -> Any:
     """Await work on the store; its failure is the service's state, not the client's mistake.
 
     Raises:
-        ServiceUnavailable: the store does not answer; nothing was stored.
+        NotAvailable: the store does not answer; nothing was stored.
     """
     try:
         return await work
     except (SQLAlchemyError, UserError, OSError) as error:
         logging.getLogger(__name__).error("the store failed: %s", type(error).__name__)
-        raise ServiceUnavailable("the store does not answer; send again later") from None
+        raise NotAvailable("the store does not answer; send again later") from None
 
 
 def _split(shoppers: Sequence[Shopper]) -> Iterator[list[Shopper]]:

@@ -32,7 +32,7 @@ class Clock:
 
 
 def ask(
-    app: RequireKey, headers: dict[str, str], path: str = "/predict"
+    app: RequireKey, headers: dict[str, str], path: str = "/predict", *, server: str | None = None
 ) -> tuple[int, dict[str, str], Any]:
     sent: list[Any] = []
 
@@ -43,7 +43,9 @@ def ask(
         return {"type": "http.request", "body": b"", "more_body": False}
 
     raw = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
-    asyncio.run(app({"type": "http", "path": path, "headers": raw}, receive, send))
+    scope: dict[str, Any] = {"type": "http", "path": path, "headers": raw}
+    scope["server"] = server and (server, 3000)
+    asyncio.run(app(scope, receive, send))
     found = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
     return sent[0]["status"], found, json.loads(sent[1]["body"])
 
@@ -59,6 +61,39 @@ def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_a_file_everybody_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
     assert ask(RequireKey(answer), {})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "server", "path", "status"),
+    [
+        ("127.0.0.1:3000", "127.0.0.1", "/users/erase", 200),
+        ("localhost", "127.0.0.1", "/users/erase", 200),
+        ("LOCALHOST:3000", "::1", "/users/erase", 200),
+        ("[::1]:3000", "::1", "/users/erase", 200),
+        ("evil.example:3000", "127.0.0.1", "/users/erase", 400),
+        ("localhost.evil.example", "::1", "/users/erase", 400),
+        ("", "127.0.0.1", "/users/erase", 400),
+        # Probes, and who chose to be reached from elsewhere.
+        ("forecart.shop", "127.0.0.1", "/readyz", 200),
+        ("forecart.shop", "10.0.0.7", "/users/erase", 200),
+    ],
+)
+def test_without_keys_loopback_answers_its_own_names_alone(
+    host: str, server: str, path: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    assert ask(RequireKey(answer), {"Host": host}, path, server=server)[0] == status
+
+
+def test_a_key_counts_whatever_the_host(keys: Path) -> None:
+    headers = {"Host": "forecart.shop", "X-API-Key": "s3cret"}
+    assert ask(RequireKey(answer), headers, server="127.0.0.1")[0] == 200
+
+
+def test_a_file_of_other_letters_is_told(keys: Path) -> None:
+    keys.write_bytes("shöp".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_clients()
 
 
 def test_a_key_lets_in_and_nothing_else_does(keys: Path) -> None:

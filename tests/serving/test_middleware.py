@@ -6,9 +6,10 @@ import logging
 from typing import Any
 
 import pytest
+from bentoml.exceptions import BentoMLException
 from pydantic import BaseModel, ValidationError
 
-from serving.middleware import DropValidationErrors, LimitBody, ShapeErrors
+from serving.middleware import DropValidationErrors, LimitBody, NotAvailable, ShapeErrors
 
 
 def call(
@@ -30,7 +31,8 @@ def call(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    pairs = [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()]
+    headers = {"Content-Type": "application/json"} | (headers or {})
+    pairs = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
     scope = {"type": "http", "method": method, "path": "/predict", "headers": pairs}
     asyncio.run(app(scope, receive, send))
     start, *rest = sent
@@ -82,7 +84,8 @@ def test_a_body_that_does_not_come_is_waited_for_no_longer() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": []}
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers}
     app = LimitBody(answer(200, b""), max_bytes=10, seconds=0.01)
     asyncio.run(app(scope, receive, send))
     assert sent[0]["status"] == 408
@@ -123,6 +126,18 @@ def test_many_large_bodies_at_once_are_refused_and_small_ones_are_not() -> None:
         return beyond, small, await ask(1 << 20, whole=True)
 
     assert asyncio.run(run()) == ([429, 429], [200, 200, 200], 200)
+
+
+def test_a_body_without_a_media_type_is_refused() -> None:
+    """As a page of another site may have a browser send it."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/users/erase", "headers": []}
+    asyncio.run(LimitBody(answer(200, b""), max_bytes=10)(scope, send, send))
+    assert sent[0]["status"] == 415
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -179,6 +194,19 @@ def test_errors_get_one_form(
     assert error["field"] == field
     assert code is None or error["code"] == code
     assert "secret" not in error["message"]
+
+
+def test_what_is_not_available_is_told_to_the_client() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            raise NotAvailable("erase again")
+        except BentoMLException as error:
+            inner = answer(error.error_code.value, b'{"error": "see the log"}')
+            await inner(scope, receive, send)
+
+    status, _, body = call(ShapeErrors(app), [b""])
+    assert status == 503
+    assert json.loads(body)["error"]["message"] == "erase again"
 
 
 def test_validation_errors_are_not_logged_and_others_are() -> None:
