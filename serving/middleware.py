@@ -93,11 +93,15 @@ class LimitBody:
             self._held -= body.size
 
     def _judge_head(self, headers: Headers) -> Problem | None:
-        # All of them: who reads the body may look at another one than is looked at here.
+        found = dict(headers)
+        length = found.get(b"content-length", b"0")
+        is_sent = b"transfer-encoding" in found or length.strip(b"0") != b""
+        # All of them: who reads the body may look at another one than is looked at here. And one
+        # at least: without, a page of another site may have a browser send it.
         told = [value for name, value in headers if name == b"content-type"]
-        if not told or any(value.split(b";")[0].strip().lower() != _TYPE for value in told):
+        is_other = any(value.split(b";")[0].strip().lower() != _TYPE for value in told)
+        if is_other or (is_sent and not told):
             return HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"send a body with Content-Type: {JSON}"
-        length = dict(headers).get(b"content-length", b"0")
         return self._judge_size(int(length)) if length.isdigit() else None
 
     def _judge_size(self, size: int) -> Problem | None:

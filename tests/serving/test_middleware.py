@@ -128,14 +128,15 @@ def test_many_large_bodies_at_once_are_refused_and_small_ones_are_not() -> None:
     assert asyncio.run(run()) == ([429, 429], [200, 200, 200], 200)
 
 
-def test_a_body_without_a_media_type_is_refused() -> None:
+@pytest.mark.parametrize("head", [(b"content-length", b"2"), (b"transfer-encoding", b"chunked")])
+def test_a_body_without_a_media_type_is_refused(head: tuple[bytes, bytes]) -> None:
     """As a page of another site may have a browser send it."""
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/users/erase", "headers": []}
+    scope = {"type": "http", "method": "POST", "path": "/users/erase", "headers": [head]}
     asyncio.run(LimitBody(answer(200, b""), max_bytes=10)(scope, send, send))
     assert sent[0]["status"] == 415
 
