@@ -54,7 +54,8 @@ def plan_server(directory: Path, *, host: str, port: int) -> tuple[list[str], di
     environment = os.environ | {"BENTOML_DO_NOT_TRACK": "True"}
     environment.setdefault("BENTOML_HOME", str(HOME.resolve()))
     # The server changes its folder; files are meant from the one that it was started from.
-    environment.setdefault("FORECART_STORE", f"{_SQLITE}{STORE}")
+    # Empty is as good as none.
+    environment["FORECART_STORE"] = environment.get("FORECART_STORE") or f"{_SQLITE}{STORE}"
     environment.setdefault("FORECART_EXPORTS", str(SCORES))
     store = environment["FORECART_STORE"]
     if store.startswith(_SQLITE) and not store.endswith(_MEMORY):
@@ -78,7 +79,8 @@ def plan_server(directory: Path, *, host: str, port: int) -> tuple[list[str], di
 
 
 def _resolve(name: str) -> str:
-    return str(Path(name).resolve())
+    # Links stay: to point one elsewhere is how some put a new model, or new keys, in place.
+    return str(Path(name).absolute())
 
 
 def check_settings(environment: Mapping[str, str] = os.environ) -> None:

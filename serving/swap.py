@@ -28,6 +28,8 @@ SECONDS_VARIABLE: Final = "FORECART_CHAMPION_SECONDS"
 _CACHE: Final = Path(".forecart") / "models"
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _DEFAULT_SECONDS: Final = 10.0
+# A day: whoever looks more rarely starts the service anew.
+_MOST_SECONDS: Final = 86_400.0
 # The longest time between two tries to take a model.
 _LONGEST_PAUSE: Final = 600.0
 _LOG: Final = logging.getLogger(__name__)
@@ -172,6 +174,7 @@ def find_watched() -> tuple[Path, float] | None:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise UserError(f"{SECONDS_VARIABLE}: {text!r} is no time in seconds")
+    if not 0 < seconds <= _MOST_SECONDS:
+        text = f"{text!r} is no time of up to {_MOST_SECONDS:,.0f} seconds"
+        raise UserError(f"{SECONDS_VARIABLE}: {text}")
     return Path(name), seconds

@@ -55,6 +55,29 @@ def test_files_are_found_from_the_folder_it_was_started_in(
     ]
 
 
+def test_links_are_followed_when_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`current` may point to another release later."""
+    (tmp_path / "bento.yaml").touch()
+    (tmp_path / "releases/1").mkdir(parents=True)
+    (tmp_path / "current").symlink_to("releases/1")
+    monkeypatch.setenv("FORECART_CHAMPION", "current/bento")
+    monkeypatch.setenv("FORECART_API_KEYS", "current/keys.txt")
+    _, environment = plan_server(tmp_path, host="127.0.0.1", port=4000)
+    assert environment["FORECART_CHAMPION"] == str(tmp_path / "current/bento")
+    assert environment["FORECART_API_KEYS"] == str(tmp_path / "current/keys.txt")
+
+
+def test_an_empty_address_of_the_store_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bento.yaml").touch()
+    monkeypatch.setenv("FORECART_STORE", "")
+    _, environment = plan_server(tmp_path, host="127.0.0.1", port=4000)
+    assert environment["FORECART_STORE"] == f"sqlite:///{tmp_path / '.forecart/events.db'}"
+
+
 @pytest.mark.parametrize("url", ["postgresql+psycopg://shop@db/events", "sqlite:///:memory:"])
 def test_other_stores_are_left_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
@@ -86,6 +109,7 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         ("FORECART_PREDICTORS", "many"),
         ("FORECART_API_KEYS", "nowhere.json"),
         ("FORECART_CHAMPION_SECONDS", "soon"),
+        ("FORECART_CHAMPION_SECONDS", "1e10"),
         ("OTEL_TRACES_SAMPLER_ARG", "often"),
         ("FORECART_STORE", "nosuch"),
         ("FORECART_STORE", "sqlite:////proc/nowhere/events.db"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from pipelines.errors import UserError
+from pipelines.io import digest_directory
 from serving.engine import Unavailable
 from serving.metrics import Metrics
 from serving.swap import Watcher
@@ -47,3 +48,30 @@ def test_a_model_that_was_refused_is_not_asked_again(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{ }")
     watcher.look()
     assert len(tried) == 2
+
+
+def test_a_link_that_points_to_another_model_is_noticed(tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(f'{{"release": {name}}}')
+    current = tmp_path / "current"
+    current.symlink_to("1")
+    taken: list[Path] = []
+
+    def take(model: Path, digest: str | None) -> str:
+        taken.append(model)
+        return digest_directory(model)
+
+    watcher = Watcher(
+        current,
+        current=digest_directory(current),
+        take=take,
+        metrics=Metrics(CollectorRegistry()),
+    )
+    watcher.look()
+    assert taken == []
+    current.unlink()
+    current.symlink_to("2")
+    watcher.look()
+    assert taken == [current]
