@@ -10,6 +10,7 @@ import os
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +38,7 @@ from sqlalchemy.exc import (
     IntegrityError,
     NoSuchModuleError,
     OperationalError,
+    ProgrammingError,
 )
 
 from pipelines.address import parse_address
@@ -102,6 +104,7 @@ PROFILES: Final = Table(
     sqlite_autoincrement=True,
 )
 _TRIES: Final = 20
+_BUSY_MS: Final = 10_000
 _DEADLOCK: Final = 1213  # ER_LOCK_DEADLOCK
 
 
@@ -120,7 +123,7 @@ class Erased:
 
 def find_url() -> str:
     """Return the store's address: what FORECART_STORE names, else a file in the project."""
-    return os.environ.get(STORE_VARIABLE, DEFAULT_URL)
+    return os.environ.get(STORE_VARIABLE) or DEFAULT_URL
 
 
 class Store:
@@ -147,7 +150,15 @@ class Store:
 
     def create(self) -> None:
         """Create the tables that are missing."""
-        _METADATA.create_all(self.engine)
+        for left in reversed(range(_TRIES)):
+            try:
+                _METADATA.create_all(self.engine)
+                return
+            except (OperationalError, ProgrammingError, IntegrityError):
+                # Another one who opens the store has made a table since it was looked for.
+                if not left:
+                    raise
+                _pause()
 
     def append(self, events: Sequence[Mapping[str, Any]]) -> list[bool]:
         """Store events in one transaction.
@@ -220,7 +231,7 @@ class Store:
                 crossed = isinstance(error, IntegrityError) or _is_deadlock(error)
                 if not crossed or not left:
                     raise
-                time.sleep(random.uniform(0.001, 0.02))  # noqa: S311 - not a secret
+                _pause()
 
     def profiles(self, user_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return what is known of some users; of whom nothing is, is left out."""
@@ -239,11 +250,24 @@ class Store:
         with self.engine.begin() as connection:
             events = connection.execute(delete(EVENTS).where(EVENTS.c.user_id == user_id))
             profiles = connection.execute(delete(PROFILES).where(PROFILES.c.user_id == user_id))
-            return Erased(events=events.rowcount, profile=profiles.rowcount > 0)
+            erased = Erased(events=events.rowcount, profile=profiles.rowcount > 0)
+        if self.engine.dialect.name == "sqlite":
+            self._empty_log()
+        return erased
 
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+    def _empty_log(self) -> None:
+        """Take out of SQLite's log of changes what was erased; a reader who needs it keeps it."""
+        with suppress(OperationalError), self.engine.connect() as connection:
+            # Not waiting for readers: the next erasure, or closing the store, does the same.
+            connection.exec_driver_sql("PRAGMA busy_timeout=0")
+            try:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                connection.exec_driver_sql(f"PRAGMA busy_timeout={_BUSY_MS}")
 
     def _find_known(self, connection: Connection, ids: Sequence[str]) -> set[str]:
         known: set[str] = set()
@@ -271,7 +295,15 @@ def _is_deadlock(error: OperationalError) -> bool:
 def _set_durable(connection: Any, _record: Any) -> None:
     """Commit to the disk, and let readers and the writer go on side by side."""
     cursor = connection.cursor()
+    # First: the next ones may have to wait for another one who opens it.
+    cursor.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=FULL")
-    cursor.execute("PRAGMA busy_timeout=10000")
+    # What is deleted is overwritten.
+    cursor.execute("PRAGMA secure_delete=ON")
     cursor.close()
+
+
+def _pause() -> None:
+    """Let another writer go first."""
+    time.sleep(random.uniform(0.001, 0.02))  # noqa: S311 - not a secret

@@ -177,7 +177,7 @@ class DatabaseSource:
         from sqlalchemy import create_engine
         from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-        text = self._params.url or os.environ.get(URL_VARIABLE, DEFAULT_URL)
+        text = self._params.url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         setting = f"{_SECTION}.url" if self._params.url else URL_VARIABLE
         try:
             url = parse_address(text)

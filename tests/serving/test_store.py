@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 
 from pipelines.errors import UserError
-from serving.store import Erased, Store
+from serving.store import DEFAULT_URL, STORE_VARIABLE, Erased, Store, find_url
 
 NOON = 1_750_000_000_000_000
 
@@ -77,6 +79,53 @@ def test_writers_side_by_side_store_each_event_once(store: Store) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(store.append, batches))
     assert len(store.history(["ann"], before=100, limit=1000)["ann"]) == 110
+
+
+@pytest.mark.parametrize("repeat", range(5))
+def test_a_new_store_is_opened_by_many_at_once(tmp_path: Path, repeat: int) -> None:
+    count = 8
+    together = Barrier(count)
+
+    def use(number: int) -> list[bool]:
+        opened = Store(f"sqlite:///{tmp_path / 'events.db'}")
+        together.wait(30)
+        try:
+            opened.create()
+            return opened.append([make(f"e{number}")])
+        finally:
+            opened.close()
+
+    with ThreadPoolExecutor(count) as pool:
+        assert list(pool.map(use, range(count))) == [[True]] * count
+
+
+def test_the_text_of_an_erased_event_is_in_no_file(store: Store, tmp_path: Path) -> None:
+    def find(text: bytes) -> list[str]:
+        files = (tmp_path / "deep").iterdir()
+        return sorted(file.name for file in files if text in file.read_bytes())
+
+    store.append([make(f"e{n}", query="a secret wish") for n in range(50)])
+    store.append([make("other", user="bob", query="red shoes")])
+    assert find(b"a secret wish")
+    store.erase("ann")
+    assert find(b"a secret wish") == []
+    assert find(b"red shoes")
+
+
+def test_a_reader_holds_up_no_erasure(store: Store) -> None:
+    store.append([make("a"), make("b", user="bob")])
+    with store.engine.connect() as reader:
+        reading = reader.exec_driver_sql("SELECT * FROM events")
+        reading.fetchone()
+        began = time.monotonic()
+        assert store.erase("ann") == Erased(events=1, profile=False)
+        assert time.monotonic() - began < 5
+    assert store.erase("bob") == Erased(events=1, profile=False)
+
+
+def test_no_address_is_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STORE_VARIABLE, "")
+    assert find_url() == DEFAULT_URL
 
 
 def test_a_profile_replaces_the_one_before(store: Store) -> None:
