@@ -10,19 +10,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Coroutine
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from msgspec import MsgspecError
 
 from pipelines.errors import UserError
+from serving.copies import Copy
 from serving.frames import (
     HEAD_BYTES,
     Ready,
@@ -34,7 +33,6 @@ from serving.frames import (
     read_length,
     unpack_reply,
 )
-from serving.golden import GOLDEN_FILE, MODEL, locate_golden
 
 COUNT_VARIABLE: Final = "FORECART_PREDICTORS"
 _MOST_BY_DEFAULT: Final = 4
@@ -192,47 +190,6 @@ class _Process:
             await asyncio.to_thread(self._process.wait)
 
 
-class _Copy:
-    """The files of a model as they were when it was taken.
-
-    Other ones may be put in their place, good or bad, and a process that is started later has to
-    hold what the others do.
-
-    Args:
-        source: the model's folder; its golden predictions are copied as well.
-
-    Raises:
-        UserError: there is no such folder.
-        OSError: it cannot be copied.
-
-    Attributes:
-        model: folder of the copy.
-    """
-
-    def __init__(self, source: Path) -> None:
-        if not source.is_dir():
-            raise UserError(f"{source}: no such folder")
-        self._source = source
-        self._folder = TemporaryDirectory(prefix="forecart-", ignore_cleanup_errors=True)
-        self.model = Path(self._folder.name) / MODEL
-        try:
-            golden = locate_golden(source)
-            if golden.is_file():
-                shutil.copyfile(golden, self.model.parent / GOLDEN_FILE)
-            shutil.copytree(source, self.model)
-        except BaseException:
-            self.remove()
-            raise
-
-    def name_source(self, text: str) -> str:
-        """Return a text about the copy as one about the model's own folder."""
-        return text.replace(str(self.model), str(self._source))
-
-    def remove(self) -> None:
-        """Delete the copy."""
-        self._folder.cleanup()
-
-
 class Engine:
     """Some processes that hold one model.
 
@@ -245,7 +202,7 @@ class Engine:
     def __init__(self, count: int) -> None:
         self.count = count
         self.digest = ""
-        self._copy: _Copy | None = None
+        self._copy: Copy | None = None
         self._idle: asyncio.Queue[_Process] = asyncio.Queue()
         # All of the model that serves, idle or not.
         self._serving: set[_Process] = set()
@@ -275,7 +232,7 @@ class Engine:
             Unavailable: a process ended before it could tell.
             OSError: its files cannot be copied.
         """
-        copy = await asyncio.to_thread(_Copy, model)
+        copy = await asyncio.to_thread(Copy, model)
         first = Start(model=str(copy.model), digest=digest, check=check)
         starts = [_Process.start(first, core) for core in assign_cores(self.count)]
         started = await asyncio.gather(*starts, return_exceptions=True)
