@@ -40,6 +40,7 @@ from serving.direct import AnswerDirectly
 from serving.engine import Engine, Unavailable, find_count
 from serving.exports import erase_exported, find_exports
 from serving.frames import Call, Explain, Explained, Predict, Predicted, Refused, Reply
+from serving.keeping import AnswerOnce
 from serving.keys import RequireKey
 from serving.limits import MAX_EVENTS
 from serving.metrics import Metrics
@@ -446,6 +447,7 @@ _service.mount_asgi_app(make_reads())
 _service.add_asgi_middleware(ObserveRequests)
 _service.add_asgi_middleware(ShapeErrors)
 _service.add_asgi_middleware(RequireKey)
+_service.add_asgi_middleware(AnswerOnce)
 _service.add_asgi_middleware(LimitBody, max_bytes=MAX_BODY_BYTES)
 _service.add_asgi_middleware(Admit)
 _service.add_asgi_middleware(ShowCalls, find_digest=_find_digest)
