@@ -105,6 +105,7 @@ def test_a_lock_torn_by_a_kill_is_mended(project: Path) -> None:
         json.loads(table.read_text())
 
 
+@pytest.mark.integration
 def test_a_lock_that_is_being_written_is_left_alone(project: Path) -> None:
     from dvc.lock import make_lock
 
@@ -157,6 +158,7 @@ def test_of_a_chain_only_what_is_left_is_told(project: Path) -> None:
         run(project)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("number", "to_all", "code", "before"),
     [

@@ -220,6 +220,7 @@ def auc(score: np.ndarray[Any, Any], label: np.ndarray[Any, Any]) -> float:
     return float(wins.mean())
 
 
+@pytest.mark.integration
 def test_learns_a_pattern_and_not_shuffled_labels() -> None:
     """A search announces a purchase; with purchases given to other users nothing does."""
     rng = np.random.default_rng(5)

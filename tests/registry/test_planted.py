@@ -178,6 +178,7 @@ def count_promotions(noise: float, *margins: float) -> list[int]:
     return passed
 
 
+@pytest.mark.integration
 def test_candidates_are_promoted_by_mistake_at_the_stated_rate() -> None:
     large = Shop(5, 50_000)
     y = large.table.labels[TARGET.name]

@@ -73,6 +73,7 @@ def champion(shared: Path) -> str:
     return str(version.tags[DIGEST_TAG])
 
 
+@pytest.mark.integration
 def test_of_two_promoters_one_wins_and_the_other_says_so(shared: Path) -> None:
     # Both wait for one instant, so that they meet.
     start = time.time() + 6

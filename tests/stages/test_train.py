@@ -312,6 +312,7 @@ def test_without_pretraining(root: Path) -> None:
     assert load_pretrained(root) == {}
 
 
+@pytest.mark.integration
 def test_a_killed_training_goes_on_where_it_was(root: Path) -> None:
     """A process killed in an epoch leaves a checkpoint, from which the same model comes."""
     pretrain.run(PARAMS, root)
