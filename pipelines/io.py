@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +24,32 @@ from pipelines.errors import UserError
 T = TypeVar("T")
 
 _CHUNK = 1 << 20
+_LOOK_SECONDS = 0.02  # between two looks whether a lock is free
 
 # A spreadsheet takes a cell that begins like this for a formula, unless it is a plain number.
 # The signs of full width (U+FF1D and so on) are the same to some.
 _FORMULA = re.compile(r"\s*(?![+-]?[\d.]+$)[=+\-@\t\r\n|%\uff1d\uff0b\uff0d\uff20]")
+
+
+def take_lock(handle: int, *, seconds: float = 0.0) -> bool:
+    """Lock an open file against all others; the lock ends with its holder, also with a killed one.
+
+    Args:
+        handle: of the file.
+        seconds: how long another holder is waited for.
+
+    Returns:
+        False where another one still holds it.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+        time.sleep(_LOOK_SECONDS)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ The folder takes the place of data/scores when it is complete.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -39,6 +38,7 @@ from pipelines.io import (
     read_json,
     replace_file,
     say_count,
+    take_lock,
     write_json,
     write_table,
 )
@@ -464,10 +464,8 @@ def _hold_lock(root: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{root}: another process is scoring; wait for it to end") from None
+        if not take_lock(handle):
+            raise UserError(f"{root}: another process is scoring; wait for it to end")
         yield
     finally:
         os.close(handle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from pipelines.errors import UserError
+from pipelines.io import take_lock
 from serving.golden import GOLDEN_FILE, MODEL, locate_golden
 
 _PREFIX: Final = "forecart-model-"
@@ -45,7 +45,7 @@ class Copy:
         self._source = source
         self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self._lock = _open_lock(self._folder)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        take_lock(self._lock)
         self.model = self._folder / MODEL
         try:
             golden = locate_golden(source)
@@ -75,8 +75,8 @@ def remove_left() -> None:
                 continue
             lock = _open_lock(folder)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
+                if take_lock(lock):
+                    shutil.rmtree(folder)
             finally:
                 os.close(lock)
 

@@ -6,9 +6,7 @@ FORECART_EXPORTS names them: folders of scores (data/scores of a project) and CS
 from __future__ import annotations
 
 import csv
-import fcntl
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.errors import UserError
-from pipelines.io import guard_cells, replace_file, write_table
+from pipelines.io import guard_cells, replace_file, take_lock, write_table
 
 EXPORTS_VARIABLE: Final = "FORECART_EXPORTS"
 
@@ -27,9 +25,8 @@ _USER: Final = "user_id"
 _PARTIAL: Final = ".scores"
 _DESCRIPTION: Final = "_scores.json"
 
-# How long another one who writes is waited for, and how often that is looked at.
+# How long another one who writes is waited for.
 _WAIT_SECONDS: Final = 3.0
-_LOOK_SECONDS: Final = 0.02
 
 
 def find_exports() -> list[Path]:
@@ -154,13 +151,5 @@ def _lock(handle: int) -> None:
     Raises:
         UserError: it is held for longer.
     """
-    deadline = time.monotonic() + _WAIT_SECONDS
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                text = "the exports are being written; erase again when that has ended"
-                raise UserError(text) from None
-        time.sleep(_LOOK_SECONDS)
+    if not take_lock(handle, seconds=_WAIT_SECONDS):
+        raise UserError("the exports are being written; erase again when that has ended")

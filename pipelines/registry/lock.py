@@ -10,7 +10,6 @@ has to do for others.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -24,6 +23,7 @@ from typing import Final
 from sqlalchemy import make_url
 
 from pipelines.errors import UserError
+from pipelines.io import take_lock
 
 _WAIT_SECONDS: Final = 20.0
 _PAUSE_SECONDS: Final = 0.1
@@ -79,13 +79,8 @@ def _hold_file(path: Path, name: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        deadline = time.monotonic() + _WAIT_SECONDS
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                _pause(deadline, name)
+        if not take_lock(handle, seconds=_WAIT_SECONDS):
+            raise _explain(name)
         yield
     finally:
         os.close(handle)
@@ -106,12 +101,12 @@ def _hold_database(uri: str, name: str) -> Iterator[None]:
     with engine.connect() as connection:
         deadline = time.monotonic() + _WAIT_SECONDS
         while not connection.execute(take).scalar():
-            _pause(deadline, name)
+            if time.monotonic() > deadline:
+                raise _explain(name)
+            time.sleep(_PAUSE_SECONDS)
         # The lock ends with the connection.
         yield
 
 
-def _pause(deadline: float, name: str) -> None:
-    if time.monotonic() > deadline:
-        raise UserError(f"somebody else is promoting {name} at this moment; try again later")
-    time.sleep(_PAUSE_SECONDS)
+def _explain(name: str) -> UserError:
+    return UserError(f"somebody else is promoting {name} at this moment; try again later")
