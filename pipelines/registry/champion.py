@@ -208,6 +208,16 @@ def read_name(root: Path) -> str:
     return load_params(root / PARAMS_FILE).package.name
 
 
+def open_registry(root: Path) -> tuple[MlflowClient, str]:
+    """Return the registry and the name in it; where no project is, none is made.
+
+    Raises:
+        UserError: the folder is no project's, or MLflow cannot open the registry.
+    """
+    name = read_name(root)
+    return connect(root), name
+
+
 def find_version(registry: MlflowClient, name: str, digest: str) -> ModelVersion | None:
     """Return the first version of a model with a digest."""
     filter_ = f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipelines.registry.champion import VERDICT_TAG, connect, read_digest, read_name
+from pipelines.registry.champion import VERDICT_TAG, open_registry, read_digest
 from pipelines.registry.promotion import CHAMPION_ALIAS, HISTORY_TAG
 
 
@@ -43,7 +43,7 @@ def list_champions(root: Path) -> list[Reign]:
     # Connecting to a database that is not there would create it.
     if "MLFLOW_TRACKING_URI" not in os.environ and not (root / "mlflow.db").exists():
         return []
-    registry, name = connect(root), read_name(root)
+    registry, name = open_registry(root)
     found = [m for m in registry.search_registered_models(f"name = '{name}'") if m.name == name]
     if not found or CHAMPION_ALIAS not in found[0].aliases:
         return []

@@ -19,11 +19,10 @@ from pipelines.registry.champion import (
     EVIDENCE,
     LOCK_TAG,
     VERDICT_TAG,
-    connect,
     downloaded,
     locate_files,
+    open_registry,
     read_digest,
-    read_name,
 )
 from pipelines.registry.tracking import DATA_TAG
 
@@ -70,8 +69,8 @@ def show(root: Path, model: str | None) -> str:
     Raises:
         UserError: there is no such model.
     """
-    registry = connect(root)
-    version = find_model(registry, read_name(root), model)
+    registry, name = open_registry(root)
+    version = find_model(registry, name, model)
     run = registry.get_run(version.run_id) if version.run_id else None
     tags = run.data.tags if run is not None else {}
     digest = read_digest(version)
@@ -86,7 +85,7 @@ def show(root: Path, model: str | None) -> str:
         ("bento", _name_bento(bento) if _label(bento) == digest else "none of this model here"),
         ("image", f"label model={digest}, where forecart containerize has built one"),
     ]
-    return "\n".join(f"{name:<9} {value}" for name, value in rows)
+    return "\n".join(f"{link:<9} {value}" for link, value in rows)
 
 
 def verify(root: Path, model: str | None) -> str:
@@ -97,8 +96,8 @@ def verify(root: Path, model: str | None) -> str:
     Raises:
         UserError: there is no such model, or a link is not what the chain says.
     """
-    registry = connect(root)
-    version = find_model(registry, read_name(root), model)
+    registry, name = open_registry(root)
+    version = find_model(registry, name, model)
     links = list(_check_links(registry, version, root))
     lines = [f"{link.state:<9} {link.name:<9} {link.detail}" for link in links]
     if any(link.state is State.WRONG for link in links):

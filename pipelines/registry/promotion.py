@@ -25,11 +25,11 @@ from pipelines.registry.champion import (
     LOCK_TAG,
     VERDICT_TAG,
     check_files,
-    connect,
     describe,
     fetch_version,
     find_version,
     locate_golden,
+    open_registry,
     read_champion,
     read_digest,
     read_name,
@@ -68,7 +68,7 @@ def register(root: Path) -> str:
     Raises:
         UserError: there is no model, or it holds files that are neither weights nor JSON.
     """
-    registry = connect(root)
+    registry, _ = open_registry(root)
     version, new = _register(registry, root)
     state = "registered" if new else "was registered already"
     return f"{_name(version)} {state} as candidate ({_short(read_digest(version))})"
@@ -88,8 +88,8 @@ def promote(root: Path) -> str:
             champion than the one it was compared with serves by now, or somebody else is
             promoting. The champion is then the one that it was.
     """
-    registry = connect(root)
-    with hold_lock(str(registry.tracking_uri), read_name(root), root):
+    registry, name = open_registry(root)
+    with hold_lock(str(registry.tracking_uri), name, root):
         return _promote(registry, root)
 
 
@@ -136,8 +136,8 @@ def rollback(root: Path) -> str:
         UserError: there is no champion, or none before it, or its files cannot be had. The
             champion is then the one that it was.
     """
-    registry = connect(root)
-    with hold_lock(str(registry.tracking_uri), read_name(root), root):
+    registry, name = open_registry(root)
+    with hold_lock(str(registry.tracking_uri), name, root):
         return _roll_back(registry, root)
 
 
@@ -169,8 +169,7 @@ def status(root: Path) -> str:
         UserError: the champion's files cannot be had, or champion.json names one of another
             registry.
     """
-    registry = connect(root)
-    name = read_name(root)
+    registry, name = open_registry(root)
     present = _find_champion(registry, root)
     if present is not None:
         fetch_version(registry, present, root)
@@ -184,7 +183,7 @@ def status(root: Path) -> str:
         registry.search_model_versions(f"name = '{name}'"), key=lambda v: int(v.version)
     )
     if not versions:
-        return f"no model is registered as {name}; next: forecart register"
+        return f"no model is registered as {name}; next: forecart promote"
     history = _read_history(registry, name, present)
     aliases = registry.get_registered_model(name).aliases
     rows = [("version", "model", "role", "verdict")]

@@ -427,8 +427,18 @@ def test_a_registry_that_cannot_be_opened_is_told_in_one_line(
     assert "\n" not in str(told.value)
 
 
+def test_where_no_project_is_no_registry_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for act in (promotion.status, promotion.promote, promotion.rollback, promotion.register):
+        with pytest.raises(UserError, match=r"params\.yaml: no such file"):
+            act(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_status_tells_roles(root: Path) -> None:
-    assert "forecart register" in promotion.status(root)
+    assert "forecart promote" in promotion.status(root)
     one = install(root, "one")
     install(root, "two", champion=one)
     train(root, "three")
