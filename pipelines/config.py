@@ -465,7 +465,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         path: a YAML file.
 
     Raises:
-        UserError: the file is missing, is not YAML, or has a wrong key or value.
+        UserError: the file is missing, is empty or no YAML, or has a wrong key or value.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -475,4 +475,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML") from None
+    # Every default would hold: a run of the simulated shop that nobody asked for.
+    if raw is None:
+        raise UserError(f"{path}: it is empty; git checkout {path.name} brings it back")
     return parse_params(raw, str(path))

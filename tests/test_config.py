@@ -60,6 +60,14 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_params(tmp_path / "params.yaml")
 
 
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
+def test_an_empty_file_is_none_of_defaults(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"params\.yaml: it is empty"):
+        load_params(file)
+
+
 def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
     file = tmp_path / "params.yaml"
     file.write_text("train:\n  epochs: [1\n")
