@@ -17,6 +17,8 @@ from pipelines.registry.tracking import track
 from pipelines.stages.train import FEATURES, load_inputs
 
 STORAGE: Final = Path(".forecart/tuning.db")
+# What trials keep: those of studies that kept something else are not gone on with.
+_KEPT: Final = "losses by part"
 PARENT_TAG: Final = "mlflow.parentRunId"
 
 
@@ -39,7 +41,7 @@ def tune(params: Params, file: Path, root: Path, *, trials: int, write: bool) ->
     sequences, periods, targets, vocabulary = load_inputs(root)
     data = digest_directory(root / FEATURES)
     settings = params.train.model_dump()
-    parts = [data, settings, params.pretrain.model_dump()]
+    parts = [_KEPT, data, settings, params.pretrain.model_dump()]
     name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     (root / STORAGE).parent.mkdir(parents=True, exist_ok=True)
     study = make_study(f"sqlite:///{(root / STORAGE).resolve()}", name, params.train.seed)
@@ -62,22 +64,25 @@ def tune(params: Params, file: Path, root: Path, *, trials: int, write: bool) ->
             vocabulary,
             study,
             trials=trials,
+            confidence=params.evaluation.confidence,
             on_trial=note,
         )
         parent.log_metrics({"calibration_log_loss": found.loss}, step=0)
     shown = ", ".join(f"{k} {v:.4g}" for k, v in found.best.items())
+    low, high = found.gain
     lines = [
         f"{found.trials} trials: log loss {found.loss:.5f} on the calibration cut, "
-        f"{found.current:.5f} with the settings as they were",
+        f"{found.current:.5f} with the settings as they were "
+        f"(better by {low:.5f} to {high:.5f})",
         f"Best:  {shown}",
     ]
-    if not write:
+    if not found.is_better:
+        lines.append(f"{file} stays as it is: nothing did surely better")
+    elif not write:
         lines.append("Next:  forecart tune --write puts them into the settings file")
-    elif found.loss < found.current:
+    else:
         text = write_settings(file.read_text(), "train", found.best)
         parse_params(yaml.safe_load(text), str(file))
         write_text(file, text)
         lines.append(f"Written to {file}. Next: dvc repro")
-    else:
-        lines.append(f"{file} stays as it is: nothing did better")
     return "\n".join(lines)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import yaml
+from scipy import stats
 
 from pipelines import tuning
 from pipelines.config import Params, Pretrain, Train, load_params, parse_params
@@ -17,7 +19,9 @@ from pipelines.model.timeline import Timeline
 from pipelines.model.training import Schedule, pretrain_model, train_model
 from pipelines.model.tuning import (
     Found,
-    calibration_loss,
+    average_parts,
+    calibration_losses,
+    compare_parts,
     make_study,
     search,
     suggest,
@@ -109,6 +113,7 @@ def test_without_binary_targets(tmp_path: Path, request: pytest.FixtureRequest) 
             request.getfixturevalue("vocabulary"),
             study,
             trials=1,
+            confidence=0.95,
         )
 
 
@@ -161,9 +166,14 @@ class Shop:
         self.study = make_study(optuna.storages.InMemoryStorage(), "x", 1)
         self.tried: list[Train] = []
         self.dies = 0
+        self.noise = 0.0
         monkeypatch.setattr(model_tuning, "pretrain_model", lambda *_: {})
         monkeypatch.setattr(model_tuning, "train_model", self._train)
-        monkeypatch.setattr(model_tuning, "calibration_loss", lambda config, *_: self.judge(config))
+        monkeypatch.setattr(
+            model_tuning,
+            "calibration_losses",
+            lambda config, *_: self.judge(config) + self.noise * np.array([-1.0, 1.0, 0.0, 0.0]),
+        )
 
     def judge(self, config: Train) -> float:
         return 1.0 - config.weight_decay
@@ -188,6 +198,7 @@ class Shop:
             self.vocabulary,
             self.study,
             trials=trials,
+            confidence=0.95,
         )
 
 
@@ -223,10 +234,13 @@ def test_current_is_that_of_the_settings_not_of_the_first_trial(
     shop = Shop(monkeypatch, request)
     shop.study.enqueue_trial({"weight_decay": 2 * TINY.weight_decay})
     schedule = Schedule.of(TINY, Timeline(shop.sequences), PERIODS.calibration)
-    shop.study.optimize(
-        lambda trial: shop.judge(TINY.model_copy(update=suggest(trial, TINY, schedule))),
-        n_trials=5,
-    )
+
+    def judge(trial: optuna.Trial) -> float:
+        loss = shop.judge(TINY.model_copy(update=suggest(trial, TINY, schedule)))
+        trial.set_user_attr("losses", [loss])
+        return loss
+
+    shop.study.optimize(judge, n_trials=5)
     found = shop.search(5)
     assert found.current == shop.judge(TINY)
     assert found.trials == 6
@@ -264,21 +278,68 @@ def test_the_settings_as_they_are_are_pretrained_as_the_pipeline_does(
     weights = pretrain_model(*given, pretrain, vocabulary)
     trained = train_model(*given, vocabulary, pretrained=weights)
     study = make_study(optuna.storages.InMemoryStorage(), "x", 1)
-    found = search(*given, pretrain, vocabulary, study, trials=1)
-    assert found.current == calibration_loss(trained, Timeline(sequences), PERIODS)
-    assert found.current != calibration_loss(
-        train_model(*given, vocabulary), Timeline(sequences), PERIODS
-    )
+    found = search(*given, pretrain, vocabulary, study, trials=1, confidence=0.95)
+    timeline = Timeline(sequences)
+    assert found.current == calibration_losses(trained, timeline, PERIODS).mean()
+    unpretrained = train_model(*given, vocabulary)
+    assert found.current != calibration_losses(unpretrained, timeline, PERIODS).mean()
 
 
 @pytest.mark.usefixtures("inputs")
 def test_settings_that_would_be_refused_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = Found(best={"width": 12}, loss=0.1, current=0.2, trials=1)
+    found = Found(best={"width": 12}, loss=0.1, current=0.2, gain=(0.05, 0.15), trials=1)
     monkeypatch.setattr(tuning, "search", lambda *_, **__: found)
     file = tmp_path / "params.yaml"
     file.write_text("train:\n  width: 16\n  heads: 1\n")
     with pytest.raises(UserError, match=r"train\.width"):
         tune(load_params(file), file, tmp_path, trials=1, write=True)
     assert load_params(file).train.width == 16
+
+
+def test_the_interval_of_the_gain_is_that_of_the_paired_test() -> None:
+    random = np.random.default_rng(1)
+    before = random.normal(0.5, 0.1, 60)
+    after = before - random.normal(0.01, 0.02, 60)
+    found = compare_parts(average_parts(before), average_parts(after), 0.9)
+    expected = stats.ttest_rel(before, after).confidence_interval(0.9)
+    np.testing.assert_allclose(found, (expected.low, expected.high))
+
+
+def test_of_many_shoppers_the_parts_keep_mean_and_error() -> None:
+    random = np.random.default_rng(2)
+    before, after = random.normal(0.5, 0.1, 50_000), random.normal(0.499, 0.1, 50_000)
+    low, high = compare_parts(average_parts(before), average_parts(after), 0.95)
+    expected = stats.ttest_ind(before, after).confidence_interval(0.95)
+    assert len(average_parts(before)) == 100
+    assert (low + high) / 2 == pytest.approx((before - after).mean())
+    assert high - low == pytest.approx(expected.high - expected.low, rel=0.25)
+
+
+def test_of_one_part_nothing_is_sure() -> None:
+    assert compare_parts([0.5], [0.4], 0.95) == (-np.inf, np.inf)
+
+
+@pytest.mark.usefixtures("inputs")
+@pytest.mark.parametrize(("low", "written"), [(-0.01, False), (0.01, True)])
+def test_only_what_is_surely_better_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, low: float, written: bool
+) -> None:
+    found = Found(best={"width": 32}, loss=0.1, current=0.2, gain=(low, 0.2), trials=3)
+    monkeypatch.setattr(tuning, "search", lambda *_, **__: found)
+    file = tmp_path / "params.yaml"
+    file.write_text("train:\n  width: 16\n  heads: 1\n")
+    told = tune(load_params(file), file, tmp_path, trials=3, write=True)
+    assert load_params(file).train.width == (32 if written else 16)
+    assert ("Written" in told) == written
+    assert f"better by {low:.5f} to 0.20000" in told
+
+
+def test_the_gain_is_of_the_best_over_what_stood_there(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    shop = Shop(monkeypatch, request)
+    found = shop.search(4)
+    assert found.gain == pytest.approx((found.current - found.loss,) * 2)
+    assert found.is_better

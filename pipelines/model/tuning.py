@@ -2,7 +2,9 @@
 
 A trial pretrains as stage ``pretrain`` does, fits the model on the windows before the calibration
 cut and is judged by the mean log loss of all binary targets on that cut; the test cuts are never
-looked at. Nothing pretrained is kept for other trials: dropout and weight decay, which every trial
+looked at. Better are settings whose loss is surely lower, by the interval of the difference between
+the same shoppers' losses; the best of many trials always looks better by some chance. Nothing
+pretrained is kept for other trials: dropout and weight decay, which every trial
 draws anew, bear on it as well as the shape of the network does. Pruning compares
 the hazard loss of an epoch with other trials' at the same epoch (median rule, Golovin et al.,
 KDD 2017): cuts are drawn anew each epoch, so that it is close to a held-out loss.
@@ -12,12 +14,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
+from scipy import stats
 
 from pipelines.config import MAX_EPOCHS, Pretrain, Train
 from pipelines.errors import UserError
@@ -43,6 +47,9 @@ _WARM_UP: Final = 4
 # Weight decay that is tried where there is none.
 _DECAY: Final = 0.1
 _MULTIPLE: Final = 8  # of which a width is one
+# Parts of the shoppers whose mean losses are kept with a trial.
+_PARTS: Final = 100
+_LOSSES: Final = "losses"
 _SEARCHED: Final = (
     "learning_rate",
     "weight_decay",
@@ -62,13 +69,20 @@ class Found:
         best: the settings that did best, by name.
         loss: their mean log loss on the calibration cut.
         current: the loss of the settings that stood in params.yaml.
+        gain: the least and the most that the loss falls by, an interval of the paired difference.
         trials: finished, pruned ones included.
     """
 
     best: dict[str, Any]
     loss: float
     current: float
+    gain: tuple[float, float]
     trials: int
+
+    @property
+    def is_better(self) -> bool:
+        """Are the best settings surely better than those that stood there?"""
+        return self.gain[0] > 0
 
 
 def suggest(trial: optuna.Trial, config: Train, schedule: Schedule) -> dict[str, Any]:
@@ -111,6 +125,7 @@ def search(
     study: optuna.Study,
     *,
     trials: int,
+    confidence: float,
     on_trial: Callable[[int, Mapping[str, Any], float | None], None] = lambda *_: None,
 ) -> Found:
     """Run trials until the study holds so many, first of all the settings as they are.
@@ -123,6 +138,7 @@ def search(
         pretrain: how long and how fast every trial pretrains.
         study: holds the trials of earlier calls; minimises.
         trials: wanted in all.
+        confidence: of the interval of the gain.
         on_trial: called with number, settings and loss (None = pruned) of each finished trial.
 
     Raises:
@@ -158,22 +174,27 @@ def search(
         except optuna.TrialPruned:
             on_trial(trial.number, changes, None)
             raise
-        loss = calibration_loss(trained, timeline, periods)
+        losses = calibration_losses(trained, timeline, periods)
+        trial.set_user_attr(_LOSSES, average_parts(losses))
+        loss = float(losses.mean())
         on_trial(trial.number, changes, loss)
         return loss
 
     left = trials - _count_finished(study)
-    if _find_loss(study, now) is None:
+    if _find_trial(study, now) is None:
         left = max(left, 1)
         if not _is_waiting(study, now):
             study.enqueue_trial(now)
     if left > 0:
         study.optimize(judge, n_trials=left)
-    current = _find_loss(study, now)
+    current, best = _find_trial(study, now), study.best_trial
+    if current is None or current.value is None:
+        raise RuntimeError("the trial of the settings as they are is not in the study")
     return Found(
-        best=dict(study.best_params),
+        best=dict(best.params),
         loss=float(study.best_value),
-        current=np.nan if current is None else current,
+        current=current.value,
+        gain=compare_parts(current.user_attrs[_LOSSES], best.user_attrs[_LOSSES], confidence),
         trials=_count_finished(study),
     )
 
@@ -186,12 +207,14 @@ def _count_finished(study: optuna.Study) -> int:
     return len(study.get_trials(deepcopy=False, states=states))
 
 
-def _find_loss(study: optuna.Study, settings: Mapping[str, Any]) -> float | None:
-    """Return the loss of the trial of these settings; None while none is done."""
+def _find_trial(
+    study: optuna.Study, settings: Mapping[str, Any]
+) -> optuna.trial.FrozenTrial | None:
+    """Return the trial of these settings; None while none is done."""
     from optuna.trial import TrialState
 
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return next((trial.value for trial in done if trial.params == settings), None)
+    return next((trial for trial in done if trial.params == settings), None)
 
 
 def _is_waiting(study: optuna.Study, settings: Mapping[str, Any]) -> bool:
@@ -226,8 +249,14 @@ def make_study(storage: str, name: str, seed: int) -> optuna.Study:
     return study
 
 
-def calibration_loss(trained: TrainedModel, timeline: Timeline, periods: Periods) -> float:
-    """Return the mean log loss of the binary targets at the calibration cut, raw predictions."""
+def calibration_losses(
+    trained: TrainedModel, timeline: Timeline, periods: Periods
+) -> NDArray[np.float64]:
+    """Return every shopper's log loss at the calibration cut, raw predictions.
+
+    Returns:
+        Per shopper the mean of the binary targets whose windows had closed.
+    """
     predictor = trained.first
     heads = predictor.spec.heads
     cuts = population(timeline, periods.calibration, periods.active_days)
@@ -243,8 +272,38 @@ def calibration_loss(trained: TrainedModel, timeline: Timeline, periods: Periods
         stays = raw.survival[:, name, heads.grid.index(target.horizon_days)]
         happened = labels.delay[:, name] < target.horizon_days
         chance = np.clip(np.where(happened, 1.0 - stays, stays), _FLOOR, 1.0)
-        losses.append(float(-np.log(chance).mean()))
-    return float(np.mean(losses))
+        losses.append(-np.log(chance))
+    return np.asarray(np.mean(losses, axis=0), dtype=np.float64)
+
+
+def average_parts(losses: NDArray[np.float64]) -> list[float]:
+    """Return mean losses of parts of the shoppers, alike in size: what a study can keep of each.
+
+    Args:
+        losses: per shopper, always in the same order.
+    """
+    part = np.arange(len(losses)) % _PARTS
+    return [float(total) for total in np.bincount(part, losses) / np.bincount(part)]
+
+
+def compare_parts(
+    before: Sequence[float], after: Sequence[float], confidence: float
+) -> tuple[float, float]:
+    """Return an interval of how much the mean loss falls, by Student's t over the parts.
+
+    Args:
+        before, after: of ``average_parts`` for the same shoppers.
+        confidence: of the interval.
+
+    Returns:
+        Its bounds; with less than two parts there is no telling, and they are infinite.
+    """
+    falls = np.asarray(before) - np.asarray(after)
+    if len(falls) < 2:
+        return -math.inf, math.inf
+    error = float(np.std(falls, ddof=1)) / math.sqrt(len(falls))
+    margin = float(stats.t.ppf((1 + confidence) / 2, len(falls) - 1)) * error
+    return float(falls.mean()) - margin, float(falls.mean()) + margin
 
 
 def write_settings(text: str, section: str, settings: Mapping[str, Any]) -> str:
