@@ -240,12 +240,18 @@ def _predict(predictor: Predictor, root: Path, table: SnapshotTable) -> dict[str
 def _describe_data(params: Params, root: Path) -> dict[str, Any]:
     cuts = read_json(root / FEATURES / "cuts.json")
     offsets = np.load(root / FEATURES / "sequences/offsets.npy", allow_pickle=False)
+    read = read_json(root / REPORTS / "ingest.json")
+    checked = read_json(root / REPORTS / "validation.json")
     return {
         "source": str(params.ingest.source),
         "events": int(offsets[-1]),
         "users": len(offsets) - 1,
         "first_ts": cuts["first_ts"],
         "last_ts": cuts["last_ts"],
+        "rows": read["rows"],
+        "quarantined": read["quarantined"]["rows"] + checked["quarantined"],
+        "anonymous": read["anonymous"],
+        "duplicates": read["duplicates"],
     }
 
 

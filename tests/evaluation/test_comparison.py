@@ -30,6 +30,10 @@ DATA = {
     "users": 5,
     "first_ts": "2025-01-01T00:00:00+00:00",
     "last_ts": "2025-05-01T00:00:00+00:00",
+    "rows": 1234,
+    "quarantined": 3,
+    "anonymous": 2,
+    "duplicates": 1,
 }
 TARGETS = (
     Target(name="purchase_14d", kind=Kind.BINARY, event="purchase", horizon_days=14),
