@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -117,13 +118,21 @@ def evaluate(until: str) -> dict[str, Any]:
         raise AirflowException(str(error)) from None
 
 
-@task
-def gather(folds: list[dict[str, Any]]) -> str:
-    """Write reports/backtest.json."""
+@task(trigger_rule="all_done")
+def gather(days: list[str] | None, folds: Sequence[dict[str, Any]]) -> str:
+    """Write reports/backtest.json; one fold that failed does not cost the others' hours."""
     from pipelines import backtest
 
-    table = backtest.format_result(backtest.gather(HOME, list(folds)))
+    finished = list(folds or ())
+    if not finished:
+        raise AirflowFailException("no fold is finished; the logs of evaluate and plan say why")
+    table = backtest.format_result(backtest.gather(HOME, finished))
     print(table)
+    missing = set(days or ()) - {fold["until"] for fold in finished}
+    if missing:
+        raise AirflowFailException(
+            f"{backtest.RESULT} lacks the folds that failed: {', '.join(sorted(missing))}"
+        )
     return table
 
 
@@ -148,7 +157,8 @@ def gather(folds: list[dict[str, Any]]) -> str:
 )
 def forecart_backtest() -> None:
     """Folds are mapped tasks, known once the end of the log is."""
-    gather(evaluate.expand(until=plan(params="{{ params }}")))
+    days = plan(params="{{ params }}")
+    gather(days, evaluate.expand(until=days))
 
 
 DEPLOY = forecart_deploy()

@@ -401,6 +401,17 @@ for command in ([sys.executable, "-c", show], [sys.executable, "-c", "exit(3)"],
 os.remove(os.path.join(os.environ["FORECART_HOME"], "champion.json"))
 run("ROLLBACK")
 run("BACKTEST", folds=2)
+
+from pipelines import backtest
+from pipelines.errors import UserError
+def fold(home, until):
+    if until == "2025-05-01":
+        raise UserError("it is broken")
+    values = dict(roc_auc=dict(ensemble=0.8, lightgbm=0.7))
+    return dict(until=until, users=9, targets=dict(purchase_14d=values))
+backtest.list_folds = lambda home, folds, step_days: ["2025-06-01", "2025-05-01", "2025-04-01"]
+backtest.run_fold = fold
+run("BACKTEST", folds=3)
 """
 
 
@@ -416,8 +427,8 @@ def test_what_is_done_beside_the_training(airflow_home: Path, project: Path) -> 
             result.stdout.split("END OF RUN"), result.stderr.split("END OF RUN"), strict=True
         )
     ]
-    assert len(parts) == 7, result.stdout + result.stderr
-    unset, deployed, broken, damaged, rolled_back, backtested, _ = parts
+    assert len(parts) == 8, result.stdout + result.stderr
+    unset, deployed, broken, damaged, rolled_back, backtested, partly, _ = parts
     assert "STATES success ['skipped']" in unset
     assert "NOW 4" in deployed
     assert "STATES success ['success']" in deployed
@@ -425,7 +436,11 @@ def test_what_is_done_beside_the_training(airflow_home: Path, project: Path) -> 
     assert "expected a JSON list" in damaged
     assert "there is no champion to roll back" in rolled_back
     assert "dvc repro features" in backtested
-    assert all("STATES success" not in part for part in (broken, damaged, rolled_back, backtested))
+    assert "lacks the folds that failed: 2025-05-01" in partly
+    kept = json.loads((project / "reports/backtest.json").read_text())
+    assert [fold["until"] for fold in kept["folds"]] == ["2025-06-01", "2025-04-01"]
+    failed = (broken, damaged, rolled_back, backtested, partly)
+    assert all("STATES success" not in part for part in failed)
 
 
 # The first load pays for airflow.sdk's own lazy imports, the later ones are the files' own time.
