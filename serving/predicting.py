@@ -25,7 +25,7 @@ import numpy as np
 from msgspec import json
 
 from pipelines.errors import UserError
-from pipelines.events import from_us, to_us
+from pipelines.events import EVENT_TYPES, from_us, to_us
 from pipelines.features.store import encode_events, order_events
 from serving.decode import decode_request, to_mapping
 from serving.frames import (
@@ -236,7 +236,8 @@ def explain(loaded: Loaded, asked: Explain) -> Explained:
         "events": [
             {
                 "ts": from_us(times[place]),
-                "event_type": str(events[place].event_type),
+                # What the model took it for: a purchase of a negative quantity is a refund.
+                "event_type": EVENT_TYPES[int(sequences.type[place]) - 1],
                 "item_id": events[place].item_id,
                 "query": events[place].query,
                 "effect": sign * float(effect),

@@ -158,11 +158,11 @@ def test_effects_stand_by_their_events_though_their_times_are_equal(
     monkeypatch.setattr("pipelines.model.explanation.explain", attribute)
     predictor = SimpleNamespace(targets=[target], predict=lambda *_: {"purchase_14d": [0.5]})
     events = [
-        {"event_type": kind, "ts": CLOCK - DAY, "event_id": event_id}
-        for kind, event_id in (("view", "b"), ("search", "a"))
+        {"event_type": kind, "ts": CLOCK - DAY, "event_id": event_id, "quantity": quantity}
+        for kind, event_id, quantity in (("view", "b", None), ("purchase", "a", -2.0))
     ]
     asked = Explain(Call([("ann", events, None)], CLOCK, 0), "purchase_14d")
     loaded: Any = SimpleNamespace(predictor=predictor, digest="sha256:0")
     told = json.loads(predicting.explain(loaded, asked).answer)
     effects = {entry["event_type"]: entry["effect"] for entry in told["events"]}
-    assert effects == {kind: EVENT_CODES[EventType(kind)] for kind in ("view", "search")}
+    assert effects == {kind: EVENT_CODES[EventType(kind)] for kind in ("view", "refund")}
