@@ -25,14 +25,13 @@ from pipelines.evaluation.metrics import (
     interval,
     summarise,
 )
+from pipelines.evaluation.rivals import CANDIDATE, NETWORK
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind, Target
 from pipelines.features.snapshot_table import SnapshotTable
 from pipelines.io import progress
 from pipelines.model.calibration import choose_threshold
 
-CANDIDATE: Final = "ensemble"  # what ships: the network with the trees beside it
-NETWORK: Final = "gpt"  # the network alone
 ORACLE: Final = "oracle"  # what is best to say of a simulated shop
 # Who is compared with everybody; the others are compared with these.
 _PIVOTS: Final = (CANDIDATE, NETWORK, "lightgbm")

@@ -11,6 +11,8 @@ from pipelines.evaluation.metrics import Floats, rank_rows
 
 POINTS: Final = 100
 BINS: Final = 10
+# The precision among fewer shoppers is chance: 0 or 1 of the first alone.
+_CALLED: Final = 20
 
 Rows = list[dict[str, Any]]
 
@@ -35,7 +37,8 @@ def pr_curve(part: TestRows) -> Rows:
         ranking = rank_rows(part.y, p, np.ones((1, len(p))))
         recall = ranking.gain[0] / max(ranking.gain[0, -1], 1)
         precision = ranking.gain[0] / ranking.rows[0]
-        rows += _thin(part, model, recall=recall, precision=precision)
+        tells = ranking.rows[0] >= min(_CALLED, len(p))
+        rows += _thin(part, model, recall=recall[tells], precision=precision[tells])
     return rows
 
 

@@ -10,13 +10,17 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from pipelines.evaluation.charts import Line, line_chart
-from pipelines.evaluation.comparison import CANDIDATE
 from pipelines.evaluation.findings import describe_target, find_difference, judge, main_metric
 from pipelines.evaluation.metrics import HIGHER_IS_BETTER
+from pipelines.evaluation.rivals import CANDIDATE
 from pipelines.evaluation.summary import order_models
 
-# At most so many curves stay readable in one chart.
-PLOTTED: Final = ("oracle", "gpt", "ensemble", "lightgbm", "logistic", "linear", "recency")
+# At most so many curves stay readable in one chart. Those of every report come first, so that they
+# have the same colours in all.
+PLOTTED: Final = (
+    *("ensemble", "gpt", "lightgbm", "lstm", "oracle"),
+    *("logistic", "linear", "density", "recency"),
+)
 _MAX_LINES: Final = 5
 
 # Chance only ever adds to these, and more in a bootstrap sample than in the rows themselves: the

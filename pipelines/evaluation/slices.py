@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from pipelines.config import Evaluation
-from pipelines.evaluation.comparison import CANDIDATE, TestRows
+from pipelines.evaluation.comparison import TestRows
 from pipelines.evaluation.metrics import (
     Floats,
     binary_metrics,
@@ -17,6 +17,7 @@ from pipelines.evaluation.metrics import (
     interval,
     summarise,
 )
+from pipelines.evaluation.rivals import CANDIDATE
 from pipelines.features.snapshot_table import Mask, SnapshotTable
 
 _METRICS: Final = ("roc_auc", "ece")

@@ -11,19 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from pipelines.config import Gate
-
-CANDIDATE: Final = "ensemble"
-CHAMPION: Final = "champion"
+from pipelines.evaluation.rivals import CANDIDATE, CHAMPION, is_baseline
 
 # Rules that any model worth serving beats; both ignore everything but the base rate or the
 # time of the last event.
 FLOORS: Final = ("majority", "recency")
-
-# Models in the evaluation that nobody would serve instead of the candidate: itself, its
-# predecessor (judged apart), the network that is a part of it, and the simulator's own truth.
-_NO_BASELINES: Final = frozenset({CANDIDATE, CHAMPION, "gpt", "oracle"})
-# Nor what is trained only to be compared, by the first letters of its name.
-_COMPARED: Final = "with_"
 
 _HIGHER_IS_BETTER: Final = frozenset({"roc_auc", "pr_auc"})
 
@@ -313,9 +305,7 @@ def _check_best_baseline(target: dict[str, Any], policy: Gate) -> Check:
     scores = {
         name: sign * value
         for name, model in target["models"].items()
-        if name not in _NO_BASELINES
-        and not name.startswith(_COMPARED)
-        and (value := _read(model, policy.primary_metric)) is not None
+        if is_baseline(name) and (value := _read(model, policy.primary_metric)) is not None
     }
     if not scores:
         return Check(

@@ -14,8 +14,6 @@ import pyarrow.parquet as pq
 from pipelines.config import Params
 from pipelines.errors import UserError
 from pipelines.evaluation.comparison import (
-    CANDIDATE,
-    NETWORK,
     Predictions,
     TestRows,
     collect_test_rows,
@@ -32,6 +30,7 @@ from pipelines.evaluation.curves import (
 from pipelines.evaluation.drift import measure_drift
 from pipelines.evaluation.ranking import compare_rankings
 from pipelines.evaluation.report import render_report
+from pipelines.evaluation.rivals import CANDIDATE, CHAMPION, NETWORK
 from pipelines.evaluation.slices import find_slices, score_slices
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind
@@ -66,8 +65,8 @@ def run(params: Params, root: Path = Path()) -> str:
     shipped = {CANDIDATE: predictor.spec.thresholds}
     champion = _load_champion(root)
     if champion is not None:
-        predictions["champion"] = _predict(champion, root, table)
-        shipped["champion"] = champion.spec.thresholds
+        predictions[CHAMPION] = _predict(champion, root, table)
+        shipped[CHAMPION] = champion.spec.thresholds
     test = collect_test_rows(table, predictions, params.evaluation, shipped=shipped)
     evaluation = compare(table, test, params.evaluation, data=_describe_data(params, root))
     if champion is not None:

@@ -27,8 +27,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipelines.config import PARAMS_FILE, TargetsConfig, load_params
 from pipelines.errors import UserError
 from pipelines.evaluation.charts import Line, line_chart
-from pipelines.evaluation.comparison import CANDIDATE
 from pipelines.evaluation.report import BIASED, METRIC_NAMES, format_days
+from pipelines.evaluation.rivals import CANDIDATE
 from pipelines.io import say_count
 from pipelines.model.heads import Target
 from pipelines.scoring import DESCRIPTION, SCORES, find_doubt, read_verdict
@@ -142,6 +142,10 @@ class Pages:
         # The curve of the model that made the scores, which need not be the newest candidate.
         row = find_row(board.plan["model"], read_verdict(self.root))
         observed = read_curve(self.root, "lift", target.name).get(row or "", [])
+        # It was tested on the shoppers of late, and says nothing of all others.
+        scope = request.query_params.get("scope", "active")
+        if scope == "all":
+            observed = []
         lines = [
             Line(
                 name="expected",
@@ -155,7 +159,7 @@ class Pages:
             "overview.html",
             board=board,
             whole=whole,
-            scope=request.query_params.get("scope", "active"),
+            scope=scope,
             days=days,
             targets=targets,
             sums={t.name: float(board.values(t.name).sum()) for t in targets},

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipelines.errors import UserError
-from pipelines.evaluation.comparison import CANDIDATE
+from pipelines.evaluation.rivals import CANDIDATE
 from pipelines.evaluation.summary import order_models
 from pipelines.io import read_json
 from pipelines.registry.champion import read_champion

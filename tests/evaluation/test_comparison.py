@@ -16,7 +16,13 @@ from pipelines.evaluation.curves import (
     roc_curve,
     spend_deciles,
 )
-from pipelines.evaluation.findings import Standing, describe_target, gap_closed, judge
+from pipelines.evaluation.findings import (
+    Standing,
+    describe_target,
+    find_best_baseline,
+    gap_closed,
+    judge,
+)
 from pipelines.evaluation.report import format_days, render_report
 from pipelines.evaluation.summary import format_summary, tell_next
 from pipelines.features.cuts import Split
@@ -146,6 +152,30 @@ def test_the_better_model_is_ahead_and_nobody_beats_the_oracle(
     assert judge(target, "ensemble", "nobody", "roc_auc") is Standing.UNKNOWN
     assert 0.8 < (gap_closed(target, "ensemble") or 0) <= 1.02
     assert "ahead of LightGBM" in describe_target("purchase_14d", target)
+
+
+def test_a_baseline_that_does_better_than_lightgbm_is_named(
+    compared: tuple[dict[str, Any], Any],
+) -> None:
+    target = copy.deepcopy(compared[0]["targets"]["purchase_14d"])
+    assert find_best_baseline(target, "roc_auc") == "lightgbm"
+    assert "of the baselines" not in describe_target("purchase_14d", target)
+    target["models"]["lstm"] = copy.deepcopy(target["models"]["lightgbm"])
+    target["models"]["lstm"]["roc_auc"]["value"] += 0.01
+    target["models"]["with_mlp"] = copy.deepcopy(target["models"]["oracle"])
+    target["paired"]["ensemble-lstm"] = {"roc_auc": {"diff": 0.01, "low": -0.01, "high": 0.03}}
+    assert find_best_baseline(target, "roc_auc") == "lstm"
+    told = describe_target("purchase_14d", target)
+    assert "ahead of LightGBM" in told
+    assert "of the baselines lstm does best, and it is tied with lstm (difference +0.0100" in told
+
+
+def test_precision_is_told_of_as_many_as_tell_it(compared: tuple[dict[str, Any], Any]) -> None:
+    binary = compared[1][0]
+    positives = int((binary.y > 0).sum())
+    rows = [row for row in pr_curve(binary) if row["model"] == "ensemble"]
+    assert rows[0]["recall"] * positives / rows[0]["precision"] >= 19
+    assert rows[-1]["recall"] == 1
 
 
 def test_the_test_cut_chooses_nothing() -> None:

@@ -311,6 +311,7 @@ def test_what_happened_is_told_of_the_model_that_made_the_scores(root: Path) -> 
     assert "187.0 167.5" in page
     assert "187.0 62.5" not in page
     assert "These scores are by" not in page
+    assert "happened, when" not in ask(root, "/?days=14&scope=all").text
     judge(root, champion=WAITS, candidate=SERVES, passed=True)
     page = ask(root, "/?days=14").text
     assert "187.0 62.5" in page
