@@ -6,6 +6,7 @@ each with a training seed of its own. On the test cut, for ROC-AUC (spend: Gini)
     base to oracle       (model - base) / (oracle - base), base = .5 (spend: 0)
     lightgbm to oracle   (model - lightgbm) / (oracle - lightgbm)
     ahead                the lower end of the paired 95 % interval of model - lightgbm, by shop
+    ahead_of_lstm        the same of model - lstm, the baseline that reads the raw events
     ece, total_ratio     beside the oracle's own, which is what chance leaves on one cut
     ece_to_oracle        the ece where the oracle's probabilities stand for what happened, which
                          leaves nothing to chance; the same of LightGBM
@@ -90,11 +91,13 @@ def run_shop(settings: dict[str, Any], model: str) -> dict[str, dict[str, float]
         result[target] = {
             model: value[model],
             "lightgbm": value["lightgbm"],
+            "lstm": value["lstm"],
             "oracle": value["oracle"],
             "base_to_oracle": (value[model] - base) / (value["oracle"] - base),
             "lightgbm_to_oracle": (value[model] - value["lightgbm"])
             / (value["oracle"] - value["lightgbm"]),
             "ahead": entry["paired"][f"{model}-lightgbm"][metric]["low"],
+            "ahead_of_lstm": entry["paired"][f"{model}-lstm"][metric]["low"],
             error: entry["models"][model][error]["value"],
             f"{error}_of_oracle": entry["models"]["oracle"][error]["value"],
         }
@@ -111,7 +114,8 @@ def join(entries: list[dict[str, float]]) -> dict[str, Any]:
     joined: dict[str, Any] = {
         name: round(float(np.mean([e[name] for e in entries])), 4) for name in entries[0]
     }
-    joined["ahead"] = [round(e["ahead"], 4) for e in entries]
+    for name in ("ahead", "ahead_of_lstm"):
+        joined[name] = [round(e[name], 4) for e in entries]
     return joined
 
 

@@ -8,6 +8,7 @@ models, and the paired difference with its 95 % interval (bootstrap over users).
 are trained so many times, each time from another seed; with --origins as if the log had ended
 earlier as well, so many times, eight weeks apart, or more where horizons are longer, so that no two
 have a window in common (rolling origin; Tashman, International Journal of Forecasting 16, 2000).
+With --lstm the LSTM baseline is trained as well, and the same is told of the model and it.
 Told are then means over all of these fits, the interval of their mean difference (one bootstrap
 over users for all), and each fit's difference; an origin for which the log is too short ends the
 list, and says so. With --horizons and --everyone other questions are asked: of so many days, and of
@@ -24,6 +25,7 @@ Sets (files of these names in --folder; none is part of this project):
 
     python benchmarks/real_data.py --folder DIR [--only online_retail taobao] [--tests 4]
         [--seeds 1] [--origins 1] [--horizons 7 14 28] [--everyone] [--members 1] [--no-tables]
+        [--lstm]
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ from pipelines.stages.train import FEATURES
 
 ONCE: Final = ("fingerprint", "ingest", "validate", "features")
 OF_A_SEED: Final = ("pretrain", "train", "baselines")
-PAIR: Final = ("ensemble", "lightgbm")
+RIVALS: Final = ("lightgbm", "lstm")
 PREDICTIONS: Final = Path("data/predictions")
 EVERY_DAYS: Final = 56
 TOLD: Final = ("roc_auc", "pr_auc", "brier", "ece", "mae", "gini")
@@ -180,9 +182,12 @@ def main() -> None:
     parser.add_argument("--everyone", action="store_true", help="not only the shoppers of late")
     parser.add_argument("--members", type=int, help="networks that answer together")
     parser.add_argument("--no-tables", action="store_true", help="of items and shoppers")
+    parser.add_argument("--lstm", action="store_true", help="compare with the LSTM, too")
     given = parser.parse_args()
     settings = yaml.safe_load(Path("params.yaml").read_text())
     settings["cuts"]["test"] = given.tests
+    if not given.lstm:
+        settings["baselines"]["lstm"]["epochs"] = 0
     if given.members is not None:
         settings["train"]["members"] = given.members
     changes: dict[str, Any] = {}
@@ -240,9 +245,6 @@ def merge(
     }
     merged = dict(settings)
     merged["ingest"] = {**settings["ingest"], "source": "files", "files": files}
-    # Nobody asks for it here.
-    lstm = {**settings["baselines"]["lstm"], "epochs": 0}
-    merged["baselines"] = {**settings["baselines"], "lstm": lstm}
     for section, changed in (*entry["params"].items(), *changes.items()):
         merged[section] = {**merged[section], **changed}
     return merged
@@ -289,7 +291,8 @@ def measure(asked: dict[str, Any], root: Path, *, seeds: int, origins: int) -> d
         "rows": [len(fit.user) for fit in fits],
         "seconds": round(time.perf_counter() - began),
         **stopped,
-        **{target: join([found[target] for found in scored]) for target in scored[0]},
+        **join_targets(scored, 1),
+        **({RIVALS[1]: join_targets(scored, 2)} if len(fits[0].rows[0].predictions) > 2 else {}),
     }
 
 
@@ -300,7 +303,7 @@ def _run(stages: Sequence[str], settings: dict[str, Any], root: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What both models say of the test rows.
+    """What the models say of the test rows.
 
     Attributes:
         user: (N,) ids.
@@ -314,8 +317,10 @@ class Fit:
 def read_fit(root: Path, settings: dict[str, Any]) -> Fit:
     """Read what the stages wrote."""
     table = SnapshotTable.load(root / FEATURES)
-    files = (PREDICTIONS / "ensemble.parquet", PREDICTIONS / "baselines/lightgbm.parquet")
-    read = {name: pq.read_table(root / file) for name, file in zip(PAIR, files, strict=True)}
+    files = {"ensemble": PREDICTIONS / "ensemble.parquet"} | {
+        name: PREDICTIONS / f"baselines/{name}.parquet" for name in RIVALS
+    }
+    read = {n: pq.read_table(root / file) for n, file in files.items() if (root / file).exists()}
     predictions = {
         name: {t.name: found[t.name].to_numpy().astype(np.float64) for t in table.targets}
         for name, found in read.items()
@@ -329,14 +334,14 @@ def read_fit(root: Path, settings: dict[str, Any]) -> Fit:
 
 
 def score(fit: Fit, weights: Floats) -> dict[str, dict[str, Floats]]:
-    """Score both models.
+    """Score the models.
 
     Args:
         fit: of N rows.
         weights: (B, N), the first all ones.
 
     Returns:
-        Target -> metric -> (2, B) of the ensemble and LightGBM.
+        Target -> metric -> (M, B) of the ensemble, LightGBM and, where it was trained, the LSTM.
     """
     scored = {}
     for part in fit.rows:
@@ -354,11 +359,16 @@ def score(fit: Fit, weights: Floats) -> dict[str, dict[str, Floats]]:
     return scored
 
 
-def join(fits: list[dict[str, Floats]]) -> dict[str, Any]:
-    """Means over fits of both models, their difference, its bounds, and it by fit."""
+def join_targets(scored: list[dict[str, dict[str, Floats]]], rival: int) -> dict[str, Any]:
+    """Join every target's fits."""
+    return {target: join([found[target] for found in scored], rival) for target in scored[0]}
+
+
+def join(fits: list[dict[str, Floats]], rival: int) -> dict[str, Any]:
+    """Means over fits of the ensemble and a rival, their difference, its bounds, and it by fit."""
     joined: dict[str, Any] = {}
     for metric in fits[0]:
-        values = np.array([found[metric] for found in fits])
+        values = np.array([found[metric][[0, rival]] for found in fits])
         if not np.isfinite(values[:, :, 0]).all():
             continue
         by_fit = values[:, 0] - values[:, 1]
