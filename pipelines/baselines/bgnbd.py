@@ -10,9 +10,9 @@
 Written here, as of the libraries lifetimes rests, btyd needs NumPy 1, PyMC-Marketing brings a
 compiler, and none that is light tells the probability of a purchase.
 
-A transaction is a day with a purchase. Time is in days. Several snapshots of one user are pooled
-as if they were independent, which blurs no estimate, only its variance, which nobody asks for
-(composite likelihood: Varin, Reid & Firth, Statistica Sinica 21, 2011).
+A transaction is a day with a purchase. Time is in days. Both are fitted on everybody who has ever
+bought: among those alone who were seen of late, whom other baselines learn from, nobody seems to
+have left.
 """
 
 from __future__ import annotations
@@ -194,22 +194,28 @@ class BuyTillYouDie:
 
     It learns from histories alone; labels tell only the rate of those who never bought, on whom
     the model is silent.
+
+    Args:
+        kind: whether or how much.
+        horizon_days: within how many days.
+        everybody: (U, 5) histories of purchases of all users, as of the fit.
     """
 
-    def __init__(self, kind: Kind, horizon_days: int) -> None:
+    def __init__(self, kind: Kind, horizon_days: int, everybody: Floats) -> None:
         self.kind = kind
         self.horizon_days = horizon_days
+        self.buyers = everybody[everybody[:, DAYS] > 0]
         self.never = 0.0
         self.counts = BgNbd()
         self.amounts = GammaGamma()
 
     def fit(self, x: Floats, y: Floats) -> None:
-        """Fit on (R, 5) histories of purchases and (R,) labels."""
+        """Fit on all buyers, and on (R, 5) histories of purchases and (R,) labels."""
         bought = x[:, DAYS] > 0
         self.never = float((y if bought.all() else y[~bought]).mean())
-        self.counts.fit(*_describe(x[bought]))
+        self.counts.fit(*_describe(self.buyers))
         if self.kind is Kind.AMOUNT:
-            self.amounts.fit(*average(x[bought]))
+            self.amounts.fit(*average(self.buyers))
 
     def predict(self, x: Floats) -> Floats:
         """(R,) probabilities of a purchase, or expected amounts."""

@@ -89,10 +89,18 @@ class SnapshotTable:
         rows: Mask = np.isin(self.cut, wanted)
         return rows
 
+    def first_cut(self, split: Split) -> datetime:
+        """Return when the first cut of a kind is."""
+        return min(
+            datetime.fromisoformat(self.cut_times[index])
+            for index, found in self.splits.items()
+            if found is split
+        )
+
     def closed_rows(self, horizon_days: int, split: Split) -> Mask:
         """(R,) rows whose windows of a horizon close by the first cut of a kind."""
         times = {index: datetime.fromisoformat(ts) for index, ts in self.cut_times.items()}
-        close = min(times[index] for index, found in self.splits.items() if found is split)
+        close = self.first_cut(split)
         horizon = timedelta(days=horizon_days)
         rows: Mask = np.isin(self.cut, [i for i, ts in times.items() if ts + horizon <= close])
         return rows

@@ -52,7 +52,8 @@ def run(params: Params, root: Path = Path()) -> str:
     table = SnapshotTable.load(root / FEATURES)
     sequences = Sequences.load(root / FEATURES / "sequences")
     events = dict.fromkeys(_find_event(target) for target in table.targets)
-    known = {event: histories.with_histories(table, sequences, event) for event in events}
+    past = {event: histories.Histories(sequences, event) for event in events}
+    known = {event: histories.with_histories(table, past[event]) for event in events}
     scaled, scaling = scale(table)
     oracle: dict[str, Floats] = {}
     if params.ingest.source is Source.SIMULATOR:
@@ -71,7 +72,9 @@ def run(params: Params, root: Path = Path()) -> str:
         if params.baselines.lstm.epochs != 0:
             lstm = pool.submit(_predict_lstm, root, params)
         results = pool.map(
-            lambda t: _fit_target(table, scaled, known[_find_event(t)], t, boosting),
+            lambda t: _fit_target(
+                table, scaled, known[_find_event(t)], past[_find_event(t)], t, boosting
+            ),
             table.targets,
         )
         fits = progress(results, "baselines", total=len(table.targets), unit="target")
@@ -213,6 +216,7 @@ def _fit_target(
     table: SnapshotTable,
     scaled: SnapshotTable,
     known: SnapshotTable,
+    past: histories.Histories,
     target: Target,
     boosting: Boosting,
 ) -> tuple[dict[str, Floats], dict[str, Any], str]:
@@ -222,6 +226,7 @@ def _fit_target(
         table: snapshots with their features.
         scaled: the same as columns of a linear model.
         known: the same with histories of the target's event.
+        past: those histories of everybody.
         target: what to predict.
         boosting: of the same table.
 
@@ -230,7 +235,7 @@ def _fit_target(
     """
     predictions: dict[str, Floats] = {}
     parameters: dict[str, Any] = {}
-    for name, rows, first, second in _make_pairs(table, scaled, known, target):
+    for name, rows, first, second in _make_pairs(table, scaled, known, past, target):
         predictions[name] = fit_twice(rows, target, first, second)
         parameters[name] = second.to_dict()
     predictions["lightgbm"], text = boosting.fit_target(target)
@@ -243,7 +248,11 @@ def _find_event(target: Target) -> str | None:
 
 
 def _make_pairs(
-    table: SnapshotTable, scaled: SnapshotTable, known: SnapshotTable, target: Target
+    table: SnapshotTable,
+    scaled: SnapshotTable,
+    known: SnapshotTable,
+    past: histories.Histories,
+    target: Target,
 ) -> list[tuple[str, SnapshotTable, Any, Any]]:
     """Name, rows, and two unfitted objects of every baseline."""
     event = _find_event(target)
@@ -256,6 +265,9 @@ def _make_pairs(
         (linear, scaled, Linear(target.kind), Linear(target.kind)),
     ]
     if event == "purchase":
-        first, second = (BuyTillYouDie(target.kind, target.horizon_days) for _ in range(2))
+        first, second = (
+            BuyTillYouDie(target.kind, target.horizon_days, past.at(table.first_cut(split)))
+            for split in (Split.CALIBRATION, Split.TEST)
+        )
         pairs.append(("bgnbd", known, first, second))
     return pairs

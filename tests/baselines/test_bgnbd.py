@@ -154,7 +154,7 @@ def test_who_never_bought_gets_the_rate_of_such_users() -> None:
     x = histories(days, np.where(days > 0, 20.0, 0), np.where(days > 0, 30.0, 0), days * 9)
     y = np.tile([0.0, 0, 0, 0, 1], 20)
     for kind in Kind:
-        model = BuyTillYouDie(kind, 14)
+        model = BuyTillYouDie(kind, 14, x)
         model.fit(x, y)
         p = model.predict(x)
         assert p[:50] == pytest.approx(0.2)
@@ -176,7 +176,7 @@ def test_who_never_bought_gets_the_rate_of_such_users() -> None:
 @pytest.mark.parametrize("label", [0.0, 1.0])
 def test_odd_data_are_no_error(x: Floats, label: float) -> None:
     for kind in Kind:
-        model = BuyTillYouDie(kind, 28)
+        model = BuyTillYouDie(kind, 28, x)
         model.fit(x, np.full(len(x), label))
         strange = histories(
             np.array([0, 1, 1, 300.0]), np.array([0, 0, 0, 300.0]), np.array([0, 0, 3000, 300.0])
@@ -194,7 +194,27 @@ def test_a_second_fit_gives_the_same_bytes() -> None:
     age = random.uniform(0, 100, 500)
     x, recency, _ = simulate(random, BgNbd(r=1.0, alpha=20.0, a=1.0, b=3.0), age, 0.0)
     rows = histories(x + 1, recency, age, x * 10)
-    models = [BuyTillYouDie(Kind.AMOUNT, 14) for _ in range(2)]
+    models = [BuyTillYouDie(Kind.AMOUNT, 14, rows) for _ in range(2)]
     for model in models:
         model.fit(rows, np.zeros(500))
     assert models[0].to_dict() == models[1].to_dict()
+
+
+def test_it_is_fitted_on_all_buyers_and_not_on_those_of_late() -> None:
+    """Those who have left are in nobody's last weeks, and yet they tell how fast one leaves."""
+    random = np.random.default_rng(5)
+    truth = BgNbd(r=1.0, alpha=20.0, a=1.0, b=4.0)
+    age = random.uniform(100, 400, 4000)
+    x, recency, later = simulate(random, truth, age, 28.0)
+    everybody = histories(x + 1, recency, age)
+    of_late = age - recency <= 28
+    label = (later > 0).astype(float)
+    model = BuyTillYouDie(Kind.BINARY, 28, everybody)
+    model.fit(everybody[of_late], label[of_late])
+    biased = BuyTillYouDie(Kind.BINARY, 28, everybody[of_late])
+    biased.fit(everybody[of_late], label[of_late])
+    assert model.counts.a / (model.counts.a + model.counts.b) == pytest.approx(0.2, abs=0.05)
+    off, biased_off = (
+        abs((m.predict(everybody[of_late]) - label[of_late]).mean()) for m in (model, biased)
+    )
+    assert off < 0.03 < biased_off
