@@ -363,7 +363,7 @@ def _plan(root: Path, name: str, model: Path, at: datetime | None) -> dict[str, 
     """Return the content of _scores.json: what the result follows from."""
     cuts = read_json(root / FEATURES / "cuts.json")
     first, end = (datetime.fromisoformat(cuts[key]) for key in ("first_ts", "end_ts"))
-    chosen = end if at is None else at
+    chosen = _choose_time(first, end, datetime.now(UTC)) if at is None else at
     if not first < chosen <= end:
         raise UserError(
             f"--at {chosen.isoformat()}: outside of the data, which reach from "
@@ -384,6 +384,16 @@ def _plan(root: Path, name: str, model: Path, at: datetime | None) -> dict[str, 
         "targets": config["targets"],
         "active_within_days": schema["population_active_within_days"],
     }
+
+
+def _choose_time(first: datetime, end: datetime, now: datetime) -> datetime:
+    """Return the end of the data, or the hour that has begun where that is earlier.
+
+    Data of a live shop end with a day that is not over: what is left of it would count as silence.
+    Of equal hours the times are equal, so that a result that was begun is gone on with.
+    """
+    hour = now.replace(minute=0, second=0, microsecond=0)
+    return min(end, hour) if hour > first else end
 
 
 def _score_chunks(root: Path, model: Path, plan: dict[str, Any]) -> str:

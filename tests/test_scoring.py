@@ -162,6 +162,13 @@ def test_embeddings_are_told_where_asked_for(root: Path, small_chunks: None) -> 
     assert "already" in scoring.score(root, embeddings=True)
 
 
+def test_a_day_that_is_not_over_is_no_silence() -> None:
+    first, night = END - 60 * DAY, END - DAY + timedelta(hours=3, minutes=4)
+    assert scoring._choose_time(first, END, night) == END - DAY + timedelta(hours=3)
+    assert scoring._choose_time(first, END, END + 9 * DAY) == END
+    assert scoring._choose_time(first, END, first - DAY) == END  # of a log from the future
+
+
 def test_an_earlier_time_sees_only_what_was_known_then(root: Path) -> None:
     scoring.score(root, at=END - 10 * DAY)
     found = pq.read_table(root / "data/scores")
