@@ -9,6 +9,7 @@ from pipelines.baselines.items import (
     TOP,
     Touches,
     collect_touches,
+    rank_frequent,
     rank_item_knn,
     rank_popular,
     rank_recent,
@@ -39,6 +40,15 @@ def test_recent_is_the_own_latest_then_bestsellers() -> None:
     assert ranked[1, :2].tolist() == [1, 0]
 
 
+def test_frequent_is_what_the_shopper_touches_most_then_bestsellers() -> None:
+    touches = make(
+        [[(3, 10), (3, 20), (2, 95), (4, 96)], [(4, 99), (4, 99), (0, 99)], [(1, 1)]], items=6
+    )
+    ranked = rank_frequent(touches, np.array([0, 2]))
+    assert ranked[0, :4].tolist() == [3, 4, 2, 0]
+    assert ranked[1, :2].tolist() == [1, 4]
+
+
 def test_item_knn_finds_what_the_same_shoppers_touch() -> None:
     together = [[(0, 10), (1, 11)] for _ in range(30)] + [[(2, 10), (3, 11)] for _ in range(40)]
     touches = make([*together, [(0, 90)]], items=6)
@@ -48,10 +58,10 @@ def test_item_knn_finds_what_the_same_shoppers_touch() -> None:
 
 def test_no_more_is_ranked_than_there_is() -> None:
     touches = make([[(0, 90)]], items=3)
-    for rank in (rank_popular, rank_recent, rank_item_knn):
+    for rank in RANKERS.values():
         assert sorted(rank(touches, np.array([0]))[0].tolist()) == [0, 1, 2]
     many = make([[(0, 90)]], items=50)
-    for rank in (rank_popular, rank_recent, rank_item_knn):
+    for rank in RANKERS.values():
         assert rank(many, np.array([0])).shape == (1, TOP)
 
 
