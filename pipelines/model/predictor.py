@@ -58,6 +58,7 @@ class ModelSpec:
         mix: how much they are believed beside the trees.
         calibration: corrections.
         thresholds: for every binary target, from which probability on a positive is called.
+        learnt_until: microseconds since the epoch; nothing later was seen. None = nobody knows.
     """
 
     network: NetworkConfig
@@ -69,6 +70,7 @@ class ModelSpec:
     thresholds: dict[str, float]
     members: int = 1
     mix: Mix = field(default_factory=Mix)
+    learnt_until: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object."""
@@ -83,6 +85,7 @@ class ModelSpec:
             "mix": self.mix.to_json(),
             "calibration": self.calibration.to_json(),
             "thresholds": self.thresholds,
+            "learnt_until": self.learnt_until,
         }
 
     @classmethod
@@ -98,6 +101,7 @@ class ModelSpec:
             mix=Mix(**value["mix"]),
             calibration=Calibration(**value["calibration"]),
             thresholds=value["thresholds"],
+            learnt_until=value.get("learnt_until"),
         )
 
 

@@ -582,6 +582,7 @@ class _Fit:
             context=config.context,
             calibration=Calibration(),
             thresholds={},
+            learnt_until=int(periods.test),
         )
         self.loader = Loader(
             timeline,

@@ -97,8 +97,11 @@ def decide(
             if rival is None or _has_fallen(target, policy):
                 checks.append(_check_best_baseline(target, policy))
         if champion is not None:
-            same, known = candidate == champion, rival is not None
-            checks.append(_check_champion(target, policy, same=same, known=known))
+            why = f"the champion does not predict {policy.primary_target}"
+            if evaluation.get("champion", {}).get("learnt_from_tests"):
+                why = "the champion has learnt from the days that are tested here"
+            same, missing = candidate == champion, why if rival is None else None
+            checks.append(_check_champion(target, policy, same=same, missing=missing))
     checks += _check_package(package, policy, candidate=candidate)
     return {
         "passed": all(check.passed for check in checks),
@@ -326,8 +329,11 @@ def _has_fallen(target: dict[str, Any], policy: Gate) -> bool:
     return gain is not None and gain[1] < -policy.margin
 
 
-def _check_champion(target: dict[str, Any], policy: Gate, *, same: bool, known: bool) -> Check:
-    if same or not known:
+def _check_champion(
+    target: dict[str, Any], policy: Gate, *, same: bool, missing: str | None
+) -> Check:
+    """Compare with the champion, but for one that is the candidate or is missing for a reason."""
+    if same or missing is not None:
         return Check(
             name="not_worse_than_champion",
             passed=True,
@@ -335,8 +341,7 @@ def _check_champion(target: dict[str, Any], policy: Gate, *, same: bool, known: 
             limit=-policy.margin,
             why="the candidate is the champion"
             if same
-            else f"the champion does not predict {policy.primary_target}; the candidate is judged "
-            "as a first one is",
+            else f"{missing}; the candidate is judged as a first one is",
         )
     return _check_margin(target, policy, CHAMPION, "not_worse_than_champion")
 

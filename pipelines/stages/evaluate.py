@@ -32,6 +32,7 @@ from pipelines.evaluation.ranking import compare_rankings
 from pipelines.evaluation.report import render_report
 from pipelines.evaluation.rivals import CANDIDATE, CHAMPION, NETWORK
 from pipelines.evaluation.slices import find_slices, score_slices
+from pipelines.events import to_us
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind
 from pipelines.features.snapshot_table import Floats, SnapshotTable
@@ -64,13 +65,15 @@ def run(params: Params, root: Path = Path()) -> str:
     predictor = Predictor.load(root / MODEL)
     shipped = {CANDIDATE: predictor.spec.thresholds}
     champion = _load_champion(root)
-    if champion is not None:
+    seen = champion is not None and _has_seen(champion, table)
+    if champion is not None and not seen:
         predictions[CHAMPION] = _predict(champion, root, table)
         shipped[CHAMPION] = champion.spec.thresholds
     test = collect_test_rows(table, predictions, params.evaluation, shipped=shipped)
     evaluation = compare(table, test, params.evaluation, data=_describe_data(params, root))
     if champion is not None:
-        evaluation["champion"] = {"targets": [target.name for target in champion.targets]}
+        told = [] if seen else [target.name for target in champion.targets]
+        evaluation["champion"] = {"targets": told, "learnt_from_tests": seen}
     evaluation["drift"] = measure_drift(table)
     rows = table.rows_of(Split.TEST)
     slices = find_slices(table, rows)
@@ -217,6 +220,15 @@ def _load_champion(root: Path) -> Predictor | None:
             f"the champion cannot be compared with: {error}; if another version trained it, go on "
             "with that version, or without a champion (put back the champion.json of before it)"
         ) from None
+
+
+def _has_seen(predictor: Predictor, table: SnapshotTable) -> bool:
+    """Tell whether a model has learnt from a window that it would be judged by.
+
+    So it is where the test cuts move back: a longer horizon, more of them, an earlier end.
+    """
+    learnt = predictor.spec.learnt_until
+    return learnt is not None and learnt > to_us(table.first_cut(Split.TEST))
 
 
 def _predict(predictor: Predictor, root: Path, table: SnapshotTable) -> dict[str, Floats]:

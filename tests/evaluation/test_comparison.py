@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,11 @@ from pipelines.evaluation.findings import (
 )
 from pipelines.evaluation.report import format_days, render_report
 from pipelines.evaluation.summary import format_summary, tell_next
+from pipelines.events import to_us
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind, Target
 from pipelines.features.snapshot_table import SnapshotTable
+from pipelines.stages.evaluate import _has_seen
 
 CONFIG = Evaluation(bootstrap_samples=100)
 DATA = {
@@ -152,6 +155,14 @@ def test_the_better_model_is_ahead_and_nobody_beats_the_oracle(
     assert judge(target, "ensemble", "nobody", "roc_auc") is Standing.UNKNOWN
     assert 0.8 < (gap_closed(target, "ensemble") or 0) <= 1.02
     assert "ahead of LightGBM" in describe_target("purchase_14d", target)
+
+
+def test_a_model_that_has_learnt_from_the_test_window_is_known() -> None:
+    table = make_table()[0]
+    tested = to_us(table.first_cut(Split.TEST))
+    for until, expected in ((tested, False), (tested + 1, True), (None, False)):
+        model: Any = SimpleNamespace(spec=SimpleNamespace(learnt_until=until))
+        assert _has_seen(model, table) is expected
 
 
 def test_a_baseline_that_does_better_than_lightgbm_is_named(

@@ -238,6 +238,14 @@ def test_a_champion_that_predicts_something_else_is_passed_over() -> None:
     assert failures == ["not_worse_than_best_baseline"]
 
 
+def test_a_champion_that_has_learnt_from_the_test_is_passed_over() -> None:
+    evaluation = make_evaluation()
+    evaluation["champion"] = {"targets": [], "learnt_from_tests": True}
+    told = {c["name"]: c["why"] for c in judge(evaluation, champion=CHAMPION)["checks"]}
+    assert "has learnt from the days that are tested" in told["not_worse_than_champion"]
+    assert "not_worse_than_best_baseline" in told
+
+
 def test_the_champion_itself_passes_again() -> None:
     verdict = judge(make_evaluation(), champion=CANDIDATE)
     assert verdict["passed"]

@@ -193,6 +193,8 @@ def test_trains_predicts_and_logs(root: Path) -> None:
     assert predictions.select(["user", "cut"]).equals(held_out)
     model = Predictor.load(root / train.MODEL)
     assert 0 < model.spec.thresholds["purchase_7d"] < 1
+    first_test = next(day for i, day in CUTS.items() if SPLITS[i] == "test")
+    assert model.spec.learnt_until == START + first_test * DAY
 
     digest = digest_directory(root / train.MODEL)
     store = connect(root)
