@@ -8,7 +8,7 @@ models, and the paired difference with its 95 % interval (bootstrap over users).
 are trained so many times, each time from another seed; with --origins as if the log had ended
 earlier as well, so many times, eight weeks apart, or more where horizons are longer, so that no two
 have a window in common (rolling origin; Tashman, International Journal of Forecasting 16, 2000).
-With --lstm the LSTM baseline is trained as well, and the same is told of the model and it.
+The same is told of the model and BG/NBD with Gamma-Gamma, and with --lstm of it and the LSTM.
 Told are then means over all of these fits, the interval of their mean difference (one bootstrap
 over users for all), and each fit's difference; an origin for which the log is too short ends the
 list, and says so. With --horizons and --everyone other questions are asked: of so many days, and of
@@ -60,7 +60,7 @@ from pipelines.stages.train import FEATURES
 
 ONCE: Final = ("fingerprint", "ingest", "validate", "features")
 OF_A_SEED: Final = ("pretrain", "train", "baselines")
-RIVALS: Final = ("lightgbm", "lstm")
+RIVALS: Final = ("lightgbm", "bgnbd", "lstm")
 PREDICTIONS: Final = Path("data/predictions")
 EVERY_DAYS: Final = 56
 TOLD: Final = ("roc_auc", "pr_auc", "brier", "ece", "mae", "gini")
@@ -291,8 +291,8 @@ def measure(asked: dict[str, Any], root: Path, *, seeds: int, origins: int) -> d
         "rows": [len(fit.user) for fit in fits],
         "seconds": round(time.perf_counter() - began),
         **stopped,
-        **join_targets(scored, 1),
-        **({RIVALS[1]: join_targets(scored, 2)} if len(fits[0].rows[0].predictions) > 2 else {}),
+        **join_targets(scored, RIVALS[0]),
+        **{rival: found for rival in RIVALS[1:] if (found := join_targets(scored, rival))},
     }
 
 
@@ -322,7 +322,11 @@ def read_fit(root: Path, settings: dict[str, Any]) -> Fit:
     }
     read = {n: pq.read_table(root / file) for n, file in files.items() if (root / file).exists()}
     predictions = {
-        name: {t.name: found[t.name].to_numpy().astype(np.float64) for t in table.targets}
+        name: {
+            t.name: found[t.name].to_numpy().astype(np.float64)
+            for t in table.targets
+            if t.name in found.column_names
+        }
         for name, found in read.items()
     }
     ids = pq.read_table(root / FEATURES / "users.parquet")["user_id"]
@@ -333,7 +337,7 @@ def read_fit(root: Path, settings: dict[str, Any]) -> Fit:
     )
 
 
-def score(fit: Fit, weights: Floats) -> dict[str, dict[str, Floats]]:
+def score(fit: Fit, weights: Floats) -> dict[str, dict[str, dict[str, Floats]]]:
     """Score the models.
 
     Args:
@@ -341,34 +345,39 @@ def score(fit: Fit, weights: Floats) -> dict[str, dict[str, Floats]]:
         weights: (B, N), the first all ones.
 
     Returns:
-        Target -> metric -> (M, B) of the ensemble, LightGBM and, where it was trained, the LSTM.
+        Target -> model -> metric -> (B,).
     """
     scored = {}
     for part in fit.rows:
-        models = [
-            binary_metrics(part.y, p, weights, threshold=part.thresholds[name])
+        models = {
+            name: binary_metrics(part.y, p, weights, threshold=part.thresholds[name])
             if part.target.kind is Kind.BINARY
             else amount_metrics(part.y, p, weights)
             for name, p in part.predictions.items()
-        ]
+        }
         scored[part.target.name] = {
-            metric: np.array([model[metric] for model in models])
-            for metric in TOLD
-            if metric in models[0]
+            name: {metric: found[metric] for metric in TOLD if metric in found}
+            for name, found in models.items()
         }
     return scored
 
 
-def join_targets(scored: list[dict[str, dict[str, Floats]]], rival: int) -> dict[str, Any]:
-    """Join every target's fits."""
-    return {target: join([found[target] for found in scored], rival) for target in scored[0]}
+def join_targets(
+    scored: list[dict[str, dict[str, dict[str, Floats]]]], rival: str
+) -> dict[str, Any]:
+    """Join every target's fits, of those that the rival predicts."""
+    return {
+        target: join([(found[target]["ensemble"], found[target][rival]) for found in scored])
+        for target, models in scored[0].items()
+        if rival in models
+    }
 
 
-def join(fits: list[dict[str, Floats]], rival: int) -> dict[str, Any]:
+def join(fits: list[tuple[dict[str, Floats], dict[str, Floats]]]) -> dict[str, Any]:
     """Means over fits of the ensemble and a rival, their difference, its bounds, and it by fit."""
     joined: dict[str, Any] = {}
-    for metric in fits[0]:
-        values = np.array([found[metric][[0, rival]] for found in fits])
+    for metric in fits[0][0]:
+        values = np.array([[model[metric] for model in pair] for pair in fits])
         if not np.isfinite(values[:, :, 0]).all():
             continue
         by_fit = values[:, 0] - values[:, 1]
