@@ -292,7 +292,8 @@ def run(params: Params, root: Path = Path()) -> str:
         **sums,
     }
     write_json(root / REPORT, report)
-    return _tell(report, _advise(repeats, counts, params))
+    advice = _advise(repeats, counts, params)
+    return _tell(report, advice + _advise_end(report["last_ts"], params, datetime.now(UTC)))
 
 
 def _list_origins(params: Params) -> dict[str, str]:
@@ -309,6 +310,14 @@ def _advise(repeats: _Repeats, counts: _Counts, params: Params) -> str:
         return ""
     keep = " or set ingest.files.keep_repeats" if params.ingest.source is Source.FILES else ""
     return f" (many: if they are no mistake, map event_id{keep})"
+
+
+def _advise_end(last_ts: str, params: Params, now: datetime) -> str:
+    """Return what to do where the last day is not over: what is left of it counts as silence."""
+    today = f"{now:%Y-%m-%d}"
+    if params.ingest.until is not None or last_ts[:10] < today:
+        return ""
+    return f"; {last_ts[:10]} is not over yet: ingest.until: {today} leaves it out"
 
 
 def _tell(report: dict[str, Any], advice: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -409,3 +410,14 @@ def test_ingest_wants_the_fingerprint_first(tmp_path: Path) -> None:
 def test_mapping_params_are_checked(mapping: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config.parse_params({"ingest": {"files": {"mapping": mapping}}})
+
+
+def test_a_day_that_is_not_over_is_told() -> None:
+    params, now = config.Params(), datetime(2025, 6, 19, 3, tzinfo=UTC)
+    told = ingest._advise_end("2025-06-19T02:59:59Z", params, now)
+    assert "2025-06-19 is not over yet: ingest.until: 2025-06-19 leaves it out" in told
+    assert not ingest._advise_end("2025-06-18T23:59:59Z", params, now)
+    ended = params.ingest.model_copy(update={"until": now})
+    assert not ingest._advise_end(
+        "2025-06-19T02:59:59Z", params.model_copy(update={"ingest": ended}), now
+    )
