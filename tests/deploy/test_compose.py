@@ -9,13 +9,15 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 import yaml
 
-FOLDER = Path(__file__).resolve().parents[2] / "deploy/compose"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "deploy/compose"
 TEXT = (FOLDER / "compose.yaml").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, Any] = COMPOSE["services"]
@@ -151,5 +153,29 @@ def test_what_is_secret_stays_out_of_commits_and_images() -> None:
     ignored = (FOLDER / ".gitignore").read_text().splitlines()
     secret = [PurePosixPath(entry["file"]).name for entry in COMPOSE["secrets"].values()]
     assert {f"/{name}" for name in (*secret, ".env")} <= set(ignored)
-    left_out = (FOLDER.parents[1] / ".dockerignore").read_text().splitlines()
+    left_out = (ROOT / ".dockerignore").read_text().splitlines()
     assert {"**/.env", *(f"deploy/compose/{name}" for name in secret)} <= set(left_out)
+
+
+def test_what_was_made_here_stays_out_of_the_image() -> None:
+    rules = (ROOT / ".dockerignore").read_text().splitlines()
+    (made,) = re.findall(r"rm -rf \$\(VENV\) ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text())
+    for name in made.replace("\\", "").split():
+        assert any(fnmatch(name, rule) for rule in rules), name
+
+
+def test_the_image_begins_with_the_champion_that_is_committed(tmp_path: Path) -> None:
+    """One that `forecart promote` wrote is of a registry that the platform doesn't know."""
+    (command,) = re.findall(r"^RUN (git checkout .*)$", RECIPE, re.M)
+    assert RECIPE.index("install --yes --no-install-recommends git ") < RECIPE.index("COPY . .")
+    assert RECIPE.index("COPY . .") < RECIPE.index(command) < RECIPE.index("chown --recursive")
+    file = tmp_path / "champion.json"
+    committed = (ROOT / "champion.json").read_text()
+    file.write_text(committed)
+    author = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+    for arguments in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "start"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    file.write_text('{"digest": "sha256:0"}')
+    subprocess.run(["git", "add", "-A"], cwd=tmp_path, check=True)
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    assert file.read_text() == committed
