@@ -74,6 +74,51 @@ def test_every_secret_comes_from_the_environment() -> None:
     assert all(f"${{{name}:?" in TEXT for name in wanted)
 
 
+def test_each_program_gets_its_own_secrets_alone() -> None:
+    """What answers requests must not tell those of the others, whoever gets into it."""
+    wanted: dict[str, set[str]] = {
+        "postgres": {"POSTGRES_PASSWORD", "AIRFLOW_DATABASE_PASSWORD", "MLFLOW_DATABASE_PASSWORD"},
+        "mlflow": {"MLFLOW_DATABASE_PASSWORD"},
+        "service": set(),
+    }
+    own = {"AIRFLOW_DATABASE_PASSWORD", "AIRFLOW_JWT_SECRET", "AIRFLOW_SECRET_KEY"}
+    for name, service in SERVICES.items():
+        found = set(re.findall(r"\$\{(\w+)", json.dumps(service)))
+        assert found == wanted.get(name, own), name
+        assert "${" not in json.dumps(service.get("command")), "arguments are for all to read"
+    assert SERVICES["service"]["volumes"] == ["project:/project"]
+    assert SERVICES["mlflow"]["volumes"] == ["artifacts:/artifacts"]
+    quiet = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    for name, service in SERVICES.items():
+        if name != "postgres":
+            assert service["environment"].items() >= quiet.items()
+            assert (service["cap_drop"], service["init"]) == (["ALL"], True)
+    registry = [
+        SERVICES[name]["environment"]["MLFLOW_TRACKING_URI"] for name in ("service", "airflow")
+    ]
+    assert registry == ["http://mlflow:5000"] * 2
+
+
+def test_the_database_is_healthy_only_once_its_roles_are_there() -> None:
+    """While the scripts of a new volume run, the server answers on its socket."""
+    assert "--host=127.0.0.1" in SERVICES["postgres"]["healthcheck"]["test"]
+
+
+@pytest.mark.parametrize(
+    ("line", "file"), [(".env.example .env", ".env"), ("keys.conf", "keys.conf")]
+)
+def test_files_of_secrets_are_made_for_their_owner_alone(
+    tmp_path: Path, line: str, file: str
+) -> None:
+    readme = (FOLDER.parent / "README.md").read_text().splitlines()
+    (command,) = [text for text in readme if text.startswith("(umask") and line in text]
+    shutil.copy(FOLDER / ".env.example", tmp_path)
+    (tmp_path / "gateway").mkdir()
+    subprocess.run(["sh", "-c", f"umask 022; {command}"], cwd=tmp_path, check=True)
+    (made,) = tmp_path.rglob(file)
+    assert made.stat().st_mode & 0o777 == 0o600
+
+
 def test_images_are_named_by_version() -> None:
     for service in SERVICES.values():
         assert not service["image"].endswith(":latest")
