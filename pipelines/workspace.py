@@ -209,6 +209,12 @@ def write_params(path: Path, home: Path, changes: Mapping[str, Any]) -> None:
 
     yaml = YAML()
     yaml.preserve_quotes = True
+    # What is not changed is written as it was, so that a comparison shows what is.
+    yaml.width = 4096
+    yaml.indent(sequence=4, offset=2)
+    yaml.representer.add_representer(
+        type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     settings = yaml.load(path.read_text(encoding="utf-8"))
     if settings is None:
         settings = {}

@@ -80,6 +80,18 @@ def test_a_workspace_has_the_committed_code_and_the_changed_settings(home: Path)
     assert (folder / "params.yaml").read_text() == text
 
 
+def test_the_difference_shows_the_changed_settings_alone(home: Path) -> None:
+    assert (prepare(home, "none", {}) / "params.yaml").read_text() == (
+        home / "params.yaml"
+    ).read_text()
+    folder = prepare(home, "one", {"ingest.simulator.users": 77, "train.epochs": 2})
+    before = (home / "params.yaml").read_text().splitlines()
+    after = (folder / "params.yaml").read_text().splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert [new.split("#")[0].strip() for _, new in changed] == ["users: 77", "epochs: 2"]
+    assert [old.split("#")[0].strip() for old, _ in changed] == ["users: 9000", "epochs: null"]
+
+
 def test_settings_of_the_checkout_that_are_not_committed_count(home: Path) -> None:
     text = (home / "params.yaml").read_text().replace("users: 9000", "users: 500", 1)
     (home / "params.yaml").write_text(text)
