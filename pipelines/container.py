@@ -119,7 +119,7 @@ def containerize(
     size = read_size(program, tag)
     return (
         f"{tag} built by {program} from {bento['name']}:{bento['version']}, "
-        f"{size / 1e6:,.0f} MB; next: run it with --read-only --tmpfs /tmp -p 3000:3000"
+        f"{size / 1e6:,.0f} MB; next: run it with --read-only --tmpfs /tmp -p 127.0.0.1:3000:3000"
     )
 
 

@@ -82,6 +82,21 @@ def test_a_failed_build_is_told_with_its_end(
         )
 
 
+def test_the_next_step_binds_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service without keys is for this machine alone."""
+    write_bento(tmp_path)
+    fake = tmp_path / "bin/podman"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho '[{\"Size\": 123000000}]'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:/usr/bin:/bin")
+    said = container.containerize(
+        tmp_path, tag="a", base_image="b", builder=Builder.PODMAN, torch_index=""
+    )
+    assert "123 MB" in said
+    assert said.endswith("-p 127.0.0.1:3000:3000")
+
+
 @pytest.mark.parametrize(
     ("program", "answer", "size"),
     [
