@@ -166,7 +166,8 @@ def _check_data(target: dict[str, Any], policy: Gate) -> Iterator[Check]:
         passed=positives >= policy.min_positives,
         value=positives,
         limit=policy.min_positives,
-        why=f"it was done {positives} times; {policy.min_positives} are needed to judge",
+        why=f"{policy.primary_target} came true {positives} times; "
+        f"{policy.min_positives} are needed to judge",
     )
     usual = policy.min_base_rate <= rate <= policy.max_base_rate
     yield Check(
@@ -174,7 +175,7 @@ def _check_data(target: dict[str, Any], policy: Gate) -> Iterator[Check]:
         passed=usual,
         value=rate,
         limit=f"{policy.min_base_rate:g} to {policy.max_base_rate:g}",
-        why=f"{rate:.2%} of the shoppers did it"
+        why=f"{policy.primary_target} came true for {rate:.2%} of the shoppers"
         + ("" if usual else ", which looks like damaged data or a wrong target, not like a shop"),
     )
 
@@ -349,14 +350,16 @@ def _check_champion(
 def _check_margin(target: dict[str, Any], policy: Gate, other: str, name: str) -> Check:
     low = _read_gain(target, other, policy.primary_metric)
     passed = low is not None and low >= -policy.margin
+    if low is not None and low > 0:
+        told = "better for sure"
+    else:
+        told = f"{'inside' if passed else 'outside'} the margin {policy.margin:g}"
     return Check(
         name=name,
         passed=passed,
         value=low,
         limit=-policy.margin,
-        why=_explain_gain(
-            low, other, policy, f"{'inside' if passed else 'outside'} the margin {policy.margin:g}"
-        ),
+        why=_explain_gain(low, other, policy, told),
     )
 
 

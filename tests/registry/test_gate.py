@@ -120,6 +120,14 @@ def test_a_first_model_as_good_as_the_best_baseline_passes() -> None:
 def test_the_margin_holds_against_the_best_baseline_by_interval(gain: float, passed: bool) -> None:
     verdict = judge(make_evaluation(lightgbm=gain))
     assert failed(verdict) == ([] if passed else ["not_worse_than_best_baseline"])
+    told = "better for sure" if gain == 0.03 else "inside the margin" if passed else "outside"
+    assert told in verdict["checks"][-3]["why"]
+
+
+def test_what_came_true_is_named() -> None:
+    told = {check["name"]: check["why"] for check in judge(make_evaluation())["checks"]}
+    assert told["positives"].startswith("purchase_14d came true 450 times; ")
+    assert told["base_rate"] == "purchase_14d came true for 15.00% of the shoppers"
 
 
 def test_the_best_baseline_is_the_one_that_counts() -> None:
