@@ -323,6 +323,12 @@ def main() -> None:
         print("forecart: interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
+        # What pip installs may want a library of the system, which a new machine lacks.
+        if error.errno is None and "cannot open shared object file" in str(error):
+            openmp = "; LightGBM needs it (Debian: apt-get install libgomp1)"
+            hint = openmp if str(error).startswith("libgomp") else ""
+            print(f"forecart: {error}{hint}", file=sys.stderr)
+            sys.exit(2)
         # A full disk or a missing permission is the machine's state, not a defect to trace.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise

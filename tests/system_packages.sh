@@ -13,7 +13,6 @@ need chromedriver chromium-driver
 # Debian keeps these off the path.
 ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || missing="$missing postgresql"
 [ -x /usr/sbin/mariadbd ] || missing="$missing mariadb-server"
-need chromedriver chromium-driver
 need nginx nginx-light
 need openssl openssl
 for tool in buildah podman runc debootstrap; do
