@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +19,8 @@ import pytest
 
 from pipelines.platform import MARKER, STATE, _find_processes
 from tests.integration.conftest import Project
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
@@ -85,6 +89,21 @@ def call(url: str, body: dict[str, Any] | None = None, token: str | None = None)
         return json.loads(answer.read())
 
 
+def tell_of_events(airflow: str, token: str) -> str:
+    """Run what the README says to whoever loads events; return which asset Airflow was told of."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (commands,) = [block for block in blocks if "/assets/events" in block]
+    # The scheduler reads the DAGs a few seconds after the start.
+    deadline = time.monotonic() + 120
+    while call(f"{airflow}/api/v2/assets", token=token)["total_entries"] < 2:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    variables = os.environ | {"AIRFLOW": airflow, "TOKEN": token}
+    subprocess.run(["sh", "-euc", commands], env=variables, check=True, capture_output=True)
+    (event,) = call(f"{airflow}/api/v2/assets/events", token=token)["asset_events"]
+    return str(event["uri"])
+
+
 def test_up_shows_the_dag_and_down_leaves_nothing(
     project: Project, ports: dict[str, int], running: str
 ) -> None:
@@ -97,6 +116,7 @@ def test_up_shows_the_dag_and_down_leaves_nothing(
         "access_token"
     ]
     assert call(f"{airflow}/api/v2/pools/gpu", token=token)["slots"] == 1
+    assert tell_of_events(airflow, token).startswith("forecart://events")
     addresses = bound(project)
     assert {ports["airflow"], ports["mlflow"]} <= {address.port for address in addresses}
     assert {address.ip for address in addresses} <= {"127.0.0.1", "::1"}
