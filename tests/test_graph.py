@@ -4,7 +4,7 @@ import random
 import subprocess
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import yaml
@@ -32,6 +32,44 @@ def test_the_graph_is_dvcs_own() -> None:
     ours = load_graph(ROOT / "dvc.yaml")
     assert set(ours.stages) == nodes
     assert ours.edges == edges
+
+
+# What stages import without depending on it, and why their results don't.
+CONTRACTS = {
+    "pipelines.config": "its values are the stage's params",
+    "pipelines.errors": "texts for people",
+    "pipelines.events": "the schema, which what is stored is written in",
+    "pipelines.io": "reads and writes what it is given",
+}
+NOT_OF_A_RESULT = {
+    ("pretrain", "pipelines.registry.tracking"): "of train, whose loading it shares",
+    ("pretrain", "pipelines.registry.champion"): "where it is recorded",
+    ("train", "pipelines.registry.champion"): "where it is recorded",
+    ("baselines", "pipelines.registry.tracking"): "as for pretrain",
+    ("baselines", "pipelines.registry.champion"): "as for pretrain",
+    ("baselines", "pipelines.features.engine"): "builds data/features; here a day's length",
+    ("evaluate", "pipelines.features.engine"): "likewise; labels are built by the stage features",
+    ("package", "pipelines.registry.champion"): "refuses files, and changes none",
+}
+
+
+def test_a_stage_runs_again_when_code_that_it_uses_changes() -> None:
+    import grimp
+
+    imports = grimp.build_graph("pipelines", cache_dir=None, exclude_type_checking_imports=True)
+    undeclared = set()
+    for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
+        # One that always runs need not be told when.
+        if stage.get("always_changed"):
+            continue
+        module = f"pipelines.stages.{name}"
+        for used in {module} | imports.find_upstream_modules(module):
+            place = PurePosixPath(*used.split("."))
+            files = (place, place.with_suffix(".py"))
+            declared = any(file.is_relative_to(dep) for file in files for dep in stage["deps"])
+            if used not in CONTRACTS and not declared:
+                undeclared.add((name, used))
+    assert undeclared == NOT_OF_A_RESULT.keys()
 
 
 @pytest.fixture(scope="module")
