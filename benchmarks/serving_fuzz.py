@@ -5,7 +5,7 @@
 First schemathesis, from the service's own description; then hypothesis, which changes good requests
 in one or two places, cuts and garbles them, and makes up addresses. Requests and statuses are
 counted by the service itself (its metrics), hangs and dropped connections by the clients. At last
-a good request has to be answered as it was before.
+a good request has to be answered as it was before. `make test` installs both, `make run` does not.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hypothesis import HealthCheck, given, seed, settings
-from hypothesis import strategies as st
+try:
+    from hypothesis import HealthCheck, given, seed, settings
+    from hypothesis import strategies as st
+except ModuleNotFoundError:
+    sys.exit("hypothesis and schemathesis are not installed; make test installs them, make run not")
 
 from benchmarks.generators import NOW, make_body
 from benchmarks.serving_load import serve
