@@ -154,6 +154,10 @@ class Forecart:
             logging.getLogger(__name__).critical("the model is refused: %s", error)
             os._exit(_REFUSED)
         self.metrics.show_model(digest)
+        try:
+            find_url()
+        except UserError as error:
+            logging.getLogger(__name__).warning("%s", error)
         # What is there now stays: to look through it for garbage again and again would make some
         # requests wait for a tenth of a second.
         gc.collect()
@@ -228,6 +232,7 @@ class Forecart:
         same content where it has none) is a duplicate and changes nothing, so a client may send
         again what it had no answer for.
         """
+        _require_store()
         clock = datetime.now(UTC)
         parsed = [parse_event(raw, clock) for raw in request.events]
         rows = [row for row, _ in parsed if row is not None]
@@ -281,6 +286,7 @@ class Forecart:
 
     async def keep_profile(self, user_id: str, profile: Profile) -> StoredProfile:
         """Store what the shop knows of a shopper; answered means durable."""
+        _require_store()
         row = profile.model_dump()
         if profile.signup_ts is not None:
             row["signup_ts"] = to_us(profile.signup_ts)
@@ -294,6 +300,7 @@ class Forecart:
             NotAvailable: the exports are being written, or cannot be; the store has forgotten
                 already.
         """
+        _require_store()
         erased = await _guard(asyncio.to_thread(lambda: self._open_store().erase(user_id)))
         try:
             # One after the other, or they would wait for each other's files.
@@ -310,6 +317,7 @@ class Forecart:
 
     async def _find_shoppers(self, user_ids: Sequence[str], now: datetime) -> list[Shopper]:
         """Return those of some shoppers of whom an event was collected before a time."""
+        _require_store()
 
         def read() -> list[Shopper]:
             store = self._open_store()
@@ -388,6 +396,18 @@ class Forecart:
 
     async def _explain_calls(self, calls: list[Explain]) -> list[Reply]:
         return [await self.engine.ask(call) for call in calls]
+
+
+def _require_store() -> None:
+    """Let go on where there is a place for what is collected.
+
+    Raises:
+        NotAvailable: FORECART_STORE names none.
+    """
+    try:
+        find_url()
+    except UserError as error:
+        raise NotAvailable(str(error)) from None
 
 
 async def _guard(work: Any) -> Any:

@@ -46,7 +46,7 @@ from pipelines.errors import UserError
 from pipelines.events import EVENT_SCHEMA, MAX_ID_LENGTH, MAX_QUERY_LENGTH, USER_SCHEMA
 
 STORE_VARIABLE: Final = "FORECART_STORE"
-DEFAULT_URL: Final = "sqlite:///.forecart/events.db"
+_EXAMPLE: Final = "sqlite:////whole/path/to/events.db"
 
 _CHUNK: Final = 500  # ids in one query; SQLite allows some tens of thousands of parameters
 
@@ -122,8 +122,32 @@ class Erased:
 
 
 def find_url() -> str:
-    """Return the store's address: what FORECART_STORE names, else a file in the project."""
-    return os.environ.get(STORE_VARIABLE) or DEFAULT_URL
+    """Return the store's address, which FORECART_STORE names.
+
+    There is no other: a server works in the folder of its code, which for a Bento is made anew with
+    every model, and whatever was collected there would go with it.
+
+    Raises:
+        UserError: it names none, or a file in that folder.
+    """
+    url = os.environ.get(STORE_VARIABLE)
+    if not url:
+        raise UserError(f"nothing is collected here: set {STORE_VARIABLE}, such as {_EXAMPLE}")
+    if _is_relative(url):
+        raise UserError(f"{STORE_VARIABLE}: the file needs its whole path, such as {_EXAMPLE}")
+    return url
+
+
+def _is_relative(url: str) -> bool:
+    """Return whether an address names a file of SQLite from the folder that is worked in."""
+    try:
+        parsed = parse_address(url)
+    except ArgumentError:
+        return False  # told by who opens it
+    name = parsed.database if parsed.get_backend_name() == "sqlite" else None
+    if not name or name == ":memory:" or name.startswith("file:"):
+        return False
+    return not Path(name).is_absolute()
 
 
 class Store:

@@ -175,7 +175,12 @@ class Service:
 
 @contextmanager
 def start(
-    directory: Path, folder: Path, *, gone: bool = False, refused: str | None = None
+    directory: Path,
+    folder: Path,
+    *,
+    gone: bool = False,
+    refused: str | None = None,
+    bare: bool = False,
 ) -> Iterator[Service]:
     """Serve a Bento or a model as `forecart serve` does; end it with all its children.
 
@@ -184,6 +189,7 @@ def start(
         folder: the server's own.
         gone: the test itself kills it.
         refused: what it says where it does not start, and tries again.
+        bare: by `bentoml serve` itself, without what `forecart serve` tells it.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -192,11 +198,18 @@ def start(
         "import sys; from pathlib import Path; from serving.run import serve; "
         "serve(Path(sys.argv[1]), port=int(sys.argv[2]))"
     )
+    command = [sys.executable, "-c", code, str(directory), str(port)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if bare:
+        command = [sys.executable, "-m", "bentoml", "serve", str(directory)]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        del environment["PYTHONPATH"]
+        environment |= {"BENTOML_HOME": str(folder), "BENTOML_DO_NOT_TRACK": "True"}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, str(directory), str(port)],
+            command,
             cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -647,6 +660,34 @@ def test_traces_reach_a_collector_without_ids(
     assert b"forecart" in sent
     assert b"secret-anna" not in sent
     assert b"red shoes" not in sent
+
+
+def test_a_bento_by_itself_collects_nothing_into_its_own_folder(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run makes that folder anew, and what was acknowledged would be gone."""
+    monkeypatch.delenv("FORECART_STORE", raising=False)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    bento = tmp_path / "bento"
+    shutil.copytree(project / "build/bento", bento)
+    before = digest_directory(bento)
+    event = {**VIEW, "user_id": "ann"}
+    calls = [
+        ("POST", "/events", {"events": [event]}),
+        ("POST", "/users/predict", {"user_ids": ["ann"]}),
+        ("POST", "/explain", {"user_id": "ann", "target": "purchase_14d"}),
+        ("GET", "/users/ann/prediction", None),
+        ("PUT", "/users/ann", {"age": 41}),
+        ("DELETE", "/users/ann", None),
+    ]
+    with start(bento, tmp_path, bare=True) as service:
+        for method, path, body in calls:
+            status, _, content = service.ask(method, path, body)
+            assert status == 503, (path, content)
+            assert "set FORECART_STORE" in json.loads(content)["error"]["message"]
+        assert service.predict(make_request(1))[0] == 200
+    assert "set FORECART_STORE" in service.log.read_text()
+    assert digest_directory(bento) == before
 
 
 def test_a_port_in_use_is_told(service: Service, project: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipelines.errors import UserError
-from serving.store import DEFAULT_URL, STORE_VARIABLE, Erased, Store, find_url
+from serving.store import STORE_VARIABLE, Erased, Store, find_url
 
 NOON = 1_750_000_000_000_000
 
@@ -123,9 +123,35 @@ def test_a_reader_holds_up_no_erasure(store: Store) -> None:
     assert store.erase("bob") == Erased(events=1, profile=False)
 
 
-def test_no_address_is_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_is_no_store_that_nobody_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(STORE_VARIABLE, raising=False)
+    with pytest.raises(UserError, match="set FORECART_STORE"):
+        find_url()
     monkeypatch.setenv(STORE_VARIABLE, "")
-    assert find_url() == DEFAULT_URL
+    with pytest.raises(UserError, match="set FORECART_STORE"):
+        find_url()
+
+
+@pytest.mark.parametrize(
+    ("url", "lasts"),
+    [
+        ("sqlite:///events.db", False),
+        ("sqlite+pysqlite:///.forecart/events.db", False),
+        ("sqlite:////var/lib/events.db", True),
+        ("sqlite:///:memory:", True),
+        ("sqlite:///file:/var/lib/events.db?uri=true", True),
+        ("postgresql://shop@db/events", True),
+    ],
+)
+def test_a_file_in_the_folder_of_the_server_is_no_store(
+    url: str, lasts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STORE_VARIABLE, url)
+    if lasts:
+        assert find_url() == url
+        return
+    with pytest.raises(UserError, match="whole path"):
+        find_url()
 
 
 def test_a_profile_replaces_the_one_before(store: Store) -> None:
