@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -48,6 +50,61 @@ _SECONDS: Final = 1.0
 _ANSWERS: Final = 64
 
 _OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
+
+
+class _Place:
+    """What a request takes of what may be open at once.
+
+    Args:
+        admit: counts what is open.
+        work: of the request.
+    """
+
+    def __init__(self, admit: Admit, work: int) -> None:
+        self._admit = admit
+        self._work = work
+        self._is_taken = False
+        self._is_left = False
+
+    def take(self) -> None:
+        """Count as open."""
+        if not self._is_taken and not self._is_left:
+            self._is_taken = True
+            self._admit.open(self._work)
+
+    def give(self) -> None:
+        """Count as open no more, for now."""
+        if self._is_taken:
+            self._is_taken = False
+            self._admit.close(self._work)
+
+    def leave(self, status: int) -> None:
+        """Count as open no more, and learn from the answer."""
+        if not self._is_left:
+            self.give()
+            self._is_left = True
+            self._admit.learn(self._work if status < HTTPStatus.BAD_REQUEST else 0)
+
+
+# The place of the request that is being answered.
+_PLACE: Final[ContextVar[_Place | None]] = ContextVar("place", default=None)
+
+
+@contextmanager
+def step_aside() -> Iterator[None]:
+    """Give the request's place to others while it waits for something that is not this service.
+
+    However long that takes, it keeps nobody waiting, and tells nothing of how fast the service is.
+    """
+    place = _PLACE.get()
+    if place is None:
+        yield
+        return
+    place.give()
+    try:
+        yield
+    finally:
+        place.take()
 
 
 class Admit:
@@ -95,32 +152,34 @@ class Admit:
             text = f"{self._requests} requests wait already; send again in a moment"
             await refuse(send, HTTPStatus.TOO_MANY_REQUESTS, text, LATER)
             return
-        if not self._requests:
-            self._since = now
-        self._requests += 1
-        self._work += work
-        is_open = True
-
-        def leave(status: int) -> None:
-            nonlocal is_open
-            if is_open:
-                is_open = False
-                self._requests -= 1
-                self._work -= work
-                self._learn(work if status < HTTPStatus.BAD_REQUEST else 0)
+        place = _Place(self, work)
+        place.take()
+        _PLACE.set(place)
 
         async def pass_on(message: Message) -> None:
             # Before it is sent: that waits for the client.
             if message["type"] == "http.response.start":
-                leave(message["status"])
+                place.leave(message["status"])
             await send(message)
 
         try:
             await self.app(scope, receive, pass_on)
         finally:
-            leave(HTTPStatus.INTERNAL_SERVER_ERROR)
+            place.leave(HTTPStatus.INTERNAL_SERVER_ERROR)
 
-    def _learn(self, work: int) -> None:
+    def open(self, work: int) -> None:
+        """Count a request."""
+        if not self._requests:
+            self._since = self._clock()
+        self._requests += 1
+        self._work += work
+
+    def close(self, work: int) -> None:
+        """Count a request no more."""
+        self._requests -= 1
+        self._work -= work
+
+    def learn(self, work: int) -> None:
         """Take an answer into account; of a refusal or an error (work 0) nothing is learnt."""
         now = self._clock()
         passed = now - self._since

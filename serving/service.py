@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -38,6 +39,7 @@ from serving.collect import (
 from serving.connections import install as install_connections
 from serving.direct import AnswerDirectly
 from serving.engine import Engine, Unavailable, find_count
+from serving.errands import Errands
 from serving.exports import erase_exported, find_exports
 from serving.frames import Call, Explain, Explained, Predict, Predicted, Refused, Reply
 from serving.keeping import AnswerOnce
@@ -135,6 +137,10 @@ class Forecart:
         )
         # Opened with the first event: a service that only predicts needs no store.
         self._store: Store | None = None
+        self._is_created = False
+        self._opening = threading.Lock()
+        # The store may hang, and predictions must not.
+        self.errands = Errands()
         self.collector: Batcher[list[dict[str, Any]], list[bool]] = Batcher(
             self._store_calls,
             weigh=len,
@@ -179,10 +185,12 @@ class Forecart:
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:
-        """Look for no new model any more, and end the processes that predict."""
+        """Look for no new model any more, end the processes that predict, and close the store."""
         if self._watcher is not None:
             self._watcher.stop()
         await self.engine.close()
+        if self._store is not None:
+            await self.errands.end(self._store.close)
 
     async def __is_ready__(self) -> bool:
         """Return whether predictions can be had."""
@@ -236,7 +244,9 @@ class Forecart:
         clock = datetime.now(UTC)
         parsed = [parse_event(raw, clock) for raw in request.events]
         rows = [row for row, _ in parsed if row is not None]
-        kept: list[bool] = await self._submit(self.collector, rows) if rows else []
+        kept: list[bool] = []
+        if rows:
+            kept = await _guard(self.errands.wait_for(lambda: self._submit(self.collector, rows)))
         new = iter(kept)
         results = [result for _, result in parsed]
         for row, result in parsed:
@@ -290,7 +300,7 @@ class Forecart:
         row = profile.model_dump()
         if profile.signup_ts is not None:
             row["signup_ts"] = to_us(profile.signup_ts)
-        await _guard(asyncio.to_thread(lambda: self._open_store().keep_profile(user_id, row)))
+        await _guard(self.errands.run(lambda: self._open_store().keep_profile(user_id, row)))
         return StoredProfile(user_id=user_id, profile=profile)
 
     async def forget(self, user_id: str) -> EraseResponse:
@@ -301,7 +311,7 @@ class Forecart:
                 already.
         """
         _require_store()
-        erased = await _guard(asyncio.to_thread(lambda: self._open_store().erase(user_id)))
+        erased = await _guard(self.errands.run(lambda: self._open_store().erase(user_id)))
         try:
             # One after the other, or they would wait for each other's files.
             async with self._erasing:
@@ -329,7 +339,7 @@ class Forecart:
                 if events
             ]
 
-        shoppers: list[Shopper] = await _guard(asyncio.to_thread(read))
+        shoppers: list[Shopper] = await _guard(self.errands.run(read))
         return shoppers
 
     async def _explain(self, shopper: Shopper, target: str, now: datetime) -> ExplainResponse:
@@ -364,9 +374,6 @@ class Forecart:
     async def _submit(self, batcher: Batcher[Item, Result], item: Item) -> Result:
         try:
             result: Result = await _guard(batcher.submit(item))
-        except Overloaded as error:
-            status = HTTPStatus.TOO_MANY_REQUESTS
-            raise BentoMLException(str(error), error_code=status) from None
         except Unavailable as error:
             raise NotAvailable(str(error)) from None
         if result == b"":
@@ -374,15 +381,19 @@ class Forecart:
         return result
 
     def _open_store(self) -> Store:
-        if self._store is None:
-            store = Store(find_url())
-            store.create()
-            self._store = store
+        with self._opening:
+            if self._store is None:
+                self._store = Store(find_url())
+        # Each by itself: whoever waits for somebody else would wait for a database that hangs
+        # once for everybody before.
+        if not self._is_created:
+            self._store.create()
+            self._is_created = True
         return self._store
 
     async def _store_calls(self, calls: list[list[dict[str, Any]]]) -> list[list[bool]]:
         rows = [row for call in calls for row in call]
-        new = iter(await asyncio.to_thread(lambda: self._open_store().append(rows)))
+        new = iter(await self.errands.do(lambda: self._open_store().append(rows)))
         return [list(islice(new, len(call))) for call in calls]
 
     async def _predict_calls(self, calls: list[bytes | Call]) -> list[bytes | None]:
@@ -414,10 +425,14 @@ async def _guard(work: Any) -> Any:
     """Await work on the store; its failure is the service's state, not the client's mistake.
 
     Raises:
-        NotAvailable: the store does not answer; nothing was stored.
+        BentoMLException: too much waits already; nothing was done.
+        NotAvailable: the store does not answer; nothing was acknowledged.
     """
     try:
         return await work
+    except Overloaded as error:
+        status = HTTPStatus.TOO_MANY_REQUESTS
+        raise BentoMLException(str(error), error_code=status) from None
     except (SQLAlchemyError, UserError, OSError) as error:
         logging.getLogger(__name__).error("the store failed: %s", type(error).__name__)
         raise NotAvailable("the store does not answer; send again later") from None

@@ -44,6 +44,7 @@ from sqlalchemy.exc import (
 from pipelines.address import parse_address
 from pipelines.errors import UserError
 from pipelines.events import EVENT_SCHEMA, MAX_ID_LENGTH, MAX_QUERY_LENGTH, USER_SCHEMA
+from serving.stalls import CONNECT_SECONDS, bound_statements, plan_waiting
 
 STORE_VARIABLE: Final = "FORECART_STORE"
 _EXAMPLE: Final = "sqlite:////whole/path/to/events.db"
@@ -166,21 +167,25 @@ class Store:
             if parsed.get_backend_name() == "sqlite" and parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
             # A connection that the server has closed is noticed before it is used.
-            self.engine: Engine = create_engine(parsed, pool_pre_ping=True)
+            self.engine: Engine = create_engine(parsed, pool_pre_ping=True, **plan_waiting(parsed))
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, OSError) as error:
             raise UserError(f"{STORE_VARIABLE}: {error}") from None
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _set_durable)
+        bound_statements(self.engine)
 
     def create(self) -> None:
         """Create the tables that are missing."""
+        began = time.monotonic()
         for left in reversed(range(_TRIES)):
             try:
                 _METADATA.create_all(self.engine)
                 return
             except (OperationalError, ProgrammingError, IntegrityError):
-                # Another one who opens the store has made a table since it was looked for.
-                if not left:
+                # Another one who opens the store has made a table since it was looked for; but
+                # whoever is waited for in vain, as long as that takes, will not answer now either.
+                is_late = time.monotonic() - began >= CONNECT_SECONDS - 0.5
+                if not left or (is_late and self.engine.dialect.name != "sqlite"):
                     raise
                 _pause()
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -48,6 +49,7 @@ from serving.schema import MAX_BODY_BYTES
 from serving.service import _split
 from serving.store import Store
 from serving.swap import Watcher
+from tests.serving.test_stalls import run_silent_server
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2025, 3, 1, tzinfo=UTC)
@@ -660,6 +662,34 @@ def test_traces_reach_a_collector_without_ids(
     assert b"forecart" in sent
     assert b"secret-anna" not in sent
     assert b"red shoes" not in sent
+
+
+def test_a_store_that_hangs_keeps_no_prediction_and_no_end_waiting(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = make_request(1)
+    event = {**VIEW, "user_id": "ann"}
+    with run_silent_server() as port, ThreadPoolExecutor(60) as pool:
+        monkeypatch.setenv("FORECART_STORE", f"postgresql://u:p@127.0.0.1:{port}/x")
+        with start(project / "models/gpt", tmp_path) as service:
+            assert service.predict(asked)[0] == 200
+            stored = [
+                *(pool.submit(service.ask, "GET", f"/users/u{i}/prediction") for i in range(50)),
+                *(pool.submit(service.ask, "POST", "/events", {"events": [event]}) for _ in "12"),
+            ]
+            statuses = []
+            while not all(answer.done() for answer in stored):
+                statuses.append(service.predict(asked)[0])
+                time.sleep(0.1)
+            pool.submit(service.ask, "GET", "/users/ann/prediction")
+            time.sleep(0.5)
+            began = time.monotonic()
+        ended = time.monotonic() - began
+    assert len(statuses) > 10
+    assert set(statuses) == {200}
+    assert {answer.result()[0] for answer in stored} == {503}
+    # The last request is answered before.
+    assert ended < 20
 
 
 def test_a_bento_by_itself_collects_nothing_into_its_own_folder(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -18,6 +19,7 @@ from pipelines.events import to_us
 from pipelines.registry import lock
 from pipelines.sources.base import Kind
 from pipelines.sources.database import DatabaseSource
+from serving.stalls import CONNECT_SECONDS, READ_SECONDS
 from serving.store import EVENTS, PROFILES, Store
 from tests.integration.databases import Server, run_mariadb, run_postgres
 from tests.serving.test_store import (
@@ -122,6 +124,43 @@ def test_a_killed_server_loses_nothing_that_was_acknowledged(store: Store, serve
     kept = [e["event_id"] for e in store.history(["ann"], before=2**60, limit=10**6)["ann"]]
     assert len(kept) == len(set(kept))
     assert set(acknowledged) <= set(kept)
+
+
+def test_a_stopped_server_is_given_up_and_taken_up_again(store: Store, server: Server) -> None:
+    """What listens goes on, and says nothing."""
+    store.append([make("a")])
+    assert server.process is not None
+    main = psutil.Process(server.process.pid)
+    stopped = [*main.children(recursive=True), main]
+    for process in stopped:
+        process.suspend()
+    began = time.monotonic()
+    try:
+        with pytest.raises(SQLAlchemyError):
+            store.append([make("b")])
+        assert time.monotonic() - began < 2 * READ_SECONDS + CONNECT_SECONDS + 2
+    finally:
+        for process in stopped:
+            process.resume()
+    assert store.append([make("a"), make("c")]) == [False, True]
+
+
+def test_a_lock_that_is_kept_is_not_waited_for(store: Store) -> None:
+    store.keep_profile("ann", {"age": 40.0})
+    with store.engine.begin() as other:
+        other.execute(PROFILES.update().values(age=41.0))
+        began = time.monotonic()
+        with pytest.raises(SQLAlchemyError):
+            store.keep_profile("ann", {"age": 42.0})
+        assert time.monotonic() - began < READ_SECONDS + 3
+        if store.engine.dialect.name == "postgresql":
+            # Nor does the server wait on for somebody who has gone; MariaDB has a limit by itself.
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+            with store.engine.connect() as connection:
+                assert connection.exec_driver_sql(waiting).scalar() == 0
+    assert store.profiles(["ann"])["ann"]["age"] == 41.0
+    store.keep_profile("ann", {"age": 43.0})
+    assert store.profiles(["ann"])["ann"]["age"] == 43.0
 
 
 HOLD = """

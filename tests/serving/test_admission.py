@@ -15,6 +15,7 @@ from serving.admission import (
     MAX_WAIT_SECONDS,
     MIN_OPEN,
     Admit,
+    step_aside,
 )
 from serving.direct import AnswerDirectly
 from serving.middleware import LimitBody
@@ -169,6 +170,47 @@ def test_bodies_that_are_only_announced_keep_nobody_waiting() -> None:
         return await good
 
     assert asyncio.run(run()) == 200
+
+
+def test_what_waits_for_the_store_keeps_nobody_waiting() -> None:
+    async def run() -> list[int]:
+        server = Server(0.001)
+        await learn(server)
+        speed = server.admit._seconds / server.admit._done
+        back = asyncio.Event()
+        serving = server.admit.app
+
+        async def wait(scope: Any, receive: Any, send: Any) -> None:
+            with step_aside():
+                await back.wait()
+            await serving(scope, receive, send)
+
+        server.admit.app = wait
+        stored = [server.ask("/users/predict") for _ in range(10 * MIN_OPEN)]
+        await asyncio.sleep(0)
+        server.admit.app = serving
+        assert server.admit.wait == 0.0
+        statuses = []
+        for _ in range(50):
+            # Seconds without work: the service is no slower for them.
+            server.now += 1.0
+            good = server.ask()
+            await asyncio.sleep(0)
+            await server.answer(1)
+            statuses.append(await good)
+        assert server.admit._seconds / server.admit._done < 2 * speed
+        # Once the store has answered they count like all others.
+        back.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len(server.waiting) == len(stored)
+        assert server.admit.wait > 0.2
+        await server.answer(len(stored))
+        statuses += [await task for task in stored]
+        assert server.admit.wait == 0.0
+        return statuses
+
+    assert set(asyncio.run(run())) == {200}
 
 
 def make_scope(size: int) -> dict[str, Any]:
