@@ -3,12 +3,18 @@
 The file that FORECART_API_KEYS names holds a line per client, ``name sha256-of-the-key rate``, with
 the rate in requests a second. Keys themselves are nowhere; `python -m serving.keys NAME` draws one
 and prints it with its line.
+
+Without keys anybody who can reach the service may call it, and a page in a browser can reach what
+its user can: its site lets its own name point to the service. So what is called by a name is called
+by one that is known, of this machine or of FORECART_HOSTS. Addresses cannot be made to point
+elsewhere.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import os
 import re
 import secrets
@@ -24,6 +30,7 @@ from pipelines.errors import UserError
 from serving.middleware import App, Receive, Send, refuse
 
 KEYS_VARIABLE: Final = "FORECART_API_KEYS"
+HOSTS_VARIABLE: Final = "FORECART_HOSTS"
 HEADER: Final = b"x-api-key"
 _BEARER: Final = b"bearer "
 _DEFAULT_RATE: Final = 100.0
@@ -31,11 +38,9 @@ _DEFAULT_RATE: Final = 100.0
 # Probes and metrics are the platform's, which holds no key.
 _OPEN: Final = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
 
-# Addresses of this machine alone, and what a client on it calls them. A page in its browser may
-# have its own name point here.
-_LOOPBACK: Final = frozenset({"127.0.0.1", "::1"})
-_OWN_HOSTS: Final = frozenset({b"127.0.0.1", b"localhost", b"[::1]"})
-_PORT: Final = re.compile(rb":\d*$")
+_OWN_HOSTS: Final = frozenset({"localhost"})
+_PORT: Final = re.compile(r":\d*$")
+_NAME: Final = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,20 @@ def read_clients() -> list[Client] | None:
     return clients
 
 
+def read_hosts() -> frozenset[str]:
+    """Return the names by which the service is called without keys, those of FORECART_HOSTS.
+
+    Raises:
+        UserError: one of them is no name of a host.
+    """
+    names = os.environ.get(HOSTS_VARIABLE, "").lower().split(",")
+    hosts = frozenset(name.strip() for name in names if name.strip())
+    for name in sorted(hosts):
+        if not _NAME.fullmatch(name):
+            raise UserError(f"{HOSTS_VARIABLE}: {name}: not a name of a host, without port")
+    return hosts | _OWN_HOSTS
+
+
 def _parse(parts: list[str], where: str) -> Client:
     if len(parts) not in (2, 3) or len(parts[1]) != 64:
         raise UserError(f"{where}: expected: name, SHA-256 of the key, requests a second")
@@ -96,7 +115,7 @@ def _parse(parts: list[str], where: str) -> Client:
 class RequireKey:
     """Lets in who holds a key, as often as agreed (token bucket).
 
-    Without keys, over loopback, it lets in who calls this machine by its own names.
+    Without keys it lets in who calls the service by an address or a name that is known.
 
     Args:
         app: the application inside.
@@ -107,6 +126,7 @@ class RequireKey:
         self.app = app
         self._clock = clock
         self._clients = read_clients()
+        self._hosts = read_hosts()
         # Tokens left and when that was known, by client.
         self._tokens: dict[str, tuple[float, float]] = {}
 
@@ -117,8 +137,11 @@ class RequireKey:
             return
         headers = dict(scope["headers"])
         if self._clients is None:
-            if _is_local(scope) and not _names_us(headers.get(b"host", b"localhost")):
-                text = "without API keys the service is called by localhost or 127.0.0.1 alone"
+            if not self._names_us(headers.get(b"host", b"localhost")):
+                text = (
+                    "without API keys the service is called by localhost, an IP address or a name "
+                    f"in {HOSTS_VARIABLE}"
+                )
                 await refuse(send, HTTPStatus.BAD_REQUEST, text)
                 return
             await self.app(scope, receive, send)
@@ -135,6 +158,16 @@ class RequireKey:
             await refuse(send, HTTPStatus.TOO_MANY_REQUESTS, text, retry)
             return
         await self.app(scope, receive, send)
+
+    def _names_us(self, sent: bytes) -> bool:
+        host = _PORT.sub("", sent.decode("latin-1")).lower()
+        if host in self._hosts:
+            return True
+        try:
+            ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        except ValueError:
+            return False
+        return True
 
     def _find(self, headers: dict[bytes, bytes]) -> Client | None:
         key = headers.get(HEADER, b"")
@@ -160,16 +193,6 @@ class RequireKey:
             return (1.0 - tokens) / client.rate
         self._tokens[client.name] = (tokens - 1.0, now)
         return 0.0
-
-
-def _is_local(scope: MutableMapping[str, Any]) -> bool:
-    """Return whether a request came to an address of this machine alone."""
-    server = scope.get("server")
-    return server is not None and server[0] in _LOOPBACK
-
-
-def _names_us(host: bytes) -> bool:
-    return _PORT.sub(b"", host).lower() in _OWN_HOSTS
 
 
 def main() -> int:

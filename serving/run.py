@@ -94,13 +94,14 @@ def check_settings(environment: Mapping[str, str] = os.environ) -> None:
     """
     # Here, since the command line starts without them.
     from serving.engine import find_count
-    from serving.keys import read_clients
+    from serving.keys import read_clients, read_hosts
     from serving.store import STORE_VARIABLE, Store
     from serving.swap import find_watched
     from serving.tracing import plan_tracing
 
     find_count()
     read_clients()
+    read_hosts()
     find_watched()
     plan_tracing()
     if environment.get(STORE_VARIABLE):

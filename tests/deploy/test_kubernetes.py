@@ -9,6 +9,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from serving.keys import HOSTS_VARIABLE, read_hosts
+
 FOLDER = Path(__file__).resolve().parents[2] / "deploy/kubernetes"
 MANIFESTS = {
     path.name: yaml.safe_load(path.read_text())
@@ -84,6 +86,21 @@ def test_the_pod_has_no_more_rights_than_it_needs() -> None:
     assert f"USER {user}:{group}" in recipe
     # An autoscaler and a fixed number of replicas would fight.
     assert "replicas" not in find("Deployment")["spec"]
+
+
+def test_the_service_is_called_by_the_names_that_the_cluster_gives_it() -> None:
+    container = find("Deployment")["spec"]["template"]["spec"]["containers"][0]
+    variables = {variable["name"]: variable for variable in container["env"]}
+    # One is put into another only where it stands before.
+    assert list(variables).index("NAMESPACE") < list(variables).index("FORECART_HOSTS")
+    field = variables["NAMESPACE"]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert field == "metadata.namespace"
+    name = find("Service")["metadata"]["name"]
+    hosts = variables["FORECART_HOSTS"]["value"].replace("$(NAMESPACE)", "shop").split(",")
+    assert hosts == [name, *(f"{name}.shop{zone}" for zone in ("", ".svc", ".svc.cluster.local"))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HOSTS_VARIABLE, ",".join(hosts))
+        assert read_hosts() >= set(hosts)
 
 
 def list_openings(policy: dict[str, Any]) -> set[tuple[str, int]]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipelines.errors import UserError
-from serving.keys import KEYS_VARIABLE, RequireKey, read_clients
+from serving.keys import HOSTS_VARIABLE, KEYS_VARIABLE, RequireKey, read_clients, read_hosts
 
 
 def digest(key: str) -> str:
@@ -63,26 +63,50 @@ def test_without_a_file_everybody_is_let_in(monkeypatch: pytest.MonkeyPatch) -> 
     assert ask(RequireKey(answer), {})[0] == 200
 
 
+@pytest.mark.parametrize("server", ["127.0.0.1", "::1", "10.0.0.7", "172.17.0.2"])
 @pytest.mark.parametrize(
-    ("host", "server", "path", "status"),
+    ("host", "path", "status"),
     [
-        ("127.0.0.1:3000", "127.0.0.1", "/users/erase", 200),
-        ("localhost", "127.0.0.1", "/users/erase", 200),
-        ("LOCALHOST:3000", "::1", "/users/erase", 200),
-        ("[::1]:3000", "::1", "/users/erase", 200),
-        ("evil.example:3000", "127.0.0.1", "/users/erase", 400),
-        ("localhost.evil.example", "::1", "/users/erase", 400),
-        ("", "127.0.0.1", "/users/erase", 400),
-        # Probes, and who chose to be reached from elsewhere.
-        ("forecart.shop", "127.0.0.1", "/readyz", 200),
-        ("forecart.shop", "10.0.0.7", "/users/erase", 200),
+        ("127.0.0.1:3000", "/users/erase", 200),
+        ("localhost", "/users/erase", 200),
+        ("LOCALHOST:3000", "/users/erase", 200),
+        ("[::1]:3000", "/users/erase", 200),
+        ("10.0.0.7:3000", "/users/erase", 200),
+        ("[fd00::7]", "/users/erase", 200),
+        ("forecart.shop", "/users/erase", 200),
+        ("Service:3000", "/users/erase", 200),
+        # What a site in a browser can have point here.
+        ("evil.example:3000", "/users/erase", 400),
+        ("localhost.evil.example", "/users/erase", 400),
+        ("127.0.0.1.evil.example", "/users/erase", 400),
+        ("127.0.0.1@evil.example", "/users/erase", 400),
+        ("other.forecart.shop", "/users/erase", 400),
+        ("", "/users/erase", 400),
+        # Probes.
+        ("evil.example", "/readyz", 200),
     ],
 )
-def test_without_keys_loopback_answers_its_own_names_alone(
-    host: str, server: str, path: str, status: int, monkeypatch: pytest.MonkeyPatch
+def test_without_keys_names_that_are_not_known_are_refused(
+    host: str, path: str, status: int, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In a container the server's own address is none of loopback, whoever can reach it."""
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    monkeypatch.setenv(HOSTS_VARIABLE, "forecart.shop, service,")
     assert ask(RequireKey(answer), {"Host": host}, path, server=server)[0] == status
+
+
+def test_a_refused_name_is_told_how_to_be_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    monkeypatch.delenv(HOSTS_VARIABLE, raising=False)
+    _, _, body = ask(RequireKey(answer), {"Host": "forecart"}, server="10.0.0.7")
+    assert "FORECART_HOSTS" in body["error"]["message"]
+
+
+@pytest.mark.parametrize("hosts", ["http://shop", "shop:3000", "*", "shop/x", "-"])
+def test_what_is_no_name_of_a_host_is_told(hosts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HOSTS_VARIABLE, f"good,{hosts}")
+    with pytest.raises(UserError, match="FORECART_HOSTS"):
+        read_hosts()
 
 
 def test_a_key_counts_whatever_the_host(keys: Path) -> None:

@@ -108,6 +108,8 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     [
         ("FORECART_PREDICTORS", "many"),
         ("FORECART_API_KEYS", "nowhere.json"),
+        ("FORECART_HOSTS", "http://shop.example"),
+        ("FORECART_HOSTS", "shop.example:3000"),
         ("FORECART_CHAMPION_SECONDS", "soon"),
         ("FORECART_CHAMPION_SECONDS", "1e10"),
         ("OTEL_TRACES_SAMPLER_ARG", "often"),
