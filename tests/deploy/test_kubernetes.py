@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from serving.keys import HOSTS_VARIABLE, read_hosts
+from serving.store import STORE_VARIABLE
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy/kubernetes"
 MANIFESTS = {
@@ -86,6 +87,18 @@ def test_the_pod_has_no_more_rights_than_it_needs() -> None:
     assert f"USER {user}:{group}" in recipe
     # An autoscaler and a fixed number of replicas would fight.
     assert "replicas" not in find("Deployment")["spec"]
+
+
+def test_no_pod_collects_events_for_itself() -> None:
+    recipe = (FOLDER.parent / "container/Containerfile").read_text()
+    assert f"ENV {STORE_VARIABLE}=sqlite:" in recipe
+    container = find("Deployment")["spec"]["template"]["spec"]["containers"][0]
+    # What is in env would count before the Secret, which may not be there at first.
+    assert STORE_VARIABLE not in [variable["name"] for variable in container["env"]]
+    config, secret = container["envFrom"]
+    assert config == {"configMapRef": {"name": find("ConfigMap")["metadata"]["name"]}}
+    assert secret == {"secretRef": {"name": "forecart", "optional": True}}
+    assert find("ConfigMap")["data"] == {STORE_VARIABLE: ""}
 
 
 def test_the_service_is_called_by_the_names_that_the_cluster_gives_it() -> None:
