@@ -30,9 +30,18 @@ _WAIT_SECONDS: Final = 3.0
 
 
 def find_exports() -> list[Path]:
-    """Return the folders and files that FORECART_EXPORTS names."""
+    """Return the folders and files that FORECART_EXPORTS names.
+
+    Raises:
+        UserError: one of them from the folder that is worked in. A server works in that of its
+            code, where there are none, and who is erased would stay in them unseen.
+    """
     names = os.environ.get(EXPORTS_VARIABLE, "").split(os.pathsep)
-    return [Path(name) for name in names if name]
+    exports = [Path(name) for name in names if name]
+    for path in exports:
+        if not path.is_absolute():
+            raise UserError(f"{EXPORTS_VARIABLE}: {path}: it needs its whole path")
+    return exports
 
 
 def erase_exported(exports: Sequence[Path], user_id: str) -> int:

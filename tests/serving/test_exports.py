@@ -131,3 +131,9 @@ def test_exports_are_what_the_variable_names(monkeypatch: pytest.MonkeyPatch) ->
     assert find_exports() == []
     monkeypatch.setenv("FORECART_EXPORTS", os.pathsep.join(["/a/data/scores", "/b.csv"]))
     assert find_exports() == [Path("/a/data/scores"), Path("/b.csv")]
+
+
+def test_exports_from_the_folder_of_the_server_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORECART_EXPORTS", os.pathsep.join(["/a/data/scores", "data/scores"]))
+    with pytest.raises(UserError, match="FORECART_EXPORTS: data/scores: it needs its whole path"):
+        find_exports()
