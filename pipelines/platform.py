@@ -205,6 +205,9 @@ def _airflow_environment(root: Path, ports: dict[str, int]) -> dict[str, str]:
         # Between two stages it looks again this often, in seconds.
         "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.4",
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://{HOST}:{port}/execution/",
+        # The scheduler hands on what was interrupted before the API server listens. With Airflow's
+        # own 5 tries a task gives up after some 8 seconds, and that costs it an attempt.
+        "AIRFLOW__WORKERS__EXECUTION_API_RETRIES": "12",
         "AIRFLOW__API__HOST": HOST,
         "AIRFLOW__API__PORT": str(port),
         "AIRFLOW__API__BASE_URL": f"http://{HOST}:{port}",

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.platform import USER, _make_login, _read_port
+from pipelines.graph import load_graph
+from pipelines.platform import PORTS, USER, _airflow_environment, _make_login, _read_port
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("text", ["many", "²", "", "0", "65536", "-1", "9" * 5000])
@@ -34,3 +37,13 @@ def test_the_login_is_drawn_once_and_for_its_owner_alone(tmp_path: Path) -> None
     file.write_text("{")
     with pytest.raises(UserError, match=f"{file}, line 1: not valid JSON"):
         _make_login(tmp_path)
+
+
+def test_a_stop_and_a_start_do_not_end_a_long_stage() -> None:
+    """Tasks that were interrupted come to life before the API server listens."""
+    # Airflow's own number, 5, is done with after some 8 seconds.
+    assert int(_airflow_environment(ROOT, PORTS)["AIRFLOW__WORKERS__EXECUTION_API_RETRIES"]) > 10
+    stages = load_graph(ROOT / "dvc.yaml").stages.values()
+    long = [stage.hints for stage in stages if (stage.hints.timeout_minutes or 0) > 600]
+    assert len(long) == 2
+    assert all(hints.retries == 3 for hints in long)
