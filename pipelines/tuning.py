@@ -12,7 +12,7 @@ import yaml
 
 from pipelines.config import Params, parse_params
 from pipelines.io import digest_directory, write_text
-from pipelines.model.tuning import make_study, search, write_settings
+from pipelines.model.tuning import SEARCHED, make_study, search, write_settings
 from pipelines.registry.tracking import track
 from pipelines.stages.train import FEATURES, load_inputs
 
@@ -36,8 +36,12 @@ def tune(params: Params, file: Path, root: Path, *, trials: int, write: bool) ->
         Lines for people.
 
     Raises:
-        UserError: data/features is missing, or the file would be refused with the best settings.
+        UserError: data/features is missing, the file is written in a way that cannot be changed, or
+            it would be refused with the best settings.
     """
+    if write:
+        # A file that cannot be written to is better refused before the search than after it.
+        write_settings(file.read_text(), "train", {n: getattr(params.train, n) for n in SEARCHED})
     sequences, periods, targets, vocabulary = load_inputs(root)
     data = digest_directory(root / FEATURES)
     settings = params.train.model_dump()

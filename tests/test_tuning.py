@@ -56,10 +56,42 @@ def test_a_small_setting_is_read_as_a_number() -> None:
     assert yaml.safe_load(text)["train"]["learning_rate"] == 1e-5
 
 
-@pytest.mark.parametrize(("section", "name"), [("nothing", "epochs"), ("train", "width")])
-def test_a_setting_that_is_not_there(section: str, name: str) -> None:
-    with pytest.raises(UserError, match=r"params\.yaml"):
-        write_settings(TEXT, section, {name: 1})
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("a: {}\ntrain:\n  width:      # null: x\n", "a: {}\ntrain:\n  width: 8      # null: x\n"),
+        ("train:\n  width:\n  heads: 2\n", "train:\n  width: 8\n  heads: 2\n"),
+        ("train:\n    width: ~\nb: {}\n", "train:\n    width: 8\nb: {}\n"),
+        ("train: # x\n\n    heads: 2", "train: # x\n    width: 8\n\n    heads: 2"),
+        (
+            "train:\n  trees:\n    width: 1\n# y\n  heads: 2\nb: 1\n",
+            "train:\n  width: 8\n  trees:\n    width: 1\n# y\n  heads: 2\nb: 1\n",
+        ),
+        ("train:\n# y\n  width: 1\n", "train:\n# y\n  width: 8\n"),
+        ("train: # x\nb: 1\n", "train: # x\n  width: 8\nb: 1\n"),
+        ("train: null # x\nb: 1\n", "train: # x\n  width: 8\nb: 1\n"),
+        ("b:\n  width: 1", "b:\n  width: 1\ntrain:\n  width: 8\n"),
+        ("train:", "train:\n  width: 8\n"),
+    ],
+)
+def test_a_setting_that_is_left_to_its_default_is_put_in(before: str, after: str) -> None:
+    assert write_settings(before, "train", {"width": 8}) == after
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: {width: 16, heads: 1}\n",
+        "{train: {width: 16}}\n",
+        "'train':\n  width: 16\n",
+        "train:\n  'width': 16\n",
+        "train:\n  width:\n    16\n",
+        "train:\n  width: 16\n  note: |\n    x\n  width: 4\n",
+    ],
+)
+def test_a_section_that_is_written_otherwise_is_left_alone(text: str) -> None:
+    with pytest.raises(UserError, match=r"params\.yaml: write each setting of train on a line"):
+        write_settings(text, "train", {"width": 8})
 
 
 def test_all_that_is_searched_stands_in_the_settings_file() -> None:
@@ -140,11 +172,11 @@ def test_whatever_is_drawn_is_allowed(changes: dict[str, Any]) -> None:
         tree_rate=0.1,
     )
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
-    study.enqueue_trial({name: getattr(config, name) for name in model_tuning._SEARCHED})
+    study.enqueue_trial({name: getattr(config, name) for name in model_tuning.SEARCHED})
     drawn = [suggest(study.ask(), config, schedule) for _ in range(40)]
     for settings in drawn:
         parse_params({"train": changes | settings})
-    assert drawn[0] == {name: getattr(config, name) for name in model_tuning._SEARCHED}
+    assert drawn[0] == {name: getattr(config, name) for name in model_tuning.SEARCHED}
     for name in ("width", "layers"):
         assert len({settings[name] for settings in drawn}) > 1
 
@@ -219,7 +251,7 @@ def test_interrupted_at_once_the_settings_as_they_are_come_again(
     with pytest.raises(KeyboardInterrupt):
         shop.search(3)
     if waits:  # Died between putting the trial in line and beginning it.
-        now = {name: getattr(TINY, name) for name in model_tuning._SEARCHED}
+        now = {name: getattr(TINY, name) for name in model_tuning.SEARCHED}
         shop.study.enqueue_trial(now)
     found = shop.search(3)
     assert shop.tried[0].weight_decay == TINY.weight_decay
@@ -296,6 +328,17 @@ def test_settings_that_would_be_refused_are_not_written(
     with pytest.raises(UserError, match=r"train\.width"):
         tune(load_params(file), file, tmp_path, trials=1, write=True)
     assert load_params(file).train.width == 16
+
+
+@pytest.mark.usefixtures("inputs")
+def test_a_file_that_cannot_be_written_to_is_told_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "search", lambda *_, **__: pytest.fail("it searched"))
+    file = tmp_path / "params.yaml"
+    file.write_text("train: {width: 16, heads: 1}\n")
+    with pytest.raises(UserError, match="on a line of its own"):
+        tune(load_params(file), file, tmp_path, trials=1, write=True)
 
 
 def test_the_interval_of_the_gain_is_that_of_the_paired_test() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -50,7 +51,7 @@ _MULTIPLE: Final = 8  # of which a width is one
 # Parts of the shoppers whose mean losses are kept with a trial.
 _PARTS: Final = 100
 _LOSSES: Final = "losses"
-_SEARCHED: Final = (
+SEARCHED: Final = (
     "learning_rate",
     "weight_decay",
     "dropout",
@@ -150,7 +151,7 @@ def search(
         raise UserError("tune: there is no binary target to judge by")
     timeline = Timeline(sequences)
     schedule = Schedule.of(config, timeline, periods.calibration)
-    now = {name: getattr(config, name) for name in _SEARCHED} | {
+    now = {name: getattr(config, name) for name in SEARCHED} | {
         "learning_rate": schedule.learning_rate,
         "epochs": schedule.epochs,
     }
@@ -309,22 +310,58 @@ def compare_parts(
 def write_settings(text: str, section: str, settings: Mapping[str, Any]) -> str:
     """Change values of one section of a YAML text; comments and the rest stay.
 
+    What is left to its default, a value, a line or the whole section, is put in.
+
     Raises:
-        UserError: a setting does not stand in the section on a line of its own.
+        UserError: the section is written in a way that cannot be changed line by line.
     """
-    begin = re.search(rf"^{re.escape(section)}:.*$", text, re.MULTILINE)
-    if begin is None:
-        raise UserError(f"params.yaml: there is no section {section}")
-    rest = text[begin.end() :]
-    end = re.search(r"^\S", rest, re.MULTILINE)
-    body = rest[: end.start()] if end else rest
-    for name, value in settings.items():
-        shown = _format_value(value)
-        pattern = rf"^(  {re.escape(name)}:[ ]*)[^\s#]+"
-        body, count = re.subn(pattern, rf"\g<1>{shown}", body, count=1, flags=re.MULTILINE)
-        if not count:
-            raise UserError(f"params.yaml: {section}.{name} stands on no line of its own")
-    return text[: begin.end()] + body + (rest[end.start() :] if end else "")
+    shown = {name: _format_value(value) for name, value in settings.items()}
+    before = yaml.safe_load(text) or {}
+    given = {name: yaml.safe_load(value) for name, value in shown.items()}
+    after = before | {section: (before.get(section) or {}) | given}
+    # The lines tell less than YAML knows: values may stand on several, and keys in quotes.
+    with suppress(yaml.YAMLError, LookupError):
+        changed = _replace_lines(text, section, shown, before)
+        if yaml.safe_load(changed) == after:
+            return changed
+    raise UserError(
+        f"params.yaml: write each setting of {section} on a line of its own, so that they can be "
+        f"changed: {', '.join(settings)}"
+    )
+
+
+def _replace_lines(
+    text: str, section: str, shown: Mapping[str, str], before: Mapping[str, Any]
+) -> str:
+    """Change or add lines of a section.
+
+    Raises:
+        LookupError: a setting is there, as YAML says, but on no line that looks like it.
+    """
+    head = re.search(rf"^{re.escape(section)}:(?:[ ]+(?:null|~))?(.*)$", text, re.MULTILINE)
+    if head is None:
+        if section in before:
+            raise LookupError(section)
+        lines = [f"{section}:", *(f"  {name}: {value}" for name, value in shown.items())]
+        return "\n".join([*text.splitlines(), *lines, ""])
+    end = re.compile(r"^[^\s#]", re.MULTILINE).search(text, head.end())
+    stop = end.start() if end else len(text)
+    body = text[head.end() : stop] or "\n"
+    first = re.search(r"^([ ]+)[^\s#]", body, re.MULTILINE)
+    indent = first[1] if first else "  "
+    added = ""
+    for name, value in shown.items():
+        # A line that has no value may have a comment behind it.
+        pattern = rf"^({indent}{re.escape(name)}:)(?:([ ]+)[^\s#]\S*)?(?=\s|$)"
+        line = re.search(pattern, body, re.MULTILINE)
+        if line is not None:
+            changed = f"{line[1]}{line[2] or ' '}{value}"
+            body = body[: line.start()] + changed + body[line.end() :]
+        elif name in (before.get(section) or ()):
+            raise LookupError(name)
+        else:
+            added += f"\n{indent}{name}: {value}"
+    return f"{text[: head.start()]}{section}:{head[1]}{added}{body}{text[stop:]}"
 
 
 def _format_value(value: Any) -> str:
