@@ -41,6 +41,7 @@ _FINISHED: Final = ".finished"
 _ABANDONED_SECONDS: Final = 30 * 86_400
 _UNBORN_SECONDS: Final = 5
 _LOGIN: Final = frozenset({"GIT_ASKPASS", "GIT_SSH", "GIT_SSH_COMMAND", "GIT_SSL_CAINFO"})
+_NOT_READ: Final = "fatal: Could not read from remote repository."
 _IDENTITY: Final = ("-c", "user.name=forecart", "-c", "user.email=forecart@localhost")
 
 
@@ -243,7 +244,7 @@ def run_git(folder: Path, *arguments: str) -> str:
     """Run git in a folder and return what it printed.
 
     Raises:
-        UserError: git failed; its last line tells why.
+        UserError: git failed; the line that tells why is in it.
     """
     git = shutil.which("git")
     if git is None:
@@ -254,15 +255,27 @@ def run_git(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
         [git, "-c", f"core.hooksPath={os.devnull}", *arguments],
         cwd=folder,
-        env={"GIT_TERMINAL_PROMPT": "0"} | clean,
+        # In English, so that the line of the error is found among others.
+        env={"GIT_TERMINAL_PROMPT": "0"} | clean | {"LANGUAGE": "C"},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise UserError(f"git {' '.join(arguments[:2])} in {folder}: {lines[-1]}")
+        told = _find_error(done.stderr or done.stdout)
+        raise UserError(f"git {' '.join(arguments[:2])} in {folder}: {told}")
     return done.stdout
+
+
+def _find_error(text: str) -> str:
+    """Return the line of git's message that says what is wrong; advice may follow on it."""
+    lines = text.strip().splitlines() or ["no message"]
+    marked = [n for n, line in enumerate(lines) if line.startswith(("fatal:", "error:"))]
+    first = marked[0] if marked else len(lines) - 1
+    # Of a remote that is not reached, the program that git asked has told why.
+    if first and lines[first] == _NOT_READ:
+        first -= 1
+    return lines[first]
 
 
 def _add(home: Path, folder: Path, commit: str) -> None:

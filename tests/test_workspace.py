@@ -277,3 +277,15 @@ def test_the_params_are_as_they_were_but_for_the_change(home: Path) -> None:
     after = yaml.safe_load((folder / "params.yaml").read_text())
     before["ingest"]["until"] = after["ingest"]["until"]
     assert after == before
+
+
+def test_of_a_remote_that_is_not_there_git_tells_what_is_wrong(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    monkeypatch.setenv("LANGUAGE", "de")
+    with pytest.raises(UserError, match=r"fatal: 'nosuch' does not appear to be a git repository$"):
+        workspace.run_git(home, "ls-remote", "nosuch")
+    monkeypatch.setenv("GIT_SSH_COMMAND", "echo no such host >&2; false")
+    with pytest.raises(UserError, match=r"no such host$"):
+        workspace.run_git(home, "ls-remote", "ssh://nobody@localhost/shop")
