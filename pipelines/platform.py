@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -100,6 +101,8 @@ def start(root: Path, *, wait_seconds: float = 180) -> str:
     _create_pools(root, programs[0].address, login)
     write_json(state / "platform.json", {p.name: p.address for p in pages})
     lines = [f"{p.name:<8} {p.address}" for p in pages]
+    if all(p.name != "mlflow" for p in programs):
+        lines.append(f"mlflow   {programs[0].environment['FORECART_MLFLOW']} (not started here)")
     lines.append(f"login    {USER} / {login[USER]} (Airflow)")
     if all(p.name != "service" for p in programs):
         lines.append("service  not started: no champion yet; run: .venv/bin/forecart promote")
@@ -138,7 +141,10 @@ def _plan_programs(root: Path) -> list[Program]:
     binaries = Path(sys.executable).parent
     path = {"PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"}
     store = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    pages = _find_pages(store)
     airflow = path | _airflow_environment(root, ports)
+    if pages is not None:
+        airflow["FORECART_MLFLOW"] = pages
     server = ["api-server", "--host", HOST, "--port", str(ports["airflow"])]
     # `airflow standalone` would open its log servers on every network of the machine; with one
     # machine they are not needed, so the parts are started one by one without them.
@@ -158,20 +164,21 @@ def _plan_programs(root: Path) -> list[Program]:
         )
         for name, arguments in parts.items()
     ]
-    programs.append(
-        Program(
-            name="mlflow",
-            command=[
-                *[sys.executable, "-m", "mlflow", "server", "--workers", "1"],
-                *["--host", HOST, "--port", str(ports["mlflow"])],
-                *["--backend-store-uri", store],
-                *["--artifacts-destination", str(root / "mlartifacts")],
-            ],
-            port=ports["mlflow"],
-            health="/health",
-            environment=path,
+    if pages is None:
+        programs.append(
+            Program(
+                name="mlflow",
+                command=[
+                    *[sys.executable, "-m", "mlflow", "server", "--workers", "1"],
+                    *["--host", HOST, "--port", str(ports["mlflow"])],
+                    *["--backend-store-uri", store],
+                    *["--artifacts-destination", str(root / "mlartifacts")],
+                ],
+                port=ports["mlflow"],
+                health="/health",
+                environment=path,
+            )
         )
-    )
     if fetch_champion(root) is not None:
         programs.append(
             Program(
@@ -186,6 +193,18 @@ def _plan_programs(root: Path) -> list[Program]:
             )
         )
     return programs
+
+
+def _find_pages(store: str) -> str | None:
+    """Return where a browser finds the pages of an MLflow server; None where there is none yet.
+
+    The server may have another address in a browser, which FORECART_MLFLOW tells. What is shown
+    and linked to holds no password.
+    """
+    if not store.startswith(("http://", "https://")):
+        return None
+    parts = urllib.parse.urlsplit(os.environ.get("FORECART_MLFLOW") or store)
+    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def _airflow_environment(root: Path, ports: dict[str, int]) -> dict[str, str]:

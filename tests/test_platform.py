@@ -6,7 +6,14 @@ import pytest
 
 from pipelines.errors import UserError
 from pipelines.graph import load_graph
-from pipelines.platform import PORTS, USER, _airflow_environment, _make_login, _read_port
+from pipelines.platform import (
+    PORTS,
+    USER,
+    _airflow_environment,
+    _make_login,
+    _plan_programs,
+    _read_port,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,3 +54,24 @@ def test_a_stop_and_a_start_do_not_end_a_long_stage() -> None:
     long = [stage.hints for stage in stages if (stage.hints.timeout_minutes or 0) > 600]
     assert len(long) == 2
     assert all(hints.retries == 3 for hints in long)
+
+
+@pytest.mark.parametrize(
+    ("store", "named", "pages"),
+    [
+        ("http://mlflow:5000", "", "http://mlflow:5000"),
+        ("https://me:secret@mlflow/", "", "https://mlflow/"),
+        ("http://mlflow:5000", "https://pages.shop/mlflow", "https://pages.shop/mlflow"),
+        ("sqlite:///elsewhere.db", "https://pages.shop", "http://127.0.0.1:5000"),
+    ],
+)
+def test_a_server_of_mlflow_takes_the_place_of_our_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str, named: str, pages: str
+) -> None:
+    (tmp_path / "dvc.yaml").write_text("stages: {a: {cmd: x}}")
+    monkeypatch.delenv("FORECART_MLFLOW_PORT", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("FORECART_MLFLOW", named)
+    programs = {program.name: program for program in _plan_programs(tmp_path)}
+    assert ("mlflow" in programs) == store.startswith("sqlite")
+    assert programs["airflow"].environment["FORECART_MLFLOW"] == pages
