@@ -41,6 +41,9 @@ _FINISHED: Final = ".finished"
 _ABANDONED_SECONDS: Final = 30 * 86_400
 _UNBORN_SECONDS: Final = 5
 _LOGIN: Final = frozenset({"GIT_ASKPASS", "GIT_SSH", "GIT_SSH_COMMAND", "GIT_SSL_CAINFO"})
+# As in pipelines.sources.database, which is heavy.
+_STORE: Final = "FORECART_STORE"
+_STORE_HERE: Final = "sqlite:///.forecart/events.db"
 _NOT_READ: Final = "fatal: Could not read from remote repository."
 _IDENTITY: Final = ("-c", "user.name=forecart", "-c", "user.email=forecart@localhost")
 
@@ -104,7 +107,9 @@ def check_out(home: Path, folder: Path, commit: str) -> None:
 def environment(home: Path, folder: Path) -> dict[str, str]:
     """Return variables that make commands in a workspace use its code and the shared registry."""
     path = filter(None, [str(folder), os.environ.get("PYTHONPATH")])
+    store = os.environ.get(_STORE) or _STORE_HERE
     return {
+        _STORE: _anchor(store, home.resolve()),
         "PYTHONPATH": os.pathsep.join(path),
         "MLFLOW_TRACKING_URI": os.environ.get(
             "MLFLOW_TRACKING_URI", f"sqlite:///{home.resolve() / 'mlflow.db'}"
@@ -198,7 +203,7 @@ def write_params(path: Path, home: Path, changes: Mapping[str, Any]) -> None:
 
     Args:
         path: of the file.
-        home: against which a relative path of files is taken.
+        home: against which a relative path of files, or of an SQLite database, is taken.
         changes: dotted keys and values; None = no change.
 
     Raises:
@@ -235,9 +240,18 @@ def write_params(path: Path, home: Path, changes: Mapping[str, Any]) -> None:
         given = files.get(name)
         if given and "://" not in given and not Path(given).is_absolute():
             files[name] = str(home / given)
+    database = (settings.get("ingest") or {}).get("database") or {}
+    if url := database.get("url"):
+        database["url"] = _anchor(url, home)
     with path.open("w", encoding="utf-8") as file:
         yaml.dump(settings, file)
     load_params(path)
+
+
+def _anchor(url: str, home: Path) -> str:
+    """Return the address of a database, a file of the checkout also where it is relative."""
+    relative = re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^/:].*)", url)
+    return f"{relative[1]}{home / relative[2]}" if relative else url
 
 
 def run_git(folder: Path, *arguments: str) -> str:

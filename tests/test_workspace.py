@@ -12,6 +12,7 @@ import yaml
 from pipelines import workspace
 from pipelines.config import load_params
 from pipelines.errors import UserError
+from pipelines.sources import database
 from pipelines.workspace import RUNS, locate, name_run, prepare
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +109,32 @@ def test_relative_files_stay_those_of_the_checkout(home: Path) -> None:
     for path in kept:
         folder = prepare(home, path, changes | {"ingest.files.path": path})
         assert load_params(folder / "params.yaml").ingest.files.path == path
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("sqlite:///shop.db", "sqlite:///{home}/shop.db"),
+        ("sqlite+pysqlite:///shop/a.db?mode=ro", "sqlite+pysqlite:///{home}/shop/a.db?mode=ro"),
+        ("sqlite:////shop/a.db", "sqlite:////shop/a.db"),
+        ("postgresql://shop/events", "postgresql://shop/events"),
+        (None, "sqlite:///{home}/.forecart/events.db"),
+    ],
+)
+def test_a_database_beside_the_checkout_is_found_from_a_workspace(
+    home: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, meant: str
+) -> None:
+    meant = meant.format(home=home)
+    changes = {"ingest.source": "database", "ingest.database.url": given}
+    folder = prepare(home, "one", changes)
+    url = load_params(folder / "params.yaml").ingest.database.url
+    assert url == (given and meant)
+    monkeypatch.setenv("FORECART_STORE", given or "")
+    assert workspace.environment(home, folder)["FORECART_STORE"] == meant
+    assert (database.URL_VARIABLE, database.DEFAULT_URL) == (
+        workspace._STORE,
+        workspace._STORE_HERE,
+    )
 
 
 def test_the_cache_is_the_checkouts_and_so_are_other_local_settings(home: Path) -> None:
