@@ -64,9 +64,10 @@ def deploy(run_id: Any = None) -> None:
     max_active_runs=1,
     tags=["forecart"],
     doc_md=(
-        "Runs whenever there is a new champion, after a promotion or a rollback: the command of "
-        "the variable `FORECART_DEPLOY`, a JSON list of arguments, for example "
-        '`["kubectl", "rollout", "restart", "deployment/forecart"]`. Skipped where it is not set.'
+        "Runs whenever a DAG has promoted a model or rolled one back: the command of the variable "
+        "`FORECART_DEPLOY`, a JSON list of arguments, for example "
+        '`["kubectl", "rollout", "restart", "deployment/forecart"]`. Skipped where it is not set. '
+        "After `forecart promote` or `forecart rollback` on the command line, trigger it here."
     ),
 )
 def forecart_deploy() -> None:
