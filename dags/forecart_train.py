@@ -79,9 +79,11 @@ def make_params(*, require_approval: bool) -> dict[str, Param]:
     return {
         "source": Param(
             None,
-            enum=[None, "simulator", "files"],
+            enum=[None, "simulator", "files", "database"],
             values_display=NOT_CHOSEN,
             title="Source of events",
+            description="Tables and columns of a database are those of params.yaml; its address "
+            "is that one's, or the variable FORECART_STORE.",
         ),
         "path": Param(
             None,

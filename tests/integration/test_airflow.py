@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.config import load_params
+from pipelines.config import Source, load_params
 from pipelines.graph import load_graph
 from pipelines.io import digest_directory, write_json
 from pipelines.workspace import locate, prepare
@@ -372,6 +372,12 @@ def test_its_edges_are_the_graphs(airflow_home: Path) -> None:
     assert ("prepare", "fingerprint") in edges
     assert ("gate", "commit") in edges
     assert "DOCS True" in out
+
+
+def test_the_form_offers_every_source(airflow_home: Path) -> None:
+    code = LOAD + "print('SOURCES', d.params.get_param('source').schema['enum'])"
+    out = run_airflow(airflow_home, ROOT, "-c", code).stdout
+    assert f"SOURCES {[None, *map(str, Source)]}" in out
 
 
 def test_a_pool_is_used_where_it_exists(airflow_home: Path, project: Path) -> None:
