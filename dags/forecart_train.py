@@ -332,7 +332,9 @@ def outcome(run_id: Any = None, ti: Any = None) -> str:
     """Say how the run ended, and remove the workspaces of old ones."""
     result = ti.xcom_pull(task_ids="commit")
     if result is None:
-        raise AirflowException("a stage failed; its log says why")
+        states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[run_id])[run_id]
+        failed = [name for name, state in states.items() if state == "failed"]
+        raise AirflowException(f"failed: {', '.join(failed) or 'commit'}; the log there says why")
     promoted = ti.xcom_pull(task_ids="promotion.promote")
     for name in workspace.finish(HOME, run_id, keep=KEEP_RUNS):
         print(f"removed workspace {name}; its branch stays")

@@ -208,6 +208,7 @@ def test_a_failing_stage_fails_the_run_and_is_told(airflow_home: Path, project: 
     text = result.stdout + result.stderr
     assert "the second gave up" in text
     assert "stage second ended with code" in text
+    assert "failed: second; the log there says why" in text
     assert "STATES success" not in text
     assert (find_run(project) / "a.txt").exists()
     assert not (find_run(project) / "c.txt").exists()
