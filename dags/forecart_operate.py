@@ -24,6 +24,8 @@ from pipelines.processes import Command
 HOME = Path(os.environ.get("FORECART_HOME") or Path(__file__).resolve().parents[1])
 CHAMPION = Asset("champion", uri="forecart://champion")
 RETRY_DELAY = timedelta(seconds=10)
+# Of the backtest's form.
+FIELDS = ("folds", "step_days")
 
 
 @task(retries=2, retry_delay=RETRY_DELAY)
@@ -102,6 +104,10 @@ def plan(params: dict[str, Any]) -> list[str]:
     """List the days that folds end at."""
     from pipelines.backtest import list_folds
 
+    # Airflow takes any name from a call, and folds would be trained for hours without it.
+    if unknown := params.keys() - set(FIELDS):
+        names = ", ".join(sorted(unknown))
+        raise AirflowFailException(f"unknown in conf: {names}; there are {', '.join(FIELDS)}")
     try:
         return list_folds(HOME, folds=params["folds"], step_days=params["step_days"])
     except UserError as error:

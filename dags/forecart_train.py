@@ -70,6 +70,7 @@ SETTINGS = {
     "device": "train.device",
     "epochs": "train.epochs",
 }
+FIELDS = (*SETTINGS, "require_approval", "force")
 AS_SET = "Empty: as in params.yaml."
 NOT_CHOSEN = {"null": "as in params.yaml"}
 
@@ -212,6 +213,10 @@ def describe_stage(stage: Stage) -> str:
 @task(retries=2, retry_delay=RETRY_DELAY)
 def prepare(params: dict[str, Any], run_id: Any = None) -> str:
     """Make the run's workspace, with the settings of the form in its `params.yaml`."""
+    # Airflow takes any name from a call, and a run with a misspelt one would go on without it.
+    if unknown := params.keys() - set(FIELDS):
+        names = ", ".join(sorted(unknown))
+        raise AirflowFailException(f"unknown in conf: {names}; there are {', '.join(FIELDS)}")
     changes = {key: params[field] for field, key in SETTINGS.items()}
     try:
         if REMOTE:

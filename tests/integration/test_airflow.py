@@ -201,6 +201,18 @@ def test_a_wrong_value_runs_no_stage(airflow_home: Path, project: Path) -> None:
     assert "the first speaks" not in text
 
 
+def test_an_unknown_key_runs_no_stage_and_what_failed_is_named(
+    airflow_home: Path, project: Path
+) -> None:
+    code = RUN.format(confs=[{"nosuch": 1, "epoch": 7, "users": 77}])
+    result = run_airflow(airflow_home, project, "-c", code, check=False)
+    text = result.stdout + result.stderr
+    assert "unknown in conf: epoch, nosuch; there are source, path" in text
+    assert "failed: prepare; the log there says why" in text
+    assert "STATES success" not in text
+    assert "the first speaks" not in text
+
+
 def test_a_failing_stage_fails_the_run_and_is_told(airflow_home: Path, project: Path) -> None:
     (project / "second.py").write_text("raise SystemExit('the second gave up')")
     save(project)
@@ -419,6 +431,7 @@ def fold(home, until):
 backtest.list_folds = lambda home, folds, step_days: ["2025-06-01", "2025-05-01", "2025-04-01"]
 backtest.run_fold = fold
 run("BACKTEST", folds=3)
+run("BACKTEST", fold=3)
 """
 
 
@@ -434,8 +447,8 @@ def test_what_is_done_beside_the_training(airflow_home: Path, project: Path) -> 
             result.stdout.split("END OF RUN"), result.stderr.split("END OF RUN"), strict=True
         )
     ]
-    assert len(parts) == 8, result.stdout + result.stderr
-    unset, deployed, broken, damaged, rolled_back, backtested, partly, _ = parts
+    assert len(parts) == 9, result.stdout + result.stderr
+    unset, deployed, broken, damaged, rolled_back, backtested, partly, misspelt, _ = parts
     assert "STATES success ['skipped']" in unset
     assert "NOW 4" in deployed
     assert "STATES success ['success']" in deployed
@@ -444,9 +457,10 @@ def test_what_is_done_beside_the_training(airflow_home: Path, project: Path) -> 
     assert "there is no champion to roll back" in rolled_back
     assert "dvc repro features" in backtested
     assert "lacks the folds that failed: 2025-05-01" in partly
+    assert "unknown in conf: fold; there are folds, step_days" in misspelt
     kept = json.loads((project / "reports/backtest.json").read_text())
     assert [fold["until"] for fold in kept["folds"]] == ["2025-06-01", "2025-04-01"]
-    failed = (broken, damaged, rolled_back, backtested, partly)
+    failed = (broken, damaged, rolled_back, backtested, partly, misspelt)
     assert all("STATES success" not in part for part in failed)
 
 
