@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ def describe_stage(stage: Stage) -> str:
 # Airflow gives a task its run's id by this name. A template would make a number of one that looks
 # like a number.
 @task(retries=2, retry_delay=RETRY_DELAY)
-def prepare(params: dict[str, Any], run_id: Any = None) -> str:
+def prepare(params: dict[str, Any], live: bool, run_id: Any = None, dag_run: Any = None) -> str:
     """Make the run's workspace, with the settings of the form in its `params.yaml`."""
     # Airflow takes any name from a call, and a run with a misspelt one would go on without it.
     if unknown := params.keys() - set(FIELDS):
@@ -219,6 +219,8 @@ def prepare(params: dict[str, Any], run_id: Any = None) -> str:
         raise AirflowFailException(f"unknown in conf: {names}; there are {', '.join(FIELDS)}")
     changes = {key: params[field] for field, key in SETTINGS.items()}
     try:
+        if live:
+            leave_out_today(changes, dag_run.run_after)
         if REMOTE:
             # Another worker may have promoted the champion.
             follow_registry(run_id)
@@ -230,6 +232,17 @@ def prepare(params: dict[str, Any], run_id: Any = None) -> str:
         raise AirflowFailException(str(error)) from None
     print(f"workspace {folder}")
     return str(folder)
+
+
+def leave_out_today(changes: dict[str, Any], now: datetime) -> None:
+    """Let the events of a live shop end with the last day that is over, unless an end is set.
+
+    What is left of the day would count as silence, in the last windows above all.
+    """
+    from pipelines.config import PARAMS_FILE, load_params
+
+    if changes["ingest.until"] is None and load_params(HOME / PARAMS_FILE).ingest.until is None:
+        changes["ingest.until"] = f"{now.astimezone(UTC):%Y-%m-%d}"
 
 
 def follow_registry(run_id: str) -> None:
@@ -358,8 +371,8 @@ def outcome(run_id: Any = None, ti: Any = None) -> str:
     raise AirflowException("the model passed but was not promoted; the log of promote says why")
 
 
-def build(*, require_approval: bool) -> Any:
-    """Make the function that builds the tasks and their edges."""
+def build(*, live: bool) -> Any:
+    """Make the function that builds the tasks and their edges; live: events go on coming in."""
 
     @task_group(group_id="promotion", tooltip="What becomes of the trained model")
     def promotion(result: Any) -> None:
@@ -392,7 +405,7 @@ def build(*, require_approval: bool) -> Any:
 
     def build_tasks() -> None:
         graph = load_graph(HOME / "dvc.yaml")
-        ready = prepare(params="{{ params }}")
+        ready = prepare(params="{{ params }}", live=live)
         names = dict.fromkeys(stage.hints.group for stage in graph.stages.values())
         # Tasks keep the names of their stages.
         groups = {name: TaskGroup(name, prefix_group_id=False) for name in names if name}
@@ -451,7 +464,7 @@ DAG = dag(
         "the branch `runs/<name>`. The task `commit` tells where report and verdict are."
     ),
     **OPTIONS,
-)(build(require_approval=False))()
+)(build(live=False))()
 
 RETRAIN = dag(
     dag_id="forecart_retrain",
@@ -462,10 +475,11 @@ RETRAIN = dag(
     params=make_params(require_approval=True),
     doc_md=(
         "The same as `forecart_train`, every day and whenever the asset `events` says that there "
-        "are new ones. A person approves the promotion. Switch it on to use it."
+        "are new ones, up to the last midnight (UTC) unless an end is set. A person approves the "
+        "promotion. Switch it on to use it."
     ),
     **OPTIONS,
-)(build(require_approval=True))()
+)(build(live=True))()
 
 if __name__ == "__main__":
     DAG.test()

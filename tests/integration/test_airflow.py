@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -199,6 +200,34 @@ def test_a_wrong_value_runs_no_stage(airflow_home: Path, project: Path) -> None:
     assert "STATES success" not in text
     assert "until" in text
     assert "the first speaks" not in text
+
+
+def test_a_day_that_is_not_over_is_left_out_of_a_daily_run(
+    airflow_home: Path, project: Path
+) -> None:
+    code = LOAD + (
+        "from datetime import datetime, timedelta, timezone\n"
+        "now = datetime(2025, 6, 19, 1, tzinfo=timezone(timedelta(hours=2)))\n"
+        "for until in (None, '2025-06-01'):\n"
+        "    changes = {'ingest.until': until}\n"
+        "    module['leave_out_today'](changes, now)\n"
+        "    print('UNTIL', changes['ingest.until'])\n"
+        "prepares = [module[name].task_dict['prepare'] for name in ('DAG', 'RETRAIN')]\n"
+        "print('LIVE', [task.op_kwargs['live'] for task in prepares])\n"
+    )
+    run = LOAD + "module['RETRAIN'].test(run_conf={'require_approval': False})"
+    run_airflow(airflow_home, project, "-c", run)
+    until = load_params(find_run(project) / "params.yaml").ingest.until
+    assert until is not None and timedelta() <= datetime.now(UTC) - until < timedelta(days=2)
+    out = run_airflow(airflow_home, project, "-c", code).stdout
+    assert [line for line in out.splitlines() if line.startswith("UNTIL")] == [
+        "UNTIL 2025-06-18",
+        "UNTIL 2025-06-01",
+    ]
+    assert "LIVE [False, True]" in out
+    file = project / "params.yaml"
+    file.write_text(file.read_text().replace("until: null", "until: 2025-05-01"))
+    assert "UNTIL None" in run_airflow(airflow_home, project, "-c", code).stdout
 
 
 def test_an_unknown_key_runs_no_stage_and_what_failed_is_named(
