@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import MutableMapping, Sequence
+import json
+from collections.abc import Callable, MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
 from serving.middleware import App, Message, Receive, Send
 
 DOCS: Final = "/docs.json"
+
+_TEXT: Final = (
+    "Predicts from recent events what every shopper does next: buy, search, fall silent, spend. "
+    "`/` shows every call with an example."
+)
+
+
+def describe_ourselves(document: bytes) -> bytes:
+    """Return an OpenAPI document that says whose it is: BentoML's tells of BentoML."""
+    described = json.loads(document)
+    version = described["info"]["version"]
+    described["info"] = {
+        "title": "Forecart",
+        "description": _TEXT,
+        # Of the Bento; what is served without one has none, and the field is needed.
+        "version": "unpackaged" if version == "None" else version,
+    }
+    return json.dumps(described, separators=(",", ":")).encode()
 
 
 class AnswerOnce:
@@ -21,11 +40,15 @@ class AnswerOnce:
     Args:
         app: the application inside.
         path: the address; its answer must be the same for everybody and for ever.
+        change: what is done to the body of the answer.
     """
 
-    def __init__(self, app: App, path: str = DOCS) -> None:
+    def __init__(
+        self, app: App, path: str = DOCS, change: Callable[[bytes], bytes] = describe_ourselves
+    ) -> None:
         self.app = app
         self.path = path
+        self.change = change
         self._kept: Sequence[Message] = ()
         # Who comes while the first answer is made waits for it.
         self._making = asyncio.Lock()
@@ -55,5 +78,10 @@ class AnswerOnce:
 
         await self.app(scope, receive, take)
         if made and made[0].get("status") == HTTPStatus.OK:
+            body = self.change(b"".join(message.get("body", b"") for message in made[1:]))
+            headers = [(k, v) for k, v in made[0]["headers"] if k.lower() != b"content-length"]
+            headers.append((b"content-length", str(len(body)).encode()))
+            start = {**made[0], "headers": headers}
+            made = [start, {"type": "http.response.body", "body": body}]
             self._kept = made
         return made

@@ -613,6 +613,7 @@ def test_health_metrics_and_description(service: Service) -> None:
     document = json.loads(description)
     assert {"/predict", "/users/{user_id}", "/users/{user_id}/prediction"} <= set(document["paths"])
     assert "event_type" in document["components"]["schemas"]["Event"]["properties"]
+    assert document["info"]["title"] == "Forecart"
     status, _, page = service.ask("GET", "/")
     assert status == 200
     assert digest.encode() in page
