@@ -322,19 +322,37 @@ def main() -> None:
     except KeyboardInterrupt:
         print("forecart: interrupted", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        # What pip installs may want a library of the system, which a new machine lacks.
-        if error.errno is None and "cannot open shared object file" in str(error):
-            openmp = "; LightGBM needs it (Debian: apt-get install libgomp1)"
-            hint = openmp if str(error).startswith("libgomp") else ""
-            print(f"forecart: {error}{hint}", file=sys.stderr)
-            sys.exit(2)
-        # A full disk or a missing permission is the machine's state, not a defect to trace.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+    except Exception as error:
+        told = _tell_machine(error)
+        if told is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"forecart: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"forecart: {told}", file=sys.stderr)
         sys.exit(2)
+
+
+def _tell_machine(error: Exception) -> str | None:
+    """Tell in one line what is the machine's state and not a defect to trace, else None.
+
+    That is a missing library, a full disk, a missing permission, or what ails MLflow.
+    """
+    # What pip installs may want a library of the system, which a new machine lacks.
+    if (
+        isinstance(error, OSError)
+        and error.errno is None
+        and "cannot open shared object file" in str(error)
+    ):
+        openmp = "; LightGBM needs it (Debian: apt-get install libgomp1)"
+        return f"{error}{openmp if str(error).startswith('libgomp') else ''}"
+    full_or_closed = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+    if isinstance(error, OSError) and error.errno in full_or_closed:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    # Importing it takes seconds; without it, it is none of its errors.
+    if "mlflow.exceptions" not in sys.modules:
+        return None
+    from pipelines.registry.champion import explain
+
+    return explain(error, Path())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import OperationalError
+
+from pipelines import cli
 from pipelines.cli import STAGES
 
 
@@ -51,3 +56,46 @@ def test_a_stage_without_its_input_names_the_file(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "reports/" in result.stderr
+
+
+def test_what_ails_mlflow_is_one_line_with_its_address_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def act() -> None:
+        raise MlflowException("API request failed\nwith a long story")
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@shop:5000")
+    monkeypatch.setattr(cli, "app", act)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "forecart: MLflow at http://shop:5000: API request failed\n"
+
+
+def test_the_database_of_another_library_is_not_said_to_be_mlflows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def act() -> None:
+        raise OperationalError("SELECT 1", None, Exception())
+
+    monkeypatch.setattr(cli, "app", act)
+    with pytest.raises(OperationalError):
+        cli.main()
+
+
+def test_a_command_without_the_registry_does_not_import_mlflow(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pipelines import cli\n"
+        "def act():\n"
+        "    raise ValueError('a defect')\n"
+        "cli.app = act\n"
+        "try:\n"
+        "    cli.main()\n"
+        "except ValueError:\n"
+        "    print('mlflow' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"

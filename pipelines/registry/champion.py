@@ -11,7 +11,9 @@ import logging
 import os
 import re
 import shutil
+import sqlite3
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -38,6 +40,12 @@ GOLDEN: Final = "golden.json"
 
 # A model's files are data that nothing executes; any other kind is refused unread.
 SAFE_SUFFIXES: Final = frozenset({".safetensors", ".json"})
+
+# Times that a server is called again, after 0, 4 and 8 seconds.
+_CALLS: Final = 3
+_CALL_SECONDS: Final = 10  # until the next call
+# What a gateway answers for a server that is not there.
+_ABSENT: Final = (502, 503, 504)
 
 _WEIGHTS: Final = "model.safetensors"
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
@@ -188,7 +196,7 @@ def connect(root: Path) -> MlflowClient:
     variable too, and bind all projects of the process to one registry.
 
     Raises:
-        UserError: MLflow cannot open it.
+        UserError: MLflow cannot open it, or its server does not answer.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -196,11 +204,95 @@ def connect(root: Path) -> MlflowClient:
 
     # A command says what it did; that MLflow creates its tables is not news.
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root.resolve() / 'mlflow.db'}")
+    # What ails the database is raised, too.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    uri = _find_address(root)
     try:
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        registry = MlflowClient(tracking_uri=uri, registry_uri=uri)
     except (MlflowException, SQLAlchemyError) as error:
         raise UserError(f"MLFLOW_TRACKING_URI: {_tell(error)}") from None
+    if uri.startswith(("http://", "https://")):
+        _call(uri)
+    return registry
+
+
+def _find_address(root: Path) -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root.resolve() / 'mlflow.db'}")
+
+
+def _call(uri: str) -> None:
+    """Wait for an MLflow server, some ten seconds where nothing answers.
+
+    MLflow itself tries for four minutes before it says anything. That is left as it is for the
+    requests that follow: a training of hours should outlive an outage. A variable of the
+    environment would reach it, through `forecart run` and the orchestrator.
+
+    Raises:
+        UserError: nothing answers.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        answer = http_request(
+            get_default_host_creds(uri),
+            "/health",
+            "GET",
+            max_retries=_CALLS,
+            backoff_factor=2,
+            backoff_jitter=0,
+            retry_codes=_ABSENT,
+            raise_on_status=False,
+            timeout=_CALL_SECONDS,
+            respect_retry_after_header=False,
+        )
+    except MlflowException as error:
+        raise UserError(f"MLFLOW_TRACKING_URI: {_hide(uri)}: {_tell_cause(error)}") from None
+    # Any other answer will do; whether it is a good one is for the requests that follow.
+    if answer.status_code in _ABSENT:
+        told = f"answers {answer.status_code} {answer.reason}"
+        raise UserError(f"MLFLOW_TRACKING_URI: {_hide(uri)}: {told}")
+
+
+def explain(error: Exception, root: Path) -> str | None:
+    """Tell in one line what ails MLflow or its database or server.
+
+    Args:
+        error: that an act ended with.
+        root: the project's folder.
+
+    Returns:
+        The address and the cause; None where the error is of another kind, or not MLflow's.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import DatabaseError
+
+    # Other libraries have databases and servers of their own.
+    passed = traceback.walk_tb(error.__traceback__)
+    modules = (str(frame.f_globals.get("__name__")) for frame, _ in passed)
+    raised = isinstance(error, (DatabaseError, sqlite3.DatabaseError, RequestException))
+    if not isinstance(error, MlflowException) and not (
+        raised and any(name.startswith("mlflow.") for name in modules)
+    ):
+        return None
+    return f"MLflow at {_hide(_find_address(root))}: {_tell_cause(error)}"
+
+
+def _hide(uri: str) -> str:
+    """Leave out who connects, and with which password."""
+    return re.sub(r"://[^/@]*@", "://", uri)
+
+
+def _tell_cause(error: BaseException) -> str:
+    """Return what the machine said of it, where it did, else what the library says."""
+    first = error
+    while (under := error.__cause__ or error.__context__) is not None:
+        error = under
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return _tell(error if isinstance(error, (OSError, sqlite3.Error)) else first)
 
 
 def read_name(root: Path) -> str:
@@ -258,7 +350,7 @@ def _reaching(registry: MlflowClient, version: ModelVersion) -> Iterator[None]:
         ) from None
 
 
-def _tell(error: Exception) -> str:
+def _tell(error: BaseException) -> str:
     """Return the first line of what a library says."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
 

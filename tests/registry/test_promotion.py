@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, read_json, write_json
-from pipelines.registry import promotion
+from pipelines.registry import champion, promotion
 from pipelines.registry.champion import (
     CACHE,
     DIGEST_TAG,
@@ -425,6 +429,48 @@ def test_a_registry_that_cannot_be_opened_is_told_in_one_line(
     with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: ") as told:
         promotion.status(root)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("answer", [None, 503])
+def test_a_server_that_does_not_answer_is_told_in_one_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch, answer: int | None
+) -> None:
+    class Gateway(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(answer or 500)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Gateway) as server:
+        uri = f"http://shop:secret@127.0.0.1:{server.server_port}"
+        if answer:
+            Thread(target=server.serve_forever, daemon=True).start()
+        else:
+            server.server_close()
+        monkeypatch.setattr(champion, "_CALLS", 1)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        try:
+            with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: http://127") as told:
+                promotion.status(root)
+        finally:
+            if answer:
+                server.shutdown()
+    end = "answers 503 Service Unavailable" if answer else "Connection refused"
+    assert str(told.value).endswith(f":{uri.rpartition(':')[2]}: {end}")
+
+
+def test_what_the_database_says_of_itself_is_told(
+    root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = connect(root)
+    with sqlite3.connect(root / "mlflow.db") as database:
+        database.execute("DROP TABLE experiments")
+    with pytest.raises(MlflowException, match="no such table") as raised:
+        store.search_experiments()
+    told = champion.explain(raised.value, root)
+    assert told == f"MLflow at sqlite:///{root / 'mlflow.db'}: no such table: experiments"
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_where_no_project_is_no_registry_is_made(
