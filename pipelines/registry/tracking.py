@@ -189,8 +189,15 @@ def read_revision(root: Path) -> str | None:
 
 
 def _find_experiment(store: MlflowClient, root: Path) -> str:
+    """Return the experiment's id; one that somebody deleted is restored, with its runs.
+
+    MLflow keeps the name of a deleted one, so that there can be no other, and the versions in the
+    registry have their files in its runs.
+    """
     found = store.get_experiment_by_name(EXPERIMENT)
     if found is not None:
+        if found.lifecycle_stage == "deleted":
+            store.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
     location = _place_artifacts(str(store.tracking_uri), root)
     return str(store.create_experiment(EXPERIMENT, artifact_location=location))

@@ -28,7 +28,7 @@ from pipelines.registry.champion import (
     locate_golden,
     write_champion,
 )
-from pipelines.registry.tracking import track
+from pipelines.registry.tracking import EXPERIMENT, track
 
 DATA = "sha256:" + "d" * 64
 
@@ -471,6 +471,15 @@ def test_what_the_database_says_of_itself_is_told(
     told = champion.explain(raised.value, root)
     assert told == f"MLflow at sqlite:///{root / 'mlflow.db'}: no such table: experiments"
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_deleted_experiment_is_restored_with_its_runs(root: Path) -> None:
+    install(root, "one")
+    store = connect(root)
+    (experiment,) = [e for e in store.search_experiments() if e.name == EXPERIMENT]
+    store.delete_experiment(experiment.experiment_id)
+    train(root, "two")
+    assert len(store.search_runs([experiment.experiment_id])) == 2
 
 
 def test_where_no_project_is_no_registry_is_made(
