@@ -236,11 +236,10 @@ def serve(
     port: Annotated[int, typer.Option(help="The port to bind.", min=1, max=65535)] = 3000,
 ) -> None:
     """Serve the champion's predictions over HTTP until interrupted."""
-    from pipelines.registry.champion import CHAMPION_FILE
-    from pipelines.scoring import find_champion
+    from pipelines.registry.champion import CHAMPION_FILE, fetch_champion
     from serving.run import serve as act
 
-    champion = find_champion(Path())
+    champion = fetch_champion(Path())
     if champion is None:
         raise UserError("there is no champion to serve; run: forecart promote")
     # What is promoted next is taken without a restart.

@@ -44,8 +44,6 @@ from pipelines.io import (
 )
 from pipelines.model.timeline import Timeline, bisect
 from pipelines.registry.champion import (
-    CACHE,
-    CHAMPION_FILE,
     check_files,
     fetch_champion,
     read_champion,
@@ -69,7 +67,6 @@ CHUNK_USERS: Final = 4096
 CHUNK_EVENTS: Final = 250_000
 
 _PARTIAL: Final = Path("data/.scores")
-_REGISTRY: Final = Path("mlflow.db")
 _LEAST_KNOWN: Final = 0.01  # share of the items
 
 
@@ -203,7 +200,7 @@ def find_model(root: Path, which: Which) -> tuple[str, Path]:
         UserError: there is no such model.
     """
     if which is not Which.CANDIDATE:
-        champion = find_champion(root)
+        champion = fetch_champion(root)
         if champion is not None:
             return "champion", champion
         if which is Which.CHAMPION:
@@ -212,27 +209,6 @@ def find_model(root: Path, which: Which) -> tuple[str, Path]:
         raise UserError(f"{root / MODEL}: no such folder; run: dvc repro")
     check_files(root / MODEL)
     return "candidate", root / MODEL
-
-
-def find_champion(root: Path) -> Path | None:
-    """Return the folder with the champion's files, or None where there is no champion.
-
-    Raises:
-        UserError: the registry does not hold the model, or its files are not those promoted.
-    """
-    digest = read_champion(root).digest
-    # MLflow makes a registry where it finds none, so that a wrong folder would get one.
-    if (
-        digest is not None
-        and "MLFLOW_TRACKING_URI" not in os.environ
-        and not (root / _REGISTRY).exists()
-        and not (root / CACHE / digest.removeprefix("sha256:")).is_dir()
-    ):
-        raise UserError(
-            f"{root / CHAMPION_FILE}: its registry, {_REGISTRY}, is not here; run in the project's "
-            "folder, or set MLFLOW_TRACKING_URI to the registry that holds the model"
-        )
-    return fetch_champion(root)
 
 
 def plan_chunks(offsets: Any, *, users: int, events: int) -> list[tuple[int, int]]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION_FILE: Final = Path("champion.json")
+MODEL: Final = Path("models/gpt")
 CACHE: Final = Path(".forecart") / "models"
 DIGEST_TAG: Final = "forecart.model_digest"
 VERDICT_TAG: Final = "forecart.verdict"
@@ -40,6 +41,9 @@ GOLDEN: Final = "golden.json"
 
 # A model's files are data that nothing executes; any other kind is refused unread.
 SAFE_SUFFIXES: Final = frozenset({".safetensors", ".json"})
+
+_REGISTRY: Final = Path("mlflow.db")
+_BENTO: Final = Path("build/bento/src")
 
 # Times that a server is called again, after 0, 4 and 8 seconds.
 _CALLS: Final = 3
@@ -96,6 +100,7 @@ def fetch_champion(root: Path) -> Path | None:
     """Return a folder with the champion's files, or None where there is no champion.
 
     The files come from the registry once and are kept; every call compares them with the digest.
+    Where the trained model is the champion itself, no registry is needed.
 
     Raises:
         UserError: the registry does not hold the model, or its files are not those promoted.
@@ -106,6 +111,14 @@ def fetch_champion(root: Path) -> Path | None:
     target = locate_fetched(root, champion.digest)
     if _holds(target, champion.digest):
         return target
+    if _holds(root / MODEL, champion.digest):
+        return _take_trained(root, champion.digest)
+    # MLflow makes a registry where it finds none, so that a wrong folder would get one.
+    if "MLFLOW_TRACKING_URI" not in os.environ and not (root / _REGISTRY).exists():
+        raise UserError(
+            f"{root / CHAMPION_FILE}: its registry, {_REGISTRY}, is not here; run in the project's "
+            "folder, or set MLFLOW_TRACKING_URI to the registry that holds the model"
+        )
     registry = connect(root)
     version = find_version(registry, read_name(root), champion.digest)
     if version is None:
@@ -145,6 +158,20 @@ def fetch_version(registry: MlflowClient, version: ModelVersion, root: Path) -> 
     return target
 
 
+def _take_trained(root: Path, digest: str) -> Path:
+    """Keep the trained model as the champion that it is, with what it has to reproduce."""
+    target = locate_fetched(root, digest)
+    with _hold_alone(target.with_name(f"{target.name}.lock")):
+        if not _holds(target, digest):
+            keep_golden(root, digest)
+            with replace_directory(target) as partial:
+                shutil.copytree(root / MODEL, partial, dirs_exist_ok=True)
+                check_files(partial)
+                if digest_directory(partial) != digest:
+                    raise UserError(f"{root / MODEL}: changed while it was read; try again")
+    return target
+
+
 def locate_fetched(root: Path, digest: str) -> Path:
     """Return where the files of a fetched model are kept."""
     return root / CACHE / digest.removeprefix("sha256:")
@@ -167,6 +194,18 @@ def locate_golden(root: Path, digest: str) -> Path:
     """Return where the golden predictions of a champion are kept, beside its files."""
     fetched = locate_fetched(root, digest)
     return fetched.with_name(f"{fetched.name}.{GOLDEN}")
+
+
+def keep_golden(root: Path, digest: str) -> Path | None:
+    """Keep what the packaged model has to reproduce; a service that takes it tries that first."""
+    packaged = root / _BENTO / GOLDEN
+    if not packaged.is_file():
+        return None
+    golden = read_json(packaged)
+    if golden["model"] != digest:
+        return None
+    write_json(locate_golden(root, digest), golden)
+    return packaged
 
 
 def _fetch_golden(registry: MlflowClient, version: ModelVersion, target: Path) -> None:
@@ -217,7 +256,7 @@ def connect(root: Path) -> MlflowClient:
 
 
 def _find_address(root: Path) -> str:
-    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root.resolve() / 'mlflow.db'}")
+    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root.resolve() / _REGISTRY}")
 
 
 def _call(uri: str) -> None:

@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pipelines.errors import UserError
-from pipelines.io import digest_directory, digest_file, read_json, write_json
+from pipelines.io import digest_directory, digest_file, read_json
 from pipelines.registry.champion import (
     CHAMPION_FILE,
     DIGEST_TAG,
     EVIDENCE,
-    GOLDEN,
     LOCK_TAG,
+    MODEL,
     VERDICT_TAG,
     check_files,
     describe,
     fetch_version,
     find_version,
-    locate_golden,
+    keep_golden,
     open_registry,
     read_champion,
     read_digest,
@@ -42,10 +42,8 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
-MODEL: Final = Path("models/gpt")
 FEATURES: Final = Path("data/features")
 VERDICT: Final = Path("reports/verdict.json")
-_BENTO: Final = Path("build/bento/src")
 CANDIDATE_ALIAS: Final = "candidate"
 CHAMPION_ALIAS: Final = "champion"
 
@@ -240,23 +238,11 @@ def _log_evidence(registry: MlflowClient, version: ModelVersion, root: Path) -> 
     lock = root / "dvc.lock"
     if lock.exists():
         registry.set_model_version_tag(version.name, version.version, LOCK_TAG, digest_file(lock))
-    golden = _keep_golden(root, read_digest(version))
+    golden = keep_golden(root, read_digest(version))
     if version.run_id:
         for path in (root / VERDICT, lock, golden):
             if path is not None and path.exists():
                 registry.log_artifact(version.run_id, str(path), f"{EVIDENCE}-{version.version}")
-
-
-def _keep_golden(root: Path, digest: str) -> Path | None:
-    """Keep what the packaged model has to reproduce; a service that takes it tries that first."""
-    packaged = root / _BENTO / GOLDEN
-    if not packaged.is_file():
-        return None
-    golden = read_json(packaged)
-    if golden["model"] != digest:
-        return None
-    write_json(locate_golden(root, digest), golden)
-    return packaged
 
 
 def _find_models(registry: MlflowClient, digest: str) -> list[LoggedModel]:

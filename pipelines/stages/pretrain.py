@@ -11,6 +11,7 @@ from pipelines.config import Params
 from pipelines.io import read_json, replace_directory, write_json
 from pipelines.model.predictor import WEIGHTS
 from pipelines.model.training import pretrain_model
+from pipelines.registry.champion import fetch_champion
 from pipelines.stages.train import (
     FEATURES,
     PRETRAINED,
@@ -25,9 +26,12 @@ def run(params: Params, root: Path = Path()) -> str:
     """Write models/pretrained: weights of the embeddings and the backbone.
 
     Raises:
-        UserError: data/features is missing or holds too little to learn from.
+        UserError: data/features is missing or holds too little to learn from, or the champion that
+            the evaluation will compare with cannot be had.
     """
     sequences, periods, targets, vocabulary = load_inputs(root)
+    # Nothing here depends on it, but hours of training would end without it.
+    fetch_champion(root)
     curves: list[dict[str, float]] = []
     checkpoint = open_checkpoint(root, CHECKPOINT, params)
     weights = pretrain_model(

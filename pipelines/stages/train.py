@@ -49,6 +49,7 @@ from pipelines.model.training import (
     pretrain_model,
     train_model,
 )
+from pipelines.registry.champion import fetch_champion
 from pipelines.registry.tracking import track
 
 FEATURES: Final = Path("data/features")
@@ -74,10 +75,13 @@ def run(params: Params, root: Path = Path()) -> str:
     """Train; write models/gpt, its predictions and its curves; log all of it to MLflow.
 
     Raises:
-        UserError: data/features is missing or holds too little to learn from.
+        UserError: data/features is missing or holds too little to learn from, or the champion that
+            the evaluation will compare with cannot be had.
     """
     features = root / FEATURES
     sequences, periods, targets, vocabulary = load_inputs(root)
+    # Nothing here depends on it, but hours of training would end without it.
+    fetch_champion(root)
     checkpoint = open_checkpoint(root, CHECKPOINT, params)
     curves: list[dict[str, float]] = []
     schedule = Schedule.of(params.train, Timeline(sequences), periods.calibration)

@@ -21,6 +21,7 @@ from pipelines.registry import champion, promotion
 from pipelines.registry.champion import (
     CACHE,
     DIGEST_TAG,
+    MODEL,
     Champion,
     connect,
     fetch_champion,
@@ -225,6 +226,7 @@ def test_a_promotion_gives_the_registry_the_files_that_it_has_lost(root: Path) -
     promotion.promote(root)
     forget_fetched(root)
     assert digest_directory(fetch_champion(root) or Path()) == digest
+    shutil.copytree(locate_fetched(root, digest), root / MODEL)
     lose_files(root, 1)
     assert "champion already" in promotion.promote(root)
     assert digest_directory(fetch_champion(root) or Path()) == digest
@@ -297,7 +299,7 @@ def test_the_file_names_no_digest_whose_files_are_not_there(
     judge(root, train(root, "three"), champion=two)
     if act == "status":
         write_json(root / "champion.json", {"digest": one, "version": 1, "verdict": None})
-    forget_fetched(root)
+    shutil.rmtree(root / CACHE)
     written = []
 
     def write(folder: Path, champion: Champion) -> None:
@@ -506,8 +508,9 @@ def test_status_tells_roles(root: Path) -> None:
 
 
 def forget_fetched(root: Path) -> None:
-    """Leave the registry's files alone, as on a machine that did not promote."""
+    """Leave the registry's files alone, as on a machine that neither trained nor promoted."""
     shutil.rmtree(root / CACHE)
+    shutil.rmtree(root / MODEL)
 
 
 def test_fetching_gives_the_champions_files(root: Path) -> None:
@@ -539,6 +542,7 @@ def test_several_that_want_the_champion_at_once_all_get_it(root: Path) -> None:
         with ThreadPoolExecutor(max_workers=4) as pool:
             fetched = list(pool.map(fetch_champion, [root] * 4))
         assert {digest_directory(folder or Path()) for folder in fetched} == {one}
+        shutil.copytree(locate_fetched(root, one), root / MODEL)
     names = {path.name for path in (root / CACHE).iterdir()}
     assert names == {one.removeprefix("sha256:"), f"{one.removeprefix('sha256:')}.lock"}
 
@@ -571,10 +575,25 @@ def test_what_the_packaged_model_reproduces_is_kept_with_the_champion(root: Path
     kept = locate_golden(root, digest)
     assert kept.parent == root / CACHE
     assert read_json(kept) == golden
-    # A project that has the registry alone fetches both.
+    # A project that has the registry alone fetches both, one that has built it keeps its own.
+    for left in (root / MODEL, root / "mlflow.db"):
+        hidden = left.rename(root / "hidden")
+        shutil.rmtree(root / CACHE)
+        assert digest_directory(fetch_champion(root) or Path()) == digest
+        assert read_json(kept) == golden
+        hidden.rename(left)
+
+
+def test_a_clone_without_the_registry_takes_the_model_that_it_made_itself(root: Path) -> None:
+    digest = install(root, "one")
     shutil.rmtree(root / CACHE)
-    fetch_champion(root)
-    assert read_json(kept) == golden
+    (root / "mlflow.db").unlink()
+    assert digest_directory(fetch_champion(root) or Path()) == digest
+    shutil.rmtree(root / CACHE)
+    train(root, "two", log=False)
+    with pytest.raises(UserError, match=r"mlflow\.db, is not here"):
+        fetch_champion(root)
+    assert not (root / "mlflow.db").exists()
 
 
 def test_golden_predictions_of_another_model_are_not_kept(root: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -301,6 +302,17 @@ def test_a_failed_training_is_marked(root: Path) -> None:
 def test_missing_features_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data/features"):
         train.run(PARAMS, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [pretrain, train])
+def test_a_champion_that_cannot_be_had_is_told_before_the_training(
+    root: Path, stage: ModuleType
+) -> None:
+    """Not by the evaluation after it."""
+    champion = {"digest": f"sha256:{'0' * 64}", "version": 1, "verdict": None}
+    write_json(root / "champion.json", champion)
+    with pytest.raises(UserError, match=r"champion\.json: its registry"):
+        stage.run(PARAMS, root)
 
 
 def test_a_missing_pretraining_is_named(root: Path) -> None:
