@@ -241,7 +241,10 @@ def serve(
 
     champion = fetch_champion(Path())
     if champion is None:
-        raise UserError("there is no champion to serve; run: forecart promote")
+        raise UserError(
+            "there is no champion to serve; run: forecart promote, or forecart status where it was "
+            "promoted elsewhere"
+        )
     # What is promoted next is taken without a restart.
     os.environ.setdefault("FORECART_CHAMPION", str(CHAMPION_FILE))
     act(champion, host=host, port=port)

@@ -204,7 +204,10 @@ def find_model(root: Path, which: Which) -> tuple[str, Path]:
         if champion is not None:
             return "champion", champion
         if which is Which.CHAMPION:
-            raise UserError("there is no champion; run: forecart promote, or --model candidate")
+            raise UserError(
+                "there is no champion; run: forecart promote, or forecart status where it was "
+                "promoted elsewhere, or --model candidate"
+            )
     if not (root / MODEL).is_dir():
         raise UserError(f"{root / MODEL}: no such folder; run: dvc repro")
     check_files(root / MODEL)

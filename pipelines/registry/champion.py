@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 CHAMPION_FILE: Final = Path("champion.json")
 MODEL: Final = Path("models/gpt")
 CACHE: Final = Path(".forecart") / "models"
+# What to do about a file that says nothing true: it follows from the registry.
+ANEW: Final = "delete the file and run: forecart status"
 DIGEST_TAG: Final = "forecart.model_digest"
 VERDICT_TAG: Final = "forecart.verdict"
 LOCK_TAG: Final = "forecart.dvc_lock"
@@ -79,13 +81,18 @@ def read_champion(root: Path) -> Champion:
     path = root / CHAMPION_FILE
     if not path.exists():
         return Champion()
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; {ANEW}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not valid JSON; {ANEW}") from None
     keys = set(asdict(Champion()))
     if not isinstance(content, dict) or set(content) != keys:
-        raise UserError(f"{path}: expected exactly the keys {', '.join(sorted(keys))}")
+        raise UserError(f"{path}: expected exactly the keys {', '.join(sorted(keys))}; {ANEW}")
     champion = Champion(**content)
     if champion.digest is not None and not _DIGEST.fullmatch(str(champion.digest)):
-        raise UserError(f"{path}: digest {champion.digest!r} is none")
+        raise UserError(f"{path}: digest {champion.digest!r} is none; {ANEW}")
     return champion
 
 
@@ -117,14 +124,16 @@ def fetch_champion(root: Path) -> Path | None:
     if "MLFLOW_TRACKING_URI" not in os.environ and not (root / _REGISTRY).exists():
         raise UserError(
             f"{root / CHAMPION_FILE}: its registry, {_REGISTRY}, is not here; run in the project's "
-            "folder, or set MLFLOW_TRACKING_URI to the registry that holds the model"
+            "folder, or set MLFLOW_TRACKING_URI to the registry that holds the model; to begin "
+            f"without a champion, {ANEW}"
         )
     registry = connect(root)
     version = find_version(registry, read_name(root), champion.digest)
     if version is None:
         raise UserError(
             f"{root / CHAMPION_FILE}: the registry {registry.tracking_uri} does not hold this "
-            "model; set MLFLOW_TRACKING_URI to the registry that does, or restore the file"
+            "model; where it is the right registry, run: forecart status, which writes the file "
+            "anew; else set MLFLOW_TRACKING_URI to the registry that does"
         )
     return fetch_version(registry, version, root)
 

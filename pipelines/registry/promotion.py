@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any, Final
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, digest_file, read_json
 from pipelines.registry.champion import (
+    ANEW,
     CHAMPION_FILE,
     DIGEST_TAG,
     EVIDENCE,
     LOCK_TAG,
     MODEL,
     VERDICT_TAG,
+    Champion,
     check_files,
     describe,
     fetch_version,
@@ -171,12 +173,19 @@ def status(root: Path) -> str:
     present = _find_champion(registry, root)
     if present is not None:
         fetch_version(registry, present, root)
-        if read_champion(root) != describe(present):
-            # Somebody may have moved the alias and written the file meanwhile.
-            with hold_lock(str(registry.tracking_uri), name, root):
-                present = _find_champion(registry, root)
-                if present is not None:
-                    _publish(registry, present, root)
+    if (
+        not (root / CHAMPION_FILE).exists()
+        if present is None
+        else read_champion(root) != describe(present)
+    ):
+        # Somebody may have moved the alias and written the file meanwhile.
+        with hold_lock(str(registry.tracking_uri), name, root):
+            present = _find_champion(registry, root)
+            if present is not None:
+                _publish(registry, present, root)
+            else:
+                # The graph reads it also where it says that there is none.
+                write_champion(root, Champion())
     versions = sorted(
         registry.search_model_versions(f"name = '{name}'"), key=lambda v: int(v.version)
     )
@@ -279,7 +288,8 @@ def _find_champion(registry: MlflowClient, root: Path) -> ModelVersion | None:
     """Return the version that the alias names.
 
     Raises:
-        UserError: there is none, but champion.json names a champion: of another registry.
+        UserError: there is none, but champion.json names a champion: of another registry, or one
+            that somebody took the alias from.
     """
     from mlflow.exceptions import MlflowException
 
@@ -289,13 +299,23 @@ def _find_champion(registry: MlflowClient, root: Path) -> ModelVersion | None:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
     known = read_champion(root)
-    # An alias never goes away again, so this file was written for another registry. It is
-    # not this one's to overwrite.
+    # The file was written for another registry, or somebody took the alias away. It is not this
+    # one's to overwrite.
     if known.digest is not None:
+        file, name = root / CHAMPION_FILE, read_name(root)
+        version = find_version(registry, name, known.digest)
+        if version is not None:
+            raise UserError(
+                f"{file}: names champion {_short(known.digest)}, but nothing is champion any more "
+                f"in the registry {registry.tracking_uri}; give the alias {CHAMPION_ALIAS} back to "
+                f"version {version.version} of {name} there, in MLflow's pages; or, to begin "
+                f"without a champion, {ANEW}"
+            )
         raise UserError(
-            f"{root / CHAMPION_FILE}: names champion {_short(known.digest)}, which the "
-            f"registry {registry.tracking_uri} does not know; set MLFLOW_TRACKING_URI to the "
-            "registry that does, or restore the file"
+            f"{file}: names champion {_short(known.digest)}, which the registry "
+            f"{registry.tracking_uri} does not know; set MLFLOW_TRACKING_URI to the registry that "
+            f"does; where it was deleted, give the alias {CHAMPION_ALIAS} to another version of "
+            f"{name} there, in MLflow's pages; or, to begin without a champion, {ANEW}"
         )
     return None
 
@@ -307,7 +327,9 @@ def _catch_up(registry: MlflowClient, root: Path) -> ModelVersion | None:
     told here.
     """
     present = _find_champion(registry, root)
-    if present is not None and read_champion(root) != describe(present):
+    if present is None:
+        write_champion(root, Champion())
+    elif read_champion(root) != describe(present):
         try:
             fetch_version(registry, present, root)
         except UserError:

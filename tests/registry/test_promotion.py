@@ -423,6 +423,54 @@ def test_a_file_of_another_registry_is_not_overwritten(
     assert champion_of(root)[1] == 1
 
 
+@pytest.mark.parametrize("deleted", ["alias", "version"])
+def test_a_champion_deleted_in_the_registry_can_be_given_back_or_up(
+    root: Path, deleted: str
+) -> None:
+    one = install(root, "one")
+    two = install(root, "two", champion=one)
+    registry = connect(root)
+    if deleted == "alias":
+        registry.delete_registered_model_alias("forecart", "champion")
+    else:
+        registry.delete_model_version("forecart", "2")
+    wanted = "back to version 2 of" if deleted == "alias" else "to another version of"
+    for act in (promotion.status, promotion.promote, promotion.rollback):
+        with pytest.raises(UserError, match=f"the alias champion {wanted} forecart there"):
+            act(root)
+    assert champion_of(root) == (two, 2)
+    copy = root / "copy"
+    copy.mkdir()
+    for name in ("params.yaml", "mlflow.db"):
+        shutil.copyfile(root / name, copy / name)
+    promotion.status(copy)
+    assert champion_of(copy) == (None, None)
+    registry.set_registered_model_alias("forecart", "champion", "1")
+    promotion.status(root)
+    assert champion_of(root) == (one, 1)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"{}", b"none"])
+def test_a_damaged_file_is_written_anew_as_it_says(root: Path, content: bytes) -> None:
+    one = install(root, "one")
+    (root / "champion.json").write_bytes(content)
+    for act in (promotion.status, fetch_champion):
+        with pytest.raises(UserError, match=r"delete the file and run: forecart status$"):
+            act(root)
+    (root / "champion.json").unlink()
+    promotion.status(root)
+    assert champion_of(root) == (one, 1)
+
+
+def test_a_wrong_file_is_written_anew_as_it_says(root: Path) -> None:
+    one = install(root, "one")
+    write_json(root / "champion.json", {"digest": DATA, "version": 1, "verdict": None})
+    with pytest.raises(UserError, match="run: forecart status, which writes the file anew"):
+        fetch_champion(root)
+    promotion.status(root)
+    assert champion_of(root) == (one, 1)
+
+
 @pytest.mark.parametrize("uri", ["gopher://shop", "sqlite:/mlflow.db"])
 def test_a_registry_that_cannot_be_opened_is_told_in_one_line(
     root: Path, monkeypatch: pytest.MonkeyPatch, uri: str
