@@ -48,7 +48,7 @@ from pipelines.registry.champion import (
     fetch_champion,
     read_champion,
 )
-from pipelines.registry.promotion import VERDICT
+from pipelines.registry.tracking import VERDICT
 
 if TYPE_CHECKING:
     from pipelines.model.predictor import Predictor

@@ -38,6 +38,7 @@ from pipelines.registry.champion import (
     write_champion,
 )
 from pipelines.registry.lock import hold_lock
+from pipelines.registry.tracking import VERDICT, log_quality, track, upload_model
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 FEATURES: Final = Path("data/features")
-VERDICT: Final = Path("reports/verdict.json")
 CANDIDATE_ALIAS: Final = "candidate"
 CHAMPION_ALIAS: Final = "champion"
 
@@ -70,6 +70,7 @@ def register(root: Path) -> str:
     """
     registry, _ = open_registry(root)
     version, new = _register(registry, root)
+    log_quality(registry, root, read_digest(version))
     state = "registered" if new else "was registered already"
     return f"{_name(version)} {state} as candidate ({_short(read_digest(version))})"
 
@@ -109,6 +110,7 @@ def _promote(registry: MlflowClient, root: Path) -> str:
         )
     version, _ = _register(registry, root)
     _secure(registry, version, root)
+    log_quality(registry, root, digest)
     history = _read_history(registry, version.name, present)
     # Until the alias moves, nobody takes these into account.
     _log_evidence(registry, version, root)
@@ -272,8 +274,6 @@ def _find_models(registry: MlflowClient, digest: str) -> list[LoggedModel]:
 
 def _log_model(root: Path, digest: str) -> None:
     """Log a model that came from DVC's cache, so that no run of this registry trained it."""
-    from pipelines.registry.tracking import track
-
     data = digest_directory(root / FEATURES)
     with track(root, params={}, data_digest=data, name="restored") as run:
         run.log_model(root / MODEL, digest, _list_outputs(root))
@@ -351,8 +351,6 @@ def _secure(registry: MlflowClient, version: ModelVersion, root: Path) -> None:
         UserError: they cannot be had even so.
     """
     from mlflow.exceptions import MlflowException
-
-    from pipelines.registry.tracking import upload_model
 
     try:
         fetch_version(registry, version, root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -12,15 +13,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from pipelines.evaluation.rivals import CANDIDATE
+from pipelines.io import read_json
 from pipelines.registry.champion import DIGEST_TAG, check_files, connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
+    from mlflow.entities import Run as MlflowRun
 
 EXPERIMENT: Final = "forecart"
 DATA_TAG: Final = "forecart.data_digest"
+PASSED_TAG: Final = "forecart.passed"
 ARTIFACTS: Final = "mlartifacts"
+
+VERDICT: Final = Path("reports/verdict.json")
+EVALUATION: Final = Path("reports/evaluation.json")
+# Of the candidate, by the kind of target: how well it ranks, and how well its level is met.
+_METRICS: Final[Mapping[str, Sequence[str]]] = {
+    "binary": ("roc_auc", "pr_auc", "log_loss", "ece"),
+    "amount": ("gini", "total_ratio"),
+}
+# What the name of a metric may not hold.
+_UNNAMEABLE: Final = re.compile(r"[^\w.\- /]")
 
 # Name of the model within its run, of our flavour in the MLmodel file, and of its folder there.
 MODEL_NAME: Final = "behaviour"
@@ -151,7 +166,7 @@ def _log_dataset(store: MlflowClient, run_id: str, digest: str) -> None:
 
 
 def attach(root: Path, digest: str, files: Sequence[Path]) -> str | None:
-    """Put files beside the newest training run that made a model.
+    """Put files, and how good the model is, beside the newest training run that made a model.
 
     Args:
         root: the project's folder.
@@ -162,19 +177,66 @@ def attach(root: Path, digest: str, files: Sequence[Path]) -> str | None:
         The run's address relative to MLflow's pages, or None when no run is known.
     """
     store = connect(root)
-    experiment_id = _find_experiment(store, root)
+    run = _find_run(store, root, digest)
+    if run is None:
+        return None
+    for file in files:
+        store.log_artifact(run.info.run_id, str(file))
+    _log_quality(store, run, root, digest)
+    return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+
+
+def log_quality(store: MlflowClient, root: Path, digest: str) -> None:
+    """Log how good a model is to the newest training run that made it, so that runs compare.
+
+    Args:
+        store: that knows the run.
+        root: the project's folder; its reports are taken if they are about the model.
+        digest: of the model.
+    """
+    run = _find_run(store, root, digest)
+    if run is not None:
+        _log_quality(store, run, root, digest)
+
+
+def _find_run(store: MlflowClient, root: Path, digest: str) -> MlflowRun | None:
+    """Return the newest training run that made a model."""
     found = store.search_runs(
-        [experiment_id],
+        [_find_experiment(store, root)],
         f"tags.`{DIGEST_TAG}` = '{digest}'",
         max_results=1,
         order_by=["attributes.start_time DESC"],
     )
-    if not found:
-        return None
-    run_id = found[0].info.run_id
-    for file in files:
-        store.log_artifact(run_id, str(file))
-    return f"#/experiments/{experiment_id}/runs/{run_id}"
+    return found[0] if found else None
+
+
+def _log_quality(store: MlflowClient, run: MlflowRun, root: Path, digest: str) -> None:
+    """Log the main metrics of every target and the verdict; what is there already stays.
+
+    The evaluation does not tell which model it is about; the verdict, which follows from it, does.
+    """
+    from mlflow.entities import Metric, RunTag
+
+    verdict_file, evaluation_file = root / VERDICT, root / EVALUATION
+    if not verdict_file.exists() or not evaluation_file.exists():
+        return
+    verdict = read_json(verdict_file)
+    if verdict.get("candidate") != digest:
+        return
+    found = {}
+    for name, target in read_json(evaluation_file)["targets"].items():
+        scores = target["models"].get(CANDIDATE, {})
+        for metric in _METRICS[target["kind"]]:
+            value = scores.get(metric, {}).get("value")
+            if value is not None:
+                found[_UNNAMEABLE.sub("_", f"test_{metric}_{name}")] = float(value)
+    now = int(time.time() * 1000)
+    known = run.data.metrics
+    metrics = [Metric(k, v, now, 0) for k, v in found.items() if known.get(k) != v]
+    passed = str(verdict.get("passed") is True).lower()
+    tags = [RunTag(PASSED_TAG, passed)] if run.data.tags.get(PASSED_TAG) != passed else []
+    if metrics or tags:
+        store.log_batch(run.info.run_id, metrics=metrics, tags=tags)
 
 
 def read_revision(root: Path) -> str | None:

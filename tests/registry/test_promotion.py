@@ -29,7 +29,7 @@ from pipelines.registry.champion import (
     locate_golden,
     write_champion,
 )
-from pipelines.registry.tracking import EXPERIMENT, track
+from pipelines.registry.tracking import EXPERIMENT, PASSED_TAG, attach, track
 
 DATA = "sha256:" + "d" * 64
 
@@ -332,6 +332,69 @@ def test_status_does_not_set_the_file_back(root: Path, monkeypatch: pytest.Monke
     assert champion_of(root) == (end, 3)
 
 
+def evaluate(root: Path, roc_auc: float) -> None:
+    """Write a report of the evaluate stage."""
+    scores = {"roc_auc": {"value": roc_auc}, "ece": {"value": 0.01}, "log_loss": {"value": None}}
+    spend = {"gini": {"value": 0.6}, "total_ratio": {"value": 0.9}}
+    targets = {
+        "purchase_14d": {"kind": "binary", "models": {"ensemble": scores, "lstm": {}}},
+        "spend_14d": {"kind": "amount", "models": {"ensemble": spend}},
+    }
+    write_json(root / "reports/evaluation.json", {"targets": targets})
+
+
+def read_run(root: Path, digest: str) -> Any:
+    store = connect(root)
+    (run,) = store.search_runs(
+        [e.experiment_id for e in store.search_experiments()], f"tags.`{DIGEST_TAG}` = '{digest}'"
+    )
+    return run.data
+
+
+@pytest.mark.parametrize("by", ["register", "promote", "attach"])
+def test_a_training_run_tells_how_good_its_model_is(root: Path, by: str) -> None:
+    digest = train(root, "one")
+    judge(root, digest)
+    evaluate(root, 0.8)
+    for _ in range(2):
+        if by == "attach":
+            assert attach(root, digest, [root / "reports/verdict.json"]) is not None
+        else:
+            getattr(promotion, by)(root)
+    assert read_run(root, digest).metrics == {
+        "test_roc_auc_purchase_14d": 0.8,
+        "test_ece_purchase_14d": 0.01,
+        "test_gini_spend_14d": 0.6,
+        "test_total_ratio_spend_14d": 0.9,
+    }
+    assert read_run(root, digest).tags[PASSED_TAG] == "true"
+    store = connect(root)
+    run_id = store.search_model_versions("")[0].run_id if by != "attach" else None
+    if run_id:
+        assert len(store.get_metric_history(run_id, "test_roc_auc_purchase_14d")) == 1
+
+
+def test_a_later_evaluation_replaces_the_one_before(root: Path) -> None:
+    digest = train(root, "one")
+    judge(root, digest)
+    evaluate(root, 0.8)
+    promotion.register(root)
+    evaluate(root, 0.7)
+    judge(root, digest, passed=False)
+    attach(root, digest, [])
+    assert read_run(root, digest).metrics["test_roc_auc_purchase_14d"] == 0.7
+    assert read_run(root, digest).tags[PASSED_TAG] == "false"
+
+
+def test_reports_about_another_model_are_not_logged(root: Path) -> None:
+    one = train(root, "one")
+    judge(root, one)
+    evaluate(root, 0.8)
+    two = train(root, "two")
+    promotion.register(root)
+    assert read_run(root, one).metrics == read_run(root, two).metrics == {}
+
+
 class Killed(BaseException):
     """Ends an act like a kill: nothing catches it."""
 
@@ -342,6 +405,7 @@ WRITES = (
     "create_model_version",
     "set_registered_model_alias",
     "set_model_version_tag",
+    "log_batch",
     "log_artifact",
     "set_registered_model_tag",
     "write_champion",
@@ -376,6 +440,7 @@ def test_an_act_killed_at_any_write_leaves_one_champion_and_is_completed(
     if act == "promote":
         start, end = two, train(root, "three")
         judge(root, end, champion=two)
+        evaluate(root, 0.8)
     else:
         start, end = two, one
     for count in range(20):
