@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import platform
 import re
 import shutil
 import subprocess
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 EXPERIMENT: Final = "forecart"
 DATA_TAG: Final = "forecart.data_digest"
 PASSED_TAG: Final = "forecart.passed"
+TRAINING_TAG: Final = "forecart.training"  # what is trained, with which settings
+HOST_TAG: Final = "forecart.host"
+PROCESS_TAG: Final = "forecart.process"  # its number and when it started
 ARTIFACTS: Final = "mlartifacts"
 
 VERDICT: Final = Path("reports/verdict.json")
@@ -34,6 +40,9 @@ _METRICS: Final[Mapping[str, Sequence[str]]] = {
     "binary": ("roc_auc", "pr_auc", "log_loss", "ece"),
     "amount": ("gini", "total_ratio"),
 }
+# A clock that is set right moves the start of every process a little.
+_CLOCK_SECONDS: Final = 10
+
 # What the name of a metric may not hold.
 _UNNAMEABLE: Final = re.compile(r"[^\w.\- /]")
 
@@ -98,6 +107,8 @@ def track(
 ) -> Iterator[Run]:
     """Open a run; it is marked as failed when the block raises.
 
+    A killed process cannot mark its own: the next run of the same training does it.
+
     Args:
         root: the project's folder.
         params: settings, logged by name.
@@ -105,18 +116,30 @@ def track(
         name: of the run.
         tags: more of them.
     """
+    import psutil
     from mlflow.entities import Param, RunTag
 
     store = connect(root)
     experiment_id = _find_experiment(store, root)
+    settings = {key: str(value) for key, value in params.items()}
+    training = hashlib.sha256(
+        json.dumps([name, data_digest, settings], sort_keys=True).encode()
+    ).hexdigest()[:16]
+    _end_killed(store, experiment_id, training)
     run = store.create_run(experiment_id, run_name=name)
-    all_tags = {DATA_TAG: data_digest, **(tags or {})}
+    own = {
+        DATA_TAG: data_digest,
+        TRAINING_TAG: training,
+        HOST_TAG: platform.node(),
+        PROCESS_TAG: f"{os.getpid()} {psutil.Process().create_time():.0f}",
+    }
+    all_tags = own | dict(tags or {})
     revision = read_revision(root)
     if revision is not None:
         all_tags["mlflow.source.git.commit"] = revision
     store.log_batch(
         run.info.run_id,
-        params=[Param(key, str(value)) for key, value in params.items()],
+        params=[Param(key, value) for key, value in settings.items()],
         tags=[RunTag(key, value) for key, value in all_tags.items()],
     )
     _log_dataset(store, run.info.run_id, data_digest)
@@ -126,6 +149,38 @@ def track(
         store.set_terminated(run.info.run_id, status="FAILED")
         raise
     store.set_terminated(run.info.run_id)
+
+
+def _end_killed(store: MlflowClient, experiment_id: str, training: str) -> None:
+    """End what earlier, killed processes of a training have left running.
+
+    Others may train the same at this moment, in another folder or on another machine. Whether a
+    process lives is known of this machine's alone.
+    """
+    left = store.search_runs(
+        [experiment_id],
+        f"attributes.status = 'RUNNING' and tags.`{TRAINING_TAG}` = '{training}' "
+        f"and tags.`{HOST_TAG}` = '{platform.node()}'",
+    )
+    for run in left:
+        pid, _, started = run.data.tags.get(PROCESS_TAG, "").partition(" ")
+        if pid and not _lives(int(pid), float(started)):
+            store.set_terminated(run.info.run_id, status="KILLED")
+
+
+def _lives(pid: int, started: float) -> bool:
+    """Tell whether a process is still there, and not another one that was given its number."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        # A killed one stays until its parent has looked.
+        gone = process.status() == psutil.STATUS_ZOMBIE
+        return not gone and abs(process.create_time() - started) < _CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:  # somebody else's
+        return True
 
 
 def upload_model(
