@@ -43,13 +43,16 @@ CONTRACTS = {
 }
 NOT_OF_A_RESULT = {
     ("pretrain", "pipelines.registry.tracking"): "of train, whose loading it shares",
-    ("pretrain", "pipelines.registry.champion"): "where it is recorded",
-    ("train", "pipelines.registry.champion"): "where it is recorded",
+    ("pretrain", "pipelines.registry.champion"): "where it is recorded, and what must be there",
+    ("train", "pipelines.registry.champion"): "where it is recorded, and what must be there",
     ("baselines", "pipelines.registry.tracking"): "as for pretrain",
     ("baselines", "pipelines.registry.champion"): "as for pretrain",
     ("baselines", "pipelines.features.engine"): "builds data/features; here a day's length",
     ("evaluate", "pipelines.features.engine"): "likewise; labels are built by the stage features",
     ("package", "pipelines.registry.champion"): "refuses files, and changes none",
+    ("pretrain", "pipelines.evaluation.rivals"): "whose results are recorded, by a promotion",
+    ("train", "pipelines.evaluation.rivals"): "whose results are recorded, by a promotion",
+    ("baselines", "pipelines.evaluation.rivals"): "as for train",
 }
 
 

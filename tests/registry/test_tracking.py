@@ -29,6 +29,7 @@ LIVES = None  # as it is tagged
         ({"epochs": 2}, "another-machine", GONE, "RUNNING"),
         ({"epochs": 3}, platform.node(), GONE, "RUNNING"),
     ],
+    ids=["gone", "number given again", "lives", "another machine", "other settings"],
 )
 def test_a_training_ends_the_run_that_a_killed_one_left(
     root: Path, settings: dict[str, Any], host: str, process: str | None, status: str
