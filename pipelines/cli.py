@@ -223,7 +223,7 @@ def score(
         bool, typer.Option("--embeddings", help="Also write a vector that describes each history.")
     ] = False,
 ) -> None:
-    """Predict every shopper as of one time, by default the end of the data; can be resumed."""
+    """Predict every shopper as of one time, by default the data's end or now; can be resumed."""
     from pipelines.scoring import score as act
 
     when = _parse_time("--at", at)
