@@ -83,7 +83,8 @@ def score(
     Args:
         root: the project's folder.
         which: the model.
-        at: aware; None = the end of the data, or this hour where that is earlier. Events from then on are not looked at.
+        at: aware; None = the end of the data, or this hour where that is earlier. Events from then
+            on are not looked at.
         csv: also write the result there, as one file.
         embeddings: also tell what the model makes of each history, as a list of numbers.
 
