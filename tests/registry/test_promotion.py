@@ -431,6 +431,7 @@ def kill_at(patch: pytest.MonkeyPatch, count: int) -> None:
     wrap(promotion, WRITES[-1])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("act", ["promote", "rollback"])
 def test_an_act_killed_at_any_write_leaves_one_champion_and_is_completed(
     root: Path, tmp_path_factory: pytest.TempPathFactory, act: str

@@ -39,6 +39,7 @@ def run_silent_server() -> Iterator[int]:
                 connection.close()
 
 
+@pytest.mark.integration
 def test_a_server_that_says_nothing_is_not_waited_for() -> None:
     def use(backend: str) -> float:
         store = Store(f"{backend}://u:p@127.0.0.1:{port}/x")

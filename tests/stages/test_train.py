@@ -225,6 +225,7 @@ def test_trains_predicts_and_logs(root: Path) -> None:
     assert pq.read_table(root / train.PREDICTIONS).equals(predictions)
 
 
+@pytest.mark.integration
 def test_other_backbones_are_compared(root: Path) -> None:
     pretrain.run(PARAMS, root)
     train.run(PARAMS, root)
@@ -243,6 +244,7 @@ def test_other_backbones_are_compared(root: Path) -> None:
     assert not list((root / ".forecart/checkpoints").iterdir())
 
 
+@pytest.mark.integration
 def test_a_comparison_that_is_killed_goes_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = PARAMS.train.model_copy(update={"compare": ("cnn", "mlp")})
     params = PARAMS.model_copy(update={"train": settings})
