@@ -18,12 +18,14 @@ from typing import Any
 from airflow.sdk import Asset, Param, dag, task
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
+from pipelines import workspace
 from pipelines.errors import UserError
 from pipelines.processes import Command
 
 HOME = Path(os.environ.get("FORECART_HOME") or Path(__file__).resolve().parents[1])
 CHAMPION = Asset("champion", uri="forecart://champion")
 RETRY_DELAY = timedelta(seconds=10)
+OWNER = {"owner": "forecart"}
 # Of the backtest's form.
 FIELDS = ("folds", "step_days")
 
@@ -65,6 +67,7 @@ def deploy(run_id: Any = None) -> None:
     is_paused_upon_creation=False,
     max_active_runs=1,
     tags=["forecart"],
+    default_args=OWNER,
     doc_md=(
         "Runs whenever a DAG has promoted a model or rolled one back: the command of the variable "
         "`FORECART_DEPLOY`, a JSON list of arguments, for example "
@@ -92,6 +95,7 @@ def roll_back() -> None:
     is_paused_upon_creation=False,
     max_active_runs=1,
     tags=["forecart"],
+    default_args=OWNER,
     doc_md="Returns to the champion before the present one. Nothing is trained.",
 )
 def forecart_rollback() -> None:
@@ -104,11 +108,9 @@ def plan(params: dict[str, Any]) -> list[str]:
     """List the days that folds end at."""
     from pipelines.backtest import list_folds
 
-    # Airflow takes any name from a call, and folds would be trained for hours without it.
-    if unknown := params.keys() - set(FIELDS):
-        names = ", ".join(sorted(unknown))
-        raise AirflowFailException(f"unknown in conf: {names}; there are {', '.join(FIELDS)}")
     try:
+        # Airflow takes any name from a call.
+        workspace.refuse_unknown(params, FIELDS)
         return list_folds(HOME, folds=params["folds"], step_days=params["step_days"])
     except UserError as error:
         raise AirflowFailException(str(error)) from None
@@ -157,6 +159,7 @@ def gather(days: list[str] | None, folds: Sequence[dict[str, Any]]) -> str:
         ),
     },
     tags=["forecart"],
+    default_args=OWNER,
     doc_md=(
         "Trains and evaluates as if today were an earlier day, many times (rolling origin). "
         "The comparison with LightGBM over all folds is in `reports/backtest.json`."

@@ -213,12 +213,10 @@ def describe_stage(stage: Stage) -> str:
 @task(retries=2, retry_delay=RETRY_DELAY)
 def prepare(params: dict[str, Any], live: bool, run_id: Any = None, dag_run: Any = None) -> str:
     """Make the run's workspace, with the settings of the form in its `params.yaml`."""
-    # Airflow takes any name from a call, and a run with a misspelt one would go on without it.
-    if unknown := params.keys() - set(FIELDS):
-        names = ", ".join(sorted(unknown))
-        raise AirflowFailException(f"unknown in conf: {names}; there are {', '.join(FIELDS)}")
     changes = {key: params[field] for field, key in SETTINGS.items()}
     try:
+        # Airflow takes any name from a call.
+        workspace.refuse_unknown(params, FIELDS)
         if live:
             leave_out_today(changes, dag_run.run_after)
         if REMOTE:
@@ -448,6 +446,7 @@ OPTIONS: dict[str, Any] = {
     "max_active_tasks": 4 if REMOTE else 1,
     "render_template_as_native_obj": True,
     "tags": ["forecart"],
+    "default_args": {"owner": "forecart"},
 }
 
 DAG = dag(

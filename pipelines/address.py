@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, Final
+
+# Where the service keeps what it collects, and ingest finds it.
+STORE_VARIABLE: Final = "FORECART_STORE"
+DEFAULT_STORE: Final = "sqlite:///.forecart/events.db"
 
 # The drivers that this project installs, of the names that say none.
 _DRIVERS: Final = {
@@ -31,3 +37,19 @@ def parse_address(text: str) -> Any:
     except ValueError:
         raise ArgumentError("the port in the address is not a number") from None
     return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
+
+
+def anchor_address(text: str, folder: Path) -> str:
+    """Return an address that names the same file of SQLite from every folder.
+
+    Args:
+        text: as for ``parse_address``.
+        folder: that a relative file is in; any other address stays as it is.
+    """
+    relative = re.fullmatch(r"(sqlite(?:\+\w+)?:///)((?!file:)[^/:].*)", text)
+    return f"{relative[1]}{folder / relative[2]}" if relative else text
+
+
+def hide_login(text: str) -> str:
+    """Return an address without who connects, and with which password."""
+    return re.sub(r"://[^/]*@", "://", text)

@@ -352,7 +352,7 @@ def _tell_machine(error: Exception) -> str | None:
     # Importing it takes seconds; without it, it is none of its errors.
     if "mlflow.exceptions" not in sys.modules:
         return None
-    from pipelines.registry.champion import explain
+    from pipelines.registry.connection import explain
 
     return explain(error, Path())
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -28,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from pipelines.address import hide_login
 from pipelines.errors import UserError, require
 from pipelines.graph import load_graph
 from pipelines.io import read_json, replace_file, write_json
@@ -203,8 +203,7 @@ def _find_pages(store: str) -> str | None:
     """
     if not store.startswith(("http://", "https://")):
         return None
-    parts = urllib.parse.urlsplit(os.environ.get("FORECART_MLFLOW") or store)
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return hide_login(os.environ.get("FORECART_MLFLOW") or store)
 
 
 def _airflow_environment(root: Path, ports: dict[str, int]) -> dict[str, str]:

@@ -44,6 +44,7 @@ from pipelines.io import (
 )
 from pipelines.model.timeline import Timeline, bisect
 from pipelines.registry.champion import (
+    MODEL,
     check_files,
     fetch_champion,
     read_champion,
@@ -53,7 +54,6 @@ from pipelines.registry.tracking import VERDICT
 if TYPE_CHECKING:
     from pipelines.model.predictor import Predictor
 
-MODEL: Final = Path("models/gpt")
 FEATURES: Final = Path("data/features")
 SCORES: Final = Path("data/scores")
 # Readers of Parquet folders pass over names that begin with an underscore.

@@ -14,11 +14,12 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from pipelines.address import DEFAULT_STORE, STORE_VARIABLE, anchor_address
 from pipelines.errors import UserError
 
 RUNS: Final = Path(".forecart/runs")
@@ -41,9 +42,6 @@ _FINISHED: Final = ".finished"
 _ABANDONED_SECONDS: Final = 30 * 86_400
 _UNBORN_SECONDS: Final = 5
 _LOGIN: Final = frozenset({"GIT_ASKPASS", "GIT_SSH", "GIT_SSH_COMMAND", "GIT_SSL_CAINFO"})
-# As in pipelines.sources.database, which is heavy.
-_STORE: Final = "FORECART_STORE"
-_STORE_HERE: Final = "sqlite:///.forecart/events.db"
 _NOT_READ: Final = "fatal: Could not read from remote repository."
 _IDENTITY: Final = ("-c", "user.name=forecart", "-c", "user.email=forecart@localhost")
 
@@ -107,9 +105,9 @@ def check_out(home: Path, folder: Path, commit: str) -> None:
 def environment(home: Path, folder: Path) -> dict[str, str]:
     """Return variables that make commands in a workspace use its code and the shared registry."""
     path = filter(None, [str(folder), os.environ.get("PYTHONPATH")])
-    store = os.environ.get(_STORE) or _STORE_HERE
+    store = os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
     return {
-        _STORE: _anchor(store, home.resolve()),
+        STORE_VARIABLE: anchor_address(store, home.resolve()),
         "PYTHONPATH": os.pathsep.join(path),
         "MLFLOW_TRACKING_URI": os.environ.get(
             "MLFLOW_TRACKING_URI", f"sqlite:///{home.resolve() / 'mlflow.db'}"
@@ -198,6 +196,17 @@ def mend(home: Path) -> None:
             shutil.rmtree(head.parent, ignore_errors=True)
 
 
+def refuse_unknown(conf: Mapping[str, Any], fields: Collection[str]) -> None:
+    """Refuse a run's conf with names that no field has: the run would go on without them.
+
+    Raises:
+        UserError: it names them, and those that there are.
+    """
+    if unknown := conf.keys() - set(fields):
+        names = ", ".join(sorted(unknown))
+        raise UserError(f"unknown in conf: {names}; there are {', '.join(fields)}")
+
+
 def write_params(path: Path, home: Path, changes: Mapping[str, Any]) -> None:
     """Change some settings of a params.yaml, comments stay.
 
@@ -242,16 +251,10 @@ def write_params(path: Path, home: Path, changes: Mapping[str, Any]) -> None:
             files[name] = str(home / given)
     database = (settings.get("ingest") or {}).get("database") or {}
     if url := database.get("url"):
-        database["url"] = _anchor(url, home)
+        database["url"] = anchor_address(url, home)
     with path.open("w", encoding="utf-8") as file:
         yaml.dump(settings, file)
     load_params(path)
-
-
-def _anchor(url: str, home: Path) -> str:
-    """Return the address of a database, a file of the checkout also where it is relative."""
-    relative = re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^/:].*)", url)
-    return f"{relative[1]}{home / relative[2]}" if relative else url
 
 
 def run_git(folder: Path, *arguments: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NoReturn
 
+from pipelines.address import DEFAULT_STORE, STORE_VARIABLE, anchor_address
 from pipelines.errors import UserError
 
 SERVICE: Final = "serving.service:Forecart"
@@ -17,11 +18,7 @@ SERVICE: Final = "serving.service:Forecart"
 # BentoML keeps metrics of its workers in its home; the project's folder holds them, not the
 # user's.
 HOME: Final = Path(".forecart") / "bentoml"
-STORE: Final = Path(".forecart") / "events.db"
 SCORES: Final = Path("data") / "scores"
-
-_SQLITE: Final = "sqlite:///"
-_MEMORY: Final = ":memory:"
 
 
 def serve(directory: Path, *, host: str = "127.0.0.1", port: int = 3000) -> NoReturn:
@@ -55,11 +52,9 @@ def plan_server(directory: Path, *, host: str, port: int) -> tuple[list[str], di
     environment.setdefault("BENTOML_HOME", str(HOME.resolve()))
     # The server changes its folder; files are meant from the one that it was started from.
     # Empty is as good as none.
-    environment["FORECART_STORE"] = environment.get("FORECART_STORE") or f"{_SQLITE}{STORE}"
+    store = environment.get(STORE_VARIABLE) or DEFAULT_STORE
+    environment[STORE_VARIABLE] = anchor_address(store, Path.cwd())
     environment.setdefault("FORECART_EXPORTS", str(SCORES))
-    store = environment["FORECART_STORE"]
-    if store.startswith(_SQLITE) and not store.endswith(_MEMORY):
-        environment["FORECART_STORE"] = _SQLITE + _resolve(store.removeprefix(_SQLITE))
     exports = environment["FORECART_EXPORTS"].split(os.pathsep)
     environment["FORECART_EXPORTS"] = os.pathsep.join(_resolve(name) for name in exports if name)
     for name in ("FORECART_CHAMPION", "FORECART_API_KEYS"):
@@ -95,7 +90,7 @@ def check_settings(environment: Mapping[str, str] = os.environ) -> None:
     # Here, since the command line starts without them.
     from serving.engine import find_count
     from serving.keys import read_clients, read_hosts
-    from serving.store import STORE_VARIABLE, Store
+    from serving.store import Store
     from serving.swap import find_watched
     from serving.tracing import plan_tracing
 

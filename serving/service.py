@@ -137,6 +137,8 @@ class Forecart:
         )
         # Opened with the first event: a service that only predicts needs no store.
         self._store: Store | None = None
+        # Why there is none: the environment stays as it is at the start.
+        self._no_store = _find_lack()
         self._is_created = False
         self._opening = threading.Lock()
         # The store may hang, and predictions must not.
@@ -160,10 +162,8 @@ class Forecart:
             logging.getLogger(__name__).critical("the model is refused: %s", error)
             os._exit(_REFUSED)
         self.metrics.show_model(digest)
-        try:
-            find_url()
-        except UserError as error:
-            logging.getLogger(__name__).warning("%s", error)
+        if self._no_store is not None:
+            logging.getLogger(__name__).warning("%s", self._no_store)
         # What is there now stays: to look through it for garbage again and again would make some
         # requests wait for a tenth of a second.
         gc.collect()
@@ -240,7 +240,7 @@ class Forecart:
         same content where it has none) is a duplicate and changes nothing, so a client may send
         again what it had no answer for.
         """
-        _require_store()
+        self._require_store()
         clock = datetime.now(UTC)
         parsed = [parse_event(raw, clock) for raw in request.events]
         rows = [row for row, _ in parsed if row is not None]
@@ -296,7 +296,7 @@ class Forecart:
 
     async def keep_profile(self, user_id: str, profile: Profile) -> StoredProfile:
         """Store what the shop knows of a shopper; answered means durable."""
-        _require_store()
+        self._require_store()
         row = profile.model_dump()
         if profile.signup_ts is not None:
             row["signup_ts"] = to_us(profile.signup_ts)
@@ -310,7 +310,7 @@ class Forecart:
             NotAvailable: the exports are being written, or cannot be; the store has forgotten
                 already.
         """
-        _require_store()
+        self._require_store()
         erased = await _guard(self.errands.run(lambda: self._open_store().erase(user_id)))
         try:
             # One after the other, or they would wait for each other's files.
@@ -327,7 +327,7 @@ class Forecart:
 
     async def _find_shoppers(self, user_ids: Sequence[str], now: datetime) -> list[Shopper]:
         """Return those of some shoppers of whom an event was collected before a time."""
-        _require_store()
+        self._require_store()
 
         def read() -> list[Shopper]:
             store = self._open_store()
@@ -380,6 +380,15 @@ class Forecart:
             raise InternalServerError("predicting failed")
         return result
 
+    def _require_store(self) -> None:
+        """Let go on where there is a place for what is collected.
+
+        Raises:
+            NotAvailable: FORECART_STORE names none.
+        """
+        if self._no_store is not None:
+            raise NotAvailable(self._no_store)
+
     def _open_store(self) -> Store:
         with self._opening:
             if self._store is None:
@@ -409,16 +418,13 @@ class Forecart:
         return [await self.engine.ask(call) for call in calls]
 
 
-def _require_store() -> None:
-    """Let go on where there is a place for what is collected.
-
-    Raises:
-        NotAvailable: FORECART_STORE names none.
-    """
+def _find_lack() -> str | None:
+    """Say why nothing can be collected here; None: there is a place for it."""
     try:
         find_url()
     except UserError as error:
-        raise NotAvailable(str(error)) from None
+        return str(error)
+    return None
 
 
 async def _guard(work: Any) -> Any:

@@ -41,12 +41,11 @@ from sqlalchemy.exc import (
     ProgrammingError,
 )
 
-from pipelines.address import parse_address
+from pipelines.address import STORE_VARIABLE, anchor_address, parse_address
 from pipelines.errors import UserError
 from pipelines.events import EVENT_SCHEMA, MAX_ID_LENGTH, MAX_QUERY_LENGTH, USER_SCHEMA
 from serving.stalls import CONNECT_SECONDS, bound_statements, plan_waiting
 
-STORE_VARIABLE: Final = "FORECART_STORE"
 _EXAMPLE: Final = "sqlite:////whole/path/to/events.db"
 
 _CHUNK: Final = 500  # ids in one query; SQLite allows some tens of thousands of parameters
@@ -134,21 +133,9 @@ def find_url() -> str:
     url = os.environ.get(STORE_VARIABLE)
     if not url:
         raise UserError(f"nothing is collected here: set {STORE_VARIABLE}, such as {_EXAMPLE}")
-    if _is_relative(url):
+    if anchor_address(url, Path("/")) != url:
         raise UserError(f"{STORE_VARIABLE}: the file needs its whole path, such as {_EXAMPLE}")
     return url
-
-
-def _is_relative(url: str) -> bool:
-    """Return whether an address names a file of SQLite from the folder that is worked in."""
-    try:
-        parsed = parse_address(url)
-    except ArgumentError:
-        return False  # told by who opens it
-    name = parsed.database if parsed.get_backend_name() == "sqlite" else None
-    if not name or name == ":memory:" or name.startswith("file:"):
-        return False
-    return not Path(name).is_absolute()
 
 
 class Store:

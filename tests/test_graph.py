@@ -36,6 +36,8 @@ def test_the_graph_is_dvcs_own() -> None:
 
 # What stages import without depending on it, and why their results don't.
 CONTRACTS = {
+    "pipelines.address": "finds what is read or recorded, by any address the same",
+    "pipelines.registry.connection": "reaches what is recorded",
     "pipelines.config": "its values are the stage's params",
     "pipelines.errors": "texts for people",
     "pipelines.events": "the schema, which what is stored is written in",

@@ -27,7 +27,7 @@ from pipelines.model.tuning import (
     suggest,
     write_settings,
 )
-from pipelines.registry.champion import connect
+from pipelines.registry.connection import connect
 from pipelines.registry.tracking import EXPERIMENT
 from pipelines.tuning import PARENT_TAG, tune
 from tests.model.conftest import PERIODS, TARGETS, TINY, shop, vocabulary

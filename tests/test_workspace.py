@@ -12,7 +12,6 @@ import yaml
 from pipelines import workspace
 from pipelines.config import load_params
 from pipelines.errors import UserError
-from pipelines.sources import database
 from pipelines.workspace import RUNS, locate, name_run, prepare
 
 ROOT = Path(__file__).parent.parent
@@ -131,10 +130,6 @@ def test_a_database_beside_the_checkout_is_found_from_a_workspace(
     assert url == (given and meant)
     monkeypatch.setenv("FORECART_STORE", given or "")
     assert workspace.environment(home, folder)["FORECART_STORE"] == meant
-    assert (database.URL_VARIABLE, database.DEFAULT_URL) == (
-        workspace._STORE,
-        workspace._STORE_HERE,
-    )
 
 
 def test_the_cache_is_the_checkouts_and_so_are_other_local_settings(home: Path) -> None:

@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from pipelines.evaluation.metrics import HIGHER_IS_BETTER
-from pipelines.evaluation.rivals import CANDIDATE, is_baseline
+from pipelines.evaluation.rivals import CANDIDATE, find_best_baseline
 
 
 class Standing(StrEnum):
@@ -62,17 +62,6 @@ def gap_closed(target: dict[str, Any], model: str, metric: str = "roc_auc") -> f
     return float((value - 0.5) / (ceiling - 0.5))
 
 
-def find_best_baseline(target: dict[str, Any], metric: str) -> str | None:
-    """Return the baseline that does best on the test cuts; None where none was scored."""
-    sign = 1 if HIGHER_IS_BETTER[metric] else -1
-    scores = {
-        name: sign * model[metric]["value"]
-        for name, model in target["models"].items()
-        if is_baseline(name) and model.get(metric, {}).get("value") is not None
-    }
-    return max(sorted(scores), key=lambda name: scores[name], default=None)
-
-
 def describe_target(name: str, target: dict[str, Any]) -> str:
     """One sentence on a target, with its numbers."""
     metric = main_metric(target)
@@ -81,26 +70,25 @@ def describe_target(name: str, target: dict[str, Any]) -> str:
     if CANDIDATE not in models or models[CANDIDATE][metric]["value"] is None:
         return f"{name}: only one outcome in the test window, so ranking metrics are undefined."
     sentence = f"{CANDIDATE} reaches {label} {models[CANDIDATE][metric]['value']:.3f}"
-    found = _compare(target, "lightgbm", metric)
+    found = _compare(target, "lightgbm", metric, "LightGBM")
     if found:
         sentence += f" and is {found}"
-    best = find_best_baseline(target, metric)
-    found = _compare(target, best, metric) if best not in (None, "lightgbm") else ""
-    if found:
-        sentence += f"; of the baselines {best} does best, and it is {found}"
+    best = find_best_baseline(models, metric, higher=HIGHER_IS_BETTER[metric])
+    if best is not None and best != "lightgbm":
+        found = _compare(target, best, metric, f"the best baseline, {best}")
+        sentence += f"; it is {found}" if found else ""
     closed = gap_closed(target, CANDIDATE, metric)
     if closed is not None:
         sentence += f"; that is {closed:.0%} of the way from chance to the exact oracle"
     return sentence + "."
 
 
-def _compare(target: dict[str, Any], other: str | None, metric: str) -> str:
+def _compare(target: dict[str, Any], other: str, metric: str, called: str) -> str:
     """Say how the candidate stands against a model, with the interval; empty: nobody knows."""
-    found = None if other is None else find_difference(target, CANDIDATE, other, metric)
-    if other is None or found is None or found["low"] is None:
+    found = find_difference(target, CANDIDATE, other, metric)
+    if found is None or found["low"] is None:
         return ""
-    name = {"lightgbm": "LightGBM"}.get(other, other)
     return (
-        f"{judge(target, CANDIDATE, other, metric)} {name} (difference {found['diff']:+.4f}, "
+        f"{judge(target, CANDIDATE, other, metric)} {called} (difference {found['diff']:+.4f}, "
         f"interval {found['low']:+.4f} to {found['high']:+.4f})"
     )

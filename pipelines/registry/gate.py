@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from pipelines.config import Gate
-from pipelines.evaluation.rivals import CANDIDATE, CHAMPION, is_baseline
+from pipelines.evaluation.rivals import CANDIDATE, CHAMPION, find_best_baseline
 
 # Rules that any model worth serving beats; both ignore everything but the base rate or the
 # time of the last event.
@@ -159,15 +159,15 @@ def _check_data(target: dict[str, Any], policy: Gate) -> Iterator[Check]:
         passed=users >= policy.min_users,
         value=users,
         limit=policy.min_users,
-        why=f"{users} shoppers were scored; {policy.min_users} are needed to judge",
+        why=f"{users:,} shoppers were scored; {policy.min_users:,} are needed to judge",
     )
     yield Check(
         name="positives",
         passed=positives >= policy.min_positives,
         value=positives,
         limit=policy.min_positives,
-        why=f"{policy.primary_target} came true {positives} times; "
-        f"{policy.min_positives} are needed to judge",
+        why=f"{policy.primary_target} came true {positives:,} times; "
+        f"{policy.min_positives:,} are needed to judge",
     )
     usual = policy.min_base_rate <= rate <= policy.max_base_rate
     yield Check(
@@ -251,7 +251,7 @@ def _check_drift(evaluation: dict[str, Any], policy: Gate) -> Check:
     """Are the inputs still those that the model learned from?"""
     drift = evaluation.get("drift", {})
     share = drift.get("share")
-    worst = ", ".join(entry["feature"] for entry in drift.get("worst", [])[:3])
+    worst = ", ".join(entry["feature"].removeprefix("f_") for entry in drift.get("worst", [])[:3])
     return Check(
         name="drift",
         passed=share is not None and share <= policy.max_drifted_share,
@@ -305,13 +305,9 @@ def _check_floors(target: dict[str, Any], policy: Gate) -> Iterator[Check]:
 
 
 def _check_best_baseline(target: dict[str, Any], policy: Gate) -> Check:
-    sign = 1.0 if policy.primary_metric in _HIGHER_IS_BETTER else -1.0
-    scores = {
-        name: sign * value
-        for name, model in target["models"].items()
-        if is_baseline(name) and (value := _read(model, policy.primary_metric)) is not None
-    }
-    if not scores:
+    metric = policy.primary_metric
+    best = find_best_baseline(target["models"], metric, higher=metric in _HIGHER_IS_BETTER)
+    if best is None:
         return Check(
             name="not_worse_than_best_baseline",
             passed=False,
@@ -319,8 +315,6 @@ def _check_best_baseline(target: dict[str, Any], policy: Gate) -> Check:
             limit=-policy.margin,
             why="no baseline was scored, so there is nothing to compare with",
         )
-    # The name breaks ties, so that equal inputs give an equal verdict.
-    best = max(sorted(scores), key=lambda name: scores[name])
     return _check_margin(target, policy, best, "not_worse_than_best_baseline")
 
 

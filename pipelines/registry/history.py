@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipelines.registry.champion import VERDICT_TAG, open_registry, read_digest
+from pipelines.registry.champion import VERDICT_TAG, read_digest
+from pipelines.registry.connection import open_registry
 from pipelines.registry.promotion import CHAMPION_ALIAS, HISTORY_TAG
 
 

@@ -18,12 +18,13 @@ from pipelines.registry.champion import (
     DIGEST_TAG,
     EVIDENCE,
     LOCK_TAG,
+    MODEL,
     VERDICT_TAG,
     downloaded,
     locate_files,
-    open_registry,
     read_digest,
 )
+from pipelines.registry.connection import open_registry
 from pipelines.registry.tracking import DATA_TAG
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 _FEATURES: Final = Path("data/features")
-_MODEL: Final = Path("models/gpt")
 _BENTO: Final = Path("build/bento")
 _COMMIT_TAG: Final = "mlflow.source.git.commit"
 
@@ -171,7 +171,7 @@ def _digest_data(root: Path, model: str) -> str | None:
 
     They are while the trained model is this one: the next run replaces both.
     """
-    features, trained = root / _FEATURES, root / _MODEL
+    features, trained = root / _FEATURES, root / MODEL
     if not features.is_dir() or not trained.is_dir() or digest_directory(trained) != model:
         return None
     return digest_directory(features)

@@ -31,12 +31,11 @@ from pipelines.registry.champion import (
     fetch_version,
     find_version,
     keep_golden,
-    open_registry,
     read_champion,
     read_digest,
-    read_name,
     write_champion,
 )
+from pipelines.registry.connection import name_registry, open_registry, read_name
 from pipelines.registry.lock import hold_lock
 from pipelines.registry.tracking import VERDICT, log_quality, track, upload_model
 
@@ -214,7 +213,7 @@ def status(root: Path) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    return "\n".join([f"{name} in {registry.tracking_uri}", *table])
+    return "\n".join([f"{name} in {name_registry(registry)}", *table])
 
 
 def _register(registry: MlflowClient, root: Path) -> tuple[ModelVersion, bool]:
@@ -302,18 +301,18 @@ def _find_champion(registry: MlflowClient, root: Path) -> ModelVersion | None:
     # The file was written for another registry, or somebody took the alias away. It is not this
     # one's to overwrite.
     if known.digest is not None:
-        file, name = root / CHAMPION_FILE, read_name(root)
+        file, name, where = root / CHAMPION_FILE, read_name(root), name_registry(registry)
         version = find_version(registry, name, known.digest)
         if version is not None:
             raise UserError(
                 f"{file}: names champion {_short(known.digest)}, but nothing is champion any more "
-                f"in the registry {registry.tracking_uri}; give the alias {CHAMPION_ALIAS} back to "
+                f"in the registry {where}; give the alias {CHAMPION_ALIAS} back to "
                 f"version {version.version} of {name} there, in MLflow's pages; or, to begin "
                 f"without a champion, {ANEW}"
             )
         raise UserError(
             f"{file}: names champion {_short(known.digest)}, which the registry "
-            f"{registry.tracking_uri} does not know; set MLFLOW_TRACKING_URI to the registry that "
+            f"{where} does not know; set MLFLOW_TRACKING_URI to the registry that "
             f"does; where it was deleted, give the alias {CHAMPION_ALIAS} to another version of "
             f"{name} there, in MLflow's pages; or, to begin without a champion, {ANEW}"
         )

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pipelines.evaluation.rivals import CANDIDATE
 from pipelines.io import read_json
-from pipelines.registry.champion import DIGEST_TAG, check_files, connect
+from pipelines.registry.champion import DIGEST_TAG, check_files
+from pipelines.registry.connection import connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

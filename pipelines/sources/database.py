@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from pipelines.address import parse_address
+from pipelines.address import DEFAULT_STORE, STORE_VARIABLE, parse_address
 from pipelines.config import ColumnMapping, Database
 from pipelines.errors import UserError
 from pipelines.events import USER_SCHEMA
@@ -25,9 +25,6 @@ from pipelines.sources.base import (
     choose_origins,
     needed_columns,
 )
-
-URL_VARIABLE: Final = "FORECART_STORE"
-DEFAULT_URL: Final = "sqlite:///.forecart/events.db"
 
 # Where the collecting service keeps what the shop knows of its users.
 PROFILES: Final = "profiles"
@@ -177,8 +174,8 @@ class DatabaseSource:
         from sqlalchemy import create_engine
         from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-        text = self._params.url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
-        setting = f"{_SECTION}.url" if self._params.url else URL_VARIABLE
+        text = self._params.url or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
+        setting = f"{_SECTION}.url" if self._params.url else STORE_VARIABLE
         try:
             url = parse_address(text)
             if url.get_backend_name() == "sqlite" and url.database:

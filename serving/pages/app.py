@@ -144,7 +144,7 @@ class Pages:
         observed = read_curve(self.root, "lift", target.name).get(row or "", [])
         # It was tested on the shoppers of late, and says nothing of all others.
         scope = request.query_params.get("scope", "active")
-        if scope == "all":
+        if scope == "all" and board.plan["active_within_days"] is not None:
             observed = []
         lines = [
             Line(

@@ -9,8 +9,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from pipelines.address import STORE_VARIABLE
 from serving.keys import HOSTS_VARIABLE, read_hosts
-from serving.store import STORE_VARIABLE
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy/kubernetes"
 MANIFESTS = {

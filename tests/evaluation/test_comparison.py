@@ -20,11 +20,11 @@ from pipelines.evaluation.curves import (
 from pipelines.evaluation.findings import (
     Standing,
     describe_target,
-    find_best_baseline,
     gap_closed,
     judge,
 )
 from pipelines.evaluation.report import format_days, render_report
+from pipelines.evaluation.rivals import find_best_baseline
 from pipelines.evaluation.summary import format_summary, tell_next
 from pipelines.events import to_us
 from pipelines.features.cuts import Split
@@ -169,16 +169,16 @@ def test_a_baseline_that_does_better_than_lightgbm_is_named(
     compared: tuple[dict[str, Any], Any],
 ) -> None:
     target = copy.deepcopy(compared[0]["targets"]["purchase_14d"])
-    assert find_best_baseline(target, "roc_auc") == "lightgbm"
-    assert "of the baselines" not in describe_target("purchase_14d", target)
+    assert find_best_baseline(target["models"], "roc_auc", higher=True) == "lightgbm"
+    assert "best baseline" not in describe_target("purchase_14d", target)
     target["models"]["lstm"] = copy.deepcopy(target["models"]["lightgbm"])
     target["models"]["lstm"]["roc_auc"]["value"] += 0.01
     target["models"]["with_mlp"] = copy.deepcopy(target["models"]["oracle"])
     target["paired"]["ensemble-lstm"] = {"roc_auc": {"diff": 0.01, "low": -0.01, "high": 0.03}}
-    assert find_best_baseline(target, "roc_auc") == "lstm"
+    assert find_best_baseline(target["models"], "roc_auc", higher=True) == "lstm"
     told = describe_target("purchase_14d", target)
     assert "ahead of LightGBM" in told
-    assert "of the baselines lstm does best, and it is tied with lstm (difference +0.0100" in told
+    assert "it is tied with the best baseline, lstm (difference +0.0100" in told
 
 
 def test_precision_is_told_of_as_many_as_tell_it(compared: tuple[dict[str, Any], Any]) -> None:

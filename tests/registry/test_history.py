@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.registry.champion import DIGEST_TAG, VERDICT_TAG, connect
+from pipelines.registry.champion import DIGEST_TAG, VERDICT_TAG
+from pipelines.registry.connection import connect
 from pipelines.registry.history import list_champions
 from pipelines.registry.promotion import CHAMPION_ALIAS, HISTORY_TAG
 

@@ -10,7 +10,8 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, write_json, write_text
 from pipelines.registry import lineage, promotion
-from pipelines.registry.champion import connect, fetch_champion, locate_files
+from pipelines.registry.champion import fetch_champion, locate_files
+from pipelines.registry.connection import connect
 from pipelines.registry.tracking import track
 from tests.registry.test_promotion import empty_store, judge, root
 

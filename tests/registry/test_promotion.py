@@ -17,18 +17,18 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, read_json, write_json
-from pipelines.registry import champion, promotion
+from pipelines.registry import connection, promotion
 from pipelines.registry.champion import (
     CACHE,
     DIGEST_TAG,
     MODEL,
     Champion,
-    connect,
     fetch_champion,
     locate_fetched,
     locate_golden,
     write_champion,
 )
+from pipelines.registry.connection import connect
 from pipelines.registry.tracking import EXPERIMENT, PASSED_TAG, attach, track
 
 DATA = "sha256:" + "d" * 64
@@ -564,7 +564,7 @@ def test_a_server_that_does_not_answer_is_told_in_one_line(
             Thread(target=server.serve_forever, daemon=True).start()
         else:
             server.server_close()
-        monkeypatch.setattr(champion, "_CALLS", 1)
+        monkeypatch.setattr(connection, "_CALLS", 1)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         try:
             with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: http://127") as told:
@@ -584,7 +584,7 @@ def test_what_the_database_says_of_itself_is_told(
         database.execute("DROP TABLE experiments")
     with pytest.raises(MlflowException, match="no such table") as raised:
         store.search_experiments()
-    told = champion.explain(raised.value, root)
+    told = connection.explain(raised.value, root)
     assert told == f"MLflow at sqlite:///{root / 'mlflow.db'}: no such table: experiments"
     assert "Traceback" not in capfd.readouterr().err
 

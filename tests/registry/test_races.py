@@ -14,7 +14,8 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, write_json
 from pipelines.registry import lock
-from pipelines.registry.champion import DIGEST_TAG, connect
+from pipelines.registry.champion import DIGEST_TAG
+from pipelines.registry.connection import connect
 from pipelines.registry.lock import hold_lock
 from pipelines.registry.tracking import track
 

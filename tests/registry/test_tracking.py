@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.registry.champion import connect
+from pipelines.registry.connection import connect
 from pipelines.registry.tracking import HOST_TAG, PROCESS_TAG, track
 from tests.registry.test_promotion import DATA, empty_store, root
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from pipelines.address import STORE_VARIABLE
 from pipelines.errors import UserError
-from serving.store import STORE_VARIABLE, Erased, Store, find_url
+from serving.store import Erased, Store, find_url
 
 NOON = 1_750_000_000_000_000
 

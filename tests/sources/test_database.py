@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, text
 
+from pipelines.address import STORE_VARIABLE
 from pipelines.config import Database
 from pipelines.errors import UserError
 from pipelines.sources.base import Kind
-from pipelines.sources.database import URL_VARIABLE, DatabaseSource
+from pipelines.sources.database import DatabaseSource
 from serving.collect import parse_event
 from serving.store import Store
 
@@ -42,7 +43,7 @@ def read(source: DatabaseSource, kind: Kind = Kind.EVENTS) -> list[dict[str, Any
 def test_what_the_service_stored_is_read_as_it_was_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(URL_VARIABLE, collect(tmp_path / "events.db", EVENTS))
+    monkeypatch.setenv(STORE_VARIABLE, collect(tmp_path / "events.db", EVENTS))
     found = read(DatabaseSource(Database()))
     assert [row["user_id"] for row in found] == ["ann", "bob", "ann"]
     for row, sent in zip(found, EVENTS, strict=True):
@@ -229,7 +230,7 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Monke
             DatabaseSource(params).fingerprint()
             list(DatabaseSource(params).read(Kind.EVENTS))
     for address, match in (("sqlite:///none.db", "set FORECART_STORE"), ("x", "FORECART_STO")):
-        monkeypatch.setenv(URL_VARIABLE, address)
+        monkeypatch.setenv(STORE_VARIABLE, address)
         with pytest.raises(UserError, match=match):
             DatabaseSource(Database(), tmp_path).fingerprint()
     make_log(tmp_path / "shop.db")

@@ -28,7 +28,8 @@ from pipelines.model import training
 from pipelines.model.predictor import Predictor
 from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.training import population, train_model
-from pipelines.registry.champion import DIGEST_TAG, connect, locate_files
+from pipelines.registry.champion import DIGEST_TAG, locate_files
+from pipelines.registry.connection import connect
 from pipelines.registry.tracking import DATA_TAG, EXPERIMENT, track
 from pipelines.stages import pretrain, train
 from pipelines.stages.baselines import choose_lstm_settings

@@ -1,0 +1,152 @@
+"""The way to MLflow: the address, the client, and what ails them, in one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pipelines.address import hide_login
+from pipelines.config import PARAMS_FILE, load_params
+from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# The project's own, where MLFLOW_TRACKING_URI names no other.
+REGISTRY: Final = Path("mlflow.db")
+
+# Times that a server is called again, after 0, 4 and 8 seconds.
+_CALLS: Final = 3
+_CALL_SECONDS: Final = 10  # until the next call
+# What a gateway answers for a server that is not there.
+_ABSENT: Final = (502, 503, 504)
+
+
+def connect(root: Path) -> MlflowClient:
+    """Return a client of the registry that MLFLOW_TRACKING_URI names, else the project's own.
+
+    MLflow's address for the whole process stays as it is: setting it would set the environment
+    variable too, and bind all projects of the process to one registry.
+
+    Raises:
+        UserError: MLflow cannot open it, or its server does not answer.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    # A command says what it did; that MLflow creates its tables is not news.
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    # What ails the database is raised, too.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    uri = _find_address(root)
+    try:
+        registry = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except (MlflowException, SQLAlchemyError) as error:
+        raise UserError(f"MLFLOW_TRACKING_URI: {tell(error)}") from None
+    if uri.startswith(("http://", "https://")):
+        _call(uri)
+    return registry
+
+
+def _find_address(root: Path) -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root.resolve() / REGISTRY}")
+
+
+def _call(uri: str) -> None:
+    """Wait for an MLflow server, some ten seconds where nothing answers.
+
+    MLflow itself tries for four minutes before it says anything. That is left as it is for the
+    requests that follow: a training of hours should outlive an outage. A variable of the
+    environment would reach it, through `forecart run` and the orchestrator.
+
+    Raises:
+        UserError: nothing answers.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        answer = http_request(
+            get_default_host_creds(uri),
+            "/health",
+            "GET",
+            max_retries=_CALLS,
+            backoff_factor=2,
+            backoff_jitter=0,
+            retry_codes=_ABSENT,
+            raise_on_status=False,
+            timeout=_CALL_SECONDS,
+            respect_retry_after_header=False,
+        )
+    except MlflowException as error:
+        raise UserError(f"MLFLOW_TRACKING_URI: {hide_login(uri)}: {_tell_cause(error)}") from None
+    # Any other answer will do; whether it is a good one is for the requests that follow.
+    if answer.status_code in _ABSENT:
+        told = f"answers {answer.status_code} {answer.reason}"
+        raise UserError(f"MLFLOW_TRACKING_URI: {hide_login(uri)}: {told}")
+
+
+def explain(error: Exception, root: Path) -> str | None:
+    """Tell in one line what ails MLflow or its database or server.
+
+    Args:
+        error: that an act ended with.
+        root: the project's folder.
+
+    Returns:
+        The address and the cause; None where the error is of another kind, or not MLflow's.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import DatabaseError
+
+    # Other libraries have databases and servers of their own.
+    passed = traceback.walk_tb(error.__traceback__)
+    modules = (str(frame.f_globals.get("__name__")) for frame, _ in passed)
+    raised = isinstance(error, (DatabaseError, sqlite3.DatabaseError, RequestException))
+    if not isinstance(error, MlflowException) and not (
+        raised and any(name.startswith("mlflow.") for name in modules)
+    ):
+        return None
+    return f"MLflow at {hide_login(_find_address(root))}: {_tell_cause(error)}"
+
+
+def _tell_cause(error: BaseException) -> str:
+    """Return what the machine said of it, where it did, else what the library says."""
+    first = error
+    while (under := error.__cause__ or error.__context__) is not None:
+        error = under
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return tell(error if isinstance(error, (OSError, sqlite3.Error)) else first)
+
+
+def read_name(root: Path) -> str:
+    """Return the name under which models are registered."""
+    return load_params(root / PARAMS_FILE).package.name
+
+
+def open_registry(root: Path) -> tuple[MlflowClient, str]:
+    """Return the registry and the name in it; where no project is, none is made.
+
+    Raises:
+        UserError: the folder is no project's, or MLflow cannot open the registry.
+    """
+    name = read_name(root)
+    return connect(root), name
+
+
+def name_registry(registry: MlflowClient) -> str:
+    """Return a registry's address for people, without a password."""
+    return hide_login(str(registry.tracking_uri))
+
+
+def tell(error: BaseException) -> str:
+    """Return the first line of what a library says."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
