@@ -37,6 +37,10 @@ _PIP_OPTIONS: Final = (
     "timeout",
 )
 
+# podman and buildah copy themselves into sealed memory before a step runs. The kernel refuses the
+# seal while it still holds one of the pages, as it may for a moment where memory is scarce.
+_PASSING: Final = "sealing memfd copy: Device or resource busy"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PipConfig:
@@ -106,6 +110,19 @@ def containerize(
             secret=secret,
             mounts=pip.paths,
         )
+        result = _build(command)
+    if result.returncode != 0:
+        raise UserError(f"{program} could not build the image:\n{result.stdout.strip()[-3000:]}")
+    size = read_size(program, tag)
+    return (
+        f"{tag} built by {program} from {bento['name']}:{bento['version']}, "
+        f"{size / 1e6:,.0f} MB; next: run it with --read-only --tmpfs /tmp -p 127.0.0.1:3000:3000"
+    )
+
+
+def _build(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the build; a moment's trouble of the machine, which says nothing about it, twice more."""
+    for tries_left in reversed(range(3)):
         result = subprocess.run(
             command,
             stdout=subprocess.PIPE,
@@ -114,13 +131,9 @@ def containerize(
             check=False,
             env=os.environ | {"DOCKER_BUILDKIT": "1"},
         )
-    if result.returncode != 0:
-        raise UserError(f"{program} could not build the image:\n{result.stdout.strip()[-3000:]}")
-    size = read_size(program, tag)
-    return (
-        f"{tag} built by {program} from {bento['name']}:{bento['version']}, "
-        f"{size / 1e6:,.0f} MB; next: run it with --read-only --tmpfs /tmp -p 127.0.0.1:3000:3000"
-    )
+        if result.returncode == 0 or _PASSING not in result.stdout or not tries_left:
+            break
+    return result
 
 
 def find_builder(wanted: Builder) -> Builder:

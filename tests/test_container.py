@@ -82,6 +82,41 @@ def test_a_failed_build_is_told_with_its_end(
         )
 
 
+def test_a_moments_trouble_of_the_machine_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel refuses only now is asked for again, and nothing else is."""
+    write_bento(tmp_path)
+    tries = tmp_path / "tries"
+    fake = tmp_path / "bin/podman"
+    fake.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{fake.parent}:/usr/bin:/bin")
+
+    def build(trouble: str, until: int) -> int:
+        """Return how often it was tried where each of the first tries ends with a trouble."""
+        tries.write_text("")
+        fake.write_text(
+            "#!/bin/sh\n"
+            "[ $1 = image ] && echo '[{\"Size\": 1}]'\n"
+            "[ $1 = build ] || exit 0\n"
+            f"echo >>{tries}\n"
+            f"[ $(wc -l <{tries}) -gt {until} ] || {{ echo '{trouble}'; exit 1; }}\n"
+        )
+        fake.chmod(0o755)
+        try:
+            container.containerize(
+                tmp_path, tag="a", base_image="b", builder=Builder.PODMAN, torch_index=""
+            )
+        except UserError as error:
+            assert trouble in str(error)
+        return len(tries.read_text().splitlines())
+
+    busy = "Close_Fd sealing memfd copy: Device or resource busy"
+    assert build(busy, until=1) == 2
+    assert build(busy, until=9) == 3
+    assert build("no space left", until=9) == 1
+
+
 def test_the_next_step_binds_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A service without keys is for this machine alone."""
     write_bento(tmp_path)
