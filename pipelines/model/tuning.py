@@ -70,7 +70,8 @@ class Found:
         best: the settings that did best, by name.
         loss: their mean log loss on the calibration cut.
         current: the loss of the settings that stood in params.yaml.
-        gain: the least and the most that the loss falls by, an interval of the paired difference.
+        gain: the least and the most that the loss falls by, an interval of the paired difference,
+            wider the more trials the best was picked from.
         trials: finished, pruned ones included.
     """
 
@@ -195,7 +196,13 @@ def search(
         best=dict(best.params),
         loss=float(study.best_value),
         current=current.value,
-        gain=compare_parts(current.user_attrs[_LOSSES], best.user_attrs[_LOSSES], confidence),
+        gain=compare_parts(
+            current.user_attrs[_LOSSES],
+            best.user_attrs[_LOSSES],
+            # The best of many looks better by some chance: all their intervals hold at once
+            # (Bonferroni; Dunn, Journal of the American Statistical Association 56, 1961).
+            1 - (1 - confidence) / max(1, _count_judged(study) - 1),
+        ),
         trials=_count_finished(study),
     )
 
@@ -206,6 +213,13 @@ def _count_finished(study: optuna.Study) -> int:
 
     states = (TrialState.COMPLETE, TrialState.PRUNED)
     return len(study.get_trials(deepcopy=False, states=states))
+
+
+def _count_judged(study: optuna.Study) -> int:
+    """Return how many trials have a loss."""
+    from optuna.trial import TrialState
+
+    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
 
 def _find_trial(
