@@ -23,7 +23,7 @@ from pipelines.evaluation.metrics import (
     clean,
     draw_weights,
     interval,
-    summarise,
+    summarise_all,
 )
 from pipelines.evaluation.rivals import CANDIDATE, NETWORK
 from pipelines.features.cuts import Split
@@ -166,7 +166,7 @@ def _score_models(part: TestRows, weights: Floats, config: Evaluation) -> dict[s
             samples[name] = binary_metrics(part.y, p, weights, threshold=threshold)
         else:
             samples[name] = amount_metrics(part.y, p, weights, best)
-        models[name] = {k: summarise(v, config.confidence) for k, v in samples[name].items()}
+        models[name] = summarise_all(samples[name], config.confidence)
         if part.target.kind is Kind.BINARY:
             models[name]["threshold"] = clean(part.thresholds[name])
             models[name]["ece_by_chance"] = chance_of_calibration_error(

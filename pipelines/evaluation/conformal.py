@@ -4,7 +4,9 @@ Class-conditional split conformal prediction (Vovk, "Conditional validity of ind
 predictors", ACML 2012): on the calibration cut, the scores of those who did it and of those who
 did not each give a bound; a test row's set holds every answer whose score is inside. For rows
 exchangeable with the calibration rows, each of the two groups is covered with at least the level
-asked for. Shoppers change with time, so the observed coverage is told beside the level.
+asked for. Shoppers change with time, and the scores of the test rows are by the refit, those of the
+calibration rows by the fit before it, which was corrected on them: so the observed coverage is told
+beside the level.
 """
 
 from __future__ import annotations

@@ -23,6 +23,10 @@ _BLOCK: Final = 16
 # A probability of exactly 0 or 1 that is wrong has infinite loss; this is the least claimed.
 _EPSILON: Final = 1e-7
 
+# Chance only ever adds to these, and more in a bootstrap sample than in the rows themselves: the
+# interval of the samples may lie above the value, and is not told.
+BIASED: Final = frozenset({"ece"})
+
 HIGHER_IS_BETTER: Final[dict[str, bool]] = {
     "roc_auc": True,
     "pr_auc": True,
@@ -316,6 +320,14 @@ def summarise(values: Floats, confidence: float) -> dict[str, float | None]:
     """Value and percentile interval of a metric's (B,) samples; None where undefined."""
     low, high = interval(values[1:], confidence)
     return {"value": clean(values[0]), "low": low, "high": high}
+
+
+def summarise_all(
+    samples: dict[str, Floats], confidence: float
+) -> dict[str, dict[str, float | None]]:
+    """Value and interval of several metrics; those that chance adds to have a value alone."""
+    told = {metric: summarise(values, confidence) for metric, values in samples.items()}
+    return told | {m: told[m] | {"low": None, "high": None} for m in BIASED & told.keys()}
 
 
 def interval(samples: Floats, confidence: float) -> tuple[float | None, float | None]:

@@ -23,10 +23,6 @@ PLOTTED: Final = (
 )
 _MAX_LINES: Final = 5
 
-# Chance only ever adds to these, and more in a bootstrap sample than in the rows themselves: the
-# interval of the samples may lie above the value, and is not shown.
-BIASED: Final = frozenset({"ece"})
-
 METRIC_NAMES: Final = {
     "roc_auc": "ROC-AUC",
     "pr_auc": "PR-AUC",
@@ -81,7 +77,6 @@ def render_report(
         candidate=CANDIDATE,
         metric_names=METRIC_NAMES,
         higher=HIGHER_IS_BETTER,
-        biased=BIASED,
     )
 
 

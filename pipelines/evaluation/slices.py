@@ -15,7 +15,7 @@ from pipelines.evaluation.metrics import (
     clean,
     draw_weights,
     interval,
-    summarise,
+    summarise_all,
 )
 from pipelines.evaluation.rivals import CANDIDATE
 from pipelines.features.snapshot_table import Mask, SnapshotTable
@@ -98,7 +98,7 @@ def score_slices(
             "rows": int(mask.sum()),
             "positives": int((y > 0).sum()),
             "models": {
-                model: {m: summarise(samples[model][m], config.confidence) for m in _METRICS}
+                model: summarise_all({m: samples[model][m] for m in _METRICS}, config.confidence)
                 for model in models
             },
             "paired": gains,

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipelines.config import PARAMS_FILE, TargetsConfig, load_params
 from pipelines.errors import UserError
 from pipelines.evaluation.charts import Line, line_chart
-from pipelines.evaluation.report import BIASED, METRIC_NAMES, format_days
+from pipelines.evaluation.report import METRIC_NAMES, format_days
 from pipelines.evaluation.rivals import CANDIDATE
 from pipelines.io import say_count
 from pipelines.model.heads import Target
@@ -306,7 +306,6 @@ class Pages:
             found=targets.get(name),
             metrics=_METRICS[targets[name]["kind"]] if name else (),
             metric_names=METRIC_NAMES,
-            biased=BIASED,
             models=[m for m in quality.models if name and m in targets[name]["models"]],
             chart=chart if drawn else None,
             drawn=drawn,
