@@ -131,8 +131,10 @@ def _fit(model: Any, x: Floats, y: Any, alpha: float) -> None:
     """
     with _ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore", LinAlgWarning)
+        # Nor is what single precision cannot hold, which leaves coefficients that are none.
+        warnings.simplefilter("ignore", RuntimeWarning)
         model.fit(_narrow(x), y)
-        if _measure_rest(model, x, y, alpha) > _REST:
+        if not _measure_rest(model, x, y, alpha) <= _REST:
             model.fit(x, y)
 
 

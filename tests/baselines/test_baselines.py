@@ -259,6 +259,18 @@ def test_scaling_is_blind_to_what_closed_later() -> None:
     assert first[0].features[early].mean(axis=0) == pytest.approx(0, abs=1e-9)
 
 
+def test_one_shopper_out_of_all_proportion_is_no_warning() -> None:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(144, 20))
+    x[7] *= 1e25
+    y = (random.random(144) < 0.4).astype(float)
+    model = Linear(Kind.BINARY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.fit(x, y)
+        assert np.isfinite(model.predict(x[:7])).all()
+
+
 def test_a_column_that_is_never_known_is_no_error() -> None:
     x = np.random.default_rng(0).normal(size=(80, 3))
     x[:, 1] = np.nan
