@@ -334,8 +334,8 @@ class Train(Section):
     def _check_heads(self) -> Train:
         if len({self.backbone, *self.compare}) <= len(self.compare):
             raise ValueError("compare must name other backbones than train.backbone, each once")
-        if self.stride > self.context:
-            raise ValueError("stride must not be above context")
+        if self.stride >= self.context:
+            raise ValueError("stride must be below context")
         if self.width % (2 * self.heads):
             raise ValueError("width must be a multiple of 2 x heads (rotary pairs)")
         return self

@@ -26,6 +26,7 @@ def test_the_shipped_file_equals_the_defaults() -> None:
         ({"train": {"compile": "yes"}}, "train.compile"),
         ({"train": {"accumulate": 0}}, "train.accumulate"),
         ({"train": {"width": 24, "heads": 5}}, "train"),
+        ({"train": {"context": 64, "stride": 64}}, "stride must be below context"),
         ({"ingest": {"source": "files"}}, "files.path"),
         ({"ingest": {"source": "ftp"}}, "ingest.source"),
         ({"ingest": {"simulator": {"start": "soon"}}}, "ingest.simulator.start"),

@@ -184,8 +184,9 @@ def fit_factor(actual: Doubles, expected: Doubles) -> float:
 def choose_threshold(probability: Doubles, label: NDArray[np.bool_], objective: Objective) -> float:
     """Return the probability from which on a positive is called, best on the data given.
 
-    The value lies half-way between the two neighbouring predictions, so that rounding does not
-    move a user across it. 0.5 where the labels are all alike.
+    The value lies half-way between the two neighbouring predictions, or between the last and 0
+    where all are called, so that rounding does not move a user across it. 0.5 where the labels are
+    all alike.
 
     Args:
         probability: (N,), predicted.
@@ -209,9 +210,8 @@ def choose_threshold(probability: Doubles, label: NDArray[np.bool_], objective: 
     # A tie belongs together: only the last of equal predictions may end the call.
     score = np.where(np.append(sorted_p[1:] != sorted_p[:-1], True), score, -np.inf)
     best = int(np.argmax(score))
-    if best + 1 == len(label):
-        return float(sorted_p[best])
-    return float((sorted_p[best] + sorted_p[best + 1]) / 2)
+    following = sorted_p[best + 1] if best + 1 < len(label) else 0.0
+    return float((sorted_p[best] + following) / 2)
 
 
 def log_odds(p: Doubles) -> Doubles:

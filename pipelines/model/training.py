@@ -272,21 +272,24 @@ def train_model(
     if grown:
         first = calibrate(beside, timeline, cuts, close, ahead.raw, scores, threshold)
         shipped = alone.beside(grown.second, first.spec.mix)
-    few = np.unique(np.linspace(0, len(cuts) - 1, min(len(cuts), _LEVEL_CUTS)).astype(np.int64))
+    few = _spread(len(cuts), _LEVEL_CUTS)
     doubt = doubt_level(
         heads, ahead.raw, cuts.ts, periods.calibration, close, grown.moves if grown else 0.0
     )
     later, later_scores = shipped.parts(timeline, cuts.take(few), workers=count_workers(config))
-    alone, shipped = (
-        correct_refit(
+
+    def correct(predictor: Predictor, model: Predictor) -> Predictor:
+        return correct_refit(
             predictor,
             predictor.join(later.raw, later_scores),
             model,
             model.join(ahead.raw.take(few), scores[few]),
             doubt,
         )
-        for predictor, model in ((alone, alone_first), (shipped, first))
-    )
+
+    # What has not learnt from the calibration windows keeps what they say.
+    alone = correct(alone, alone_first) if config.refit_epochs else alone_first
+    shipped = correct(shipped, first) if config.refit_epochs or grown else first
     return TrainedModel(
         first=first,
         shipped=shipped,
@@ -407,6 +410,16 @@ def _calibration_cuts(timeline: Timeline, periods: Periods, targets: Sequence[Ta
     return Cuts.join([population(timeline, ts, periods.active_days) for ts in times])
 
 
+def _spread(count: int, most: int) -> NDArray[np.int64]:
+    """Return so many of the places 0 to ``count`` - 1 at most, evenly."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+
+
+def _thin(cuts: Cuts, most: int) -> Cuts:
+    """Take so many of the cuts at most, evenly: features of all at once may not fit."""
+    return cuts.take(_spread(len(cuts), most))
+
+
 class _Grower:
     """Grows trees on what lies before the calibration cut, and before the first test cut.
 
@@ -433,11 +446,9 @@ class _Grower:
             last = max(periods.first, close - shortest * DAY)
             times = range(last, periods.first - 1, -shortest * DAY)
             cuts = Cuts.join([population(timeline, ts, periods.active_days) for ts in times])
-            chosen = np.linspace(0, len(cuts) - 1, min(len(cuts), config.trees.max_rows))
-            cuts = cuts.take(np.unique(chosen.astype(np.int64)))
-            return collect(timeline, cuts, heads, close)
+            return collect(timeline, _thin(cuts, config.trees.max_rows), heads, close)
 
-        held = _calibration_cuts(timeline, periods, targets)
+        held = _thin(_calibration_cuts(timeline, periods, targets), config.trees.max_rows)
         # Here, not beside the networks: what a timeline remembers is not made for two threads.
         self._grow = partial(
             _grow,

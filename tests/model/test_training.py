@@ -15,6 +15,7 @@ from pipelines.config import Pretrain
 from pipelines.errors import UserError
 from pipelines.features.store import Sequences, encode_events
 from pipelines.model.batches import Placement, collate, cut_pieces
+from pipelines.model.boosting import collect_rows
 from pipelines.model.calibration import Calibration
 from pipelines.model.heads import Heads, survival
 from pipelines.model.predictor import CONFIG, WEIGHTS, Predictor
@@ -213,6 +214,42 @@ def test_a_refit_gets_the_level_that_is_believed(
             kept = before if believed or name.startswith("spend") else alone
             assert values.mean() == pytest.approx(kept[name].mean(), rel=1e-3), name
             assert np.abs(values - before[name]).max() > 1e-5
+
+
+@pytest.mark.parametrize("rounds", [0, 20])
+def test_without_a_refit_calibration_and_thresholds_stay(
+    shop: Sequences, vocabulary: Vocabulary, rounds: int
+) -> None:
+    """The first fit has not learnt from the calibration windows: nothing is put between."""
+    trees = TINY.trees.model_copy(update={"rounds": rounds})
+    config = TINY.model_copy(update={"refit_epochs": 0, "trees": trees})
+    trained = train_model(shop, PERIODS, TARGETS, config, vocabulary)
+    pairs = [(trained.network_first, trained.network)]
+    if not rounds:
+        pairs.append((trained.first, trained.shipped))
+    for first, last in pairs:
+        assert last.spec == first.spec
+        assert all(
+            torch.equal(value, first.network.state_dict()[name])
+            for name, value in last.network.state_dict().items()
+        )
+
+
+def test_rows_that_trees_are_stopped_by_have_a_bound(
+    shop: Sequences, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short horizons beside long ones make many cuts, and a row's features take kilobytes."""
+    rows: list[int] = []
+
+    def collect(timeline: Timeline, cuts: Cuts, *others: Any, **settings: Any) -> Any:
+        rows.append(len(cuts))
+        return collect_rows(timeline, cuts, *others, **settings)
+
+    monkeypatch.setattr("pipelines.model.training.collect_rows", collect)
+    trees = TINY.trees.model_copy(update={"rounds": 5, "max_rows": 30})
+    config = TINY.model_copy(update={"refit_epochs": 0, "epochs": 1, "trees": trees})
+    train_model(shop, PERIODS, TARGETS, config, vocabulary)
+    assert rows == [30, 30, 30]
 
 
 def auc(score: np.ndarray[Any, Any], label: np.ndarray[Any, Any]) -> float:
