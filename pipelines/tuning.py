@@ -20,6 +20,7 @@ STORAGE: Final = Path(".forecart/tuning.db")
 # What trials keep: those of studies that kept something else are not gone on with.
 _KEPT: Final = "losses by part"
 PARENT_TAG: Final = "mlflow.parentRunId"
+PRUNED_TAG: Final = "forecart.pruned"
 
 
 def tune(params: Params, file: Path, root: Path, *, trials: int, write: bool) -> str:
@@ -52,7 +53,7 @@ def tune(params: Params, file: Path, root: Path, *, trials: int, write: bool) ->
     with track(root, params=settings, data_digest=data, name="tune") as parent:
 
         def note(number: int, changes: Mapping[str, Any], loss: float | None) -> None:
-            tags = {PARENT_TAG: parent.run_id}
+            tags = {PARENT_TAG: parent.run_id, PRUNED_TAG: str(loss is None).lower()}
             with track(
                 root, params=changes, data_digest=data, name=f"trial {number}", tags=tags
             ) as run:

@@ -29,7 +29,7 @@ from pipelines.model.tuning import (
 )
 from pipelines.registry.connection import connect
 from pipelines.registry.tracking import EXPERIMENT
-from pipelines.tuning import PARENT_TAG, tune
+from pipelines.tuning import PARENT_TAG, PRUNED_TAG, tune
 from tests.model.conftest import PERIODS, TARGETS, TINY, shop, vocabulary
 
 __all__ = ["shop", "vocabulary"]  # fixtures
@@ -128,7 +128,10 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
     experiment = store.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
     runs = store.search_runs([experiment.experiment_id])
-    assert sum(PARENT_TAG in run.data.tags for run in runs) == 3
+    trials = [run.data for run in runs if PARENT_TAG in run.data.tags]
+    assert len(trials) == 3
+    # A trial without a loss says why.
+    assert all((t.tags[PRUNED_TAG] == "true") == (not t.metrics) for t in trials)
     after = load_params(file).train
     assert (after != params.train) == ("Written" in told)
 
