@@ -9,14 +9,16 @@ from safetensors.torch import save
 
 from pipelines.config import Params
 from pipelines.io import read_json, replace_directory, write_json
-from pipelines.model.predictor import WEIGHTS
+from pipelines.model.predictor import WEIGHTS, choose_device
 from pipelines.model.training import pretrain_model
 from pipelines.registry.champion import fetch_champion
 from pipelines.stages.train import (
     FEATURES,
     PRETRAINED,
     load_inputs,
+    measure_memory,
     open_checkpoint,
+    tell_memory,
 )
 
 CHECKPOINT: Final = "pretrain"
@@ -59,9 +61,12 @@ def run(params: Params, root: Path = Path()) -> str:
     checkpoint.remove()
     if not curves:
         return f"switched off (pretrain.epochs: 0), in {PRETRAINED}"
+    memory = measure_memory(choose_device(params.train.device))
     data = read_json(root / FEATURES / "cuts.json")
     until = next(c["ts"] for c in data["cuts"] if c["split"] == "calibration")[:10]
     return (
         f"{params.train.backbone}: {len(curves)} epochs on events before {until}, "
-        f"next-event loss {curves[-1]['next_event_loss']:.4f}, in {PRETRAINED}"
+        f"next-event loss {curves[-1]['next_event_loss']:.4f} "
+        f"({curves[-1]['events_per_s']:,.0f} events/s, peak memory {tell_memory(memory)}), "
+        f"in {PRETRAINED}"
     )

@@ -146,7 +146,7 @@ def run(params: Params, root: Path = Path()) -> str:
         f"{params.train.backbone}: {trained.parameters:,} parameters, {len(curves)} epochs of "
         f"{trained.events:,} events in {trained.seconds:.0f} s ({speed:,.0f} events/s, "
         f"{_tell_flops(flops, peak, params.train, device)}, "
-        f"peak memory {_tell_memory(memory)}), "
+        f"peak memory {tell_memory(memory)}), "
         f"final loss {curves[-1]['loss']:.4f}, in {MODEL}"
     )
 
@@ -222,7 +222,7 @@ def measure_memory(device: torch.device) -> dict[str, float]:
     return memory
 
 
-def _tell_memory(memory: dict[str, float]) -> str:
+def tell_memory(memory: dict[str, float]) -> str:
     """Say it."""
     told = f"{memory['peak_memory_mib']:,.0f} MiB"
     if "peak_gpu_memory_mib" in memory:

@@ -183,7 +183,8 @@ def test_the_lstm_is_trained_as_the_model_and_dvc_knows_how() -> None:
 
 
 def test_trains_predicts_and_logs(root: Path) -> None:
-    assert "next-event loss" in pretrain.run(PARAMS, root)
+    said = pretrain.run(PARAMS, root)
+    assert re.search(r"next-event loss [\d.]+ \([\d,]+ events/s, peak memory [\d,]+ MiB\)", said)
     said = train.run(PARAMS, root)
     assert "events/s" in said
     assert re.search(r"GFLOPS, MFU \d+\.\d% of a measured [\d,]+ GFLOPS in float32", said)
