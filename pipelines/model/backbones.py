@@ -10,8 +10,8 @@ reach anything but itself.
           without bias and ReLU predict as well here as RMSNorm and squared ReLU, and have fused
           CPU kernels that make a step a fifth faster. Half of the heads rotate by position, the
           other half by the time of the event in days at periods from an hour to years: attention
-          then depends on real time differences at every scale, and one fused attention call
-          serves all heads.
+          then depends on real time differences at every scale (differences of logarithms would
+          depend on when time begins), and one fused attention call serves all heads.
     bert  the same without the causal mask (Devlin et al. 2019); one NOW token a segment, as
           events would show one NOW what comes after another.
     lstm  Hochreiter & Schmidhuber 1997.
