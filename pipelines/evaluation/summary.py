@@ -78,7 +78,7 @@ def format_summary(evaluation: dict[str, Any], verdict: dict[str, Any] | None) -
 
 
 def tell_next(verdict: dict[str, Any], champion: str | None) -> str:
-    """Say what to do next, or why nothing.
+    """Say what to do next.
 
     Args:
         verdict: the content of reports/verdict.json.
@@ -88,6 +88,8 @@ def tell_next(verdict: dict[str, Any], champion: str | None) -> str:
         return ".venv/bin/forecart serve (this model is champion)"
     if verdict["passed"]:
         return ".venv/bin/forecart promote && .venv/bin/forecart serve"
-    return "not to be promoted: " + "; ".join(
-        c["why"] for c in verdict["checks"] if not c["passed"]
+    failed = ", ".join(c["name"] for c in verdict["checks"] if not c["passed"])
+    return (
+        f"not to be promoted ({failed}): more data, .venv/bin/forecart tune, or another limit "
+        "under gate in params.yaml and .venv/bin/dvc repro gate"
     )

@@ -191,7 +191,10 @@ def status(root: Path) -> str:
         registry.search_model_versions(f"name = '{name}'"), key=lambda v: int(v.version)
     )
     if not versions:
-        return f"no model is registered as {name}; next: forecart promote"
+        return (
+            f"no model is registered as {name}; next: forecart promote, where forecart summary "
+            "says that the trained one passed"
+        )
     history = _read_history(registry, name, present)
     aliases = registry.get_registered_model(name).aliases
     rows = [("version", "model", "role", "verdict")]

@@ -286,8 +286,11 @@ def test_what_comes_next_follows_from_verdict_and_champion() -> None:
     assert "promote" in tell_next(verdict, None)
     assert "promote" in tell_next(verdict, "sha256:2")
     assert tell_next(verdict, "sha256:1").startswith(".venv/bin/forecart serve")
-    refused = verdict | {"passed": False, "checks": [{"passed": False, "why": "worse"}]}
-    assert tell_next(refused, "sha256:2") == "not to be promoted: worse"
+    refused = verdict | {"passed": False, "checks": [{"name": "size", "passed": False}]}
+    said = tell_next(refused, "sha256:2")
+    assert said.startswith("not to be promoted (size): ")
+    assert "forecart tune" in said
+    assert "dvc repro gate" in said
 
 
 def test_confusion_rows_count_every_test_row(compared: tuple[dict[str, Any], Any]) -> None:
