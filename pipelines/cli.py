@@ -335,7 +335,7 @@ def main() -> None:
 def _tell_machine(error: Exception) -> str | None:
     """Tell in one line what is the machine's state and not a defect to trace, else None.
 
-    That is a missing library, a full disk, a missing permission, or what ails MLflow.
+    That is a missing library, a full disk or memory, a missing permission, or what ails MLflow.
     """
     # What pip installs may want a library of the system, which a new machine lacks.
     if (
@@ -349,6 +349,9 @@ def _tell_machine(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in full_or_closed:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}"
+    # DuckDB's own, by name: what never imported it need not begin.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryException":
+        return f"out of memory: {(str(error) or 'the machine has no more').splitlines()[0]}"
     # Importing it takes seconds; without it, it is none of its errors.
     if "mlflow.exceptions" not in sys.modules:
         return None

@@ -23,6 +23,10 @@ from pipelines.errors import UserError
 
 T = TypeVar("T")
 
+# What DuckDB may hold of events before it spills: by default it takes most of the machine's memory,
+# where others work, too, and is no faster for it.
+DUCKDB_MEMORY = "4GB"
+
 _CHUNK = 1 << 20
 _LOOK_SECONDS = 0.02  # between two looks whether a lock is free
 

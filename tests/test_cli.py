@@ -50,6 +50,19 @@ def test_a_library_that_the_system_lacks_is_one_line_with_its_package(tmp_path: 
     )
 
 
+def test_too_little_memory_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("{}\n")
+    (tmp_path / "lightgbm.py").write_text(
+        "import duckdb\n"
+        "with duckdb.connect(config={'memory_limit': '10MB', 'temp_directory': ''}) as c:\n"
+        "    c.execute('SELECT count(DISTINCT i) FROM range(9000000) t(i)')\n"
+    )
+    result = forecart("baselines", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("forecart: out of memory: ")
+    assert result.stderr.count("\n") == 1
+
+
 def test_a_stage_without_its_input_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("{}\n")
     result = forecart("gate", cwd=tmp_path)

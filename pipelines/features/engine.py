@@ -20,6 +20,7 @@ from ibis import _
 from pipelines.config import Engine
 from pipelines.errors import require
 from pipelines.events import EVENT_CODES, EVENT_SCHEMA, SESSION_GAP_SECONDS, EventType
+from pipelines.io import DUCKDB_MEMORY
 
 DAY_US: Final = 86_400_000_000
 SECOND_US: Final = 1_000_000
@@ -49,7 +50,7 @@ def connect(engine: Engine) -> Iterator[Any]:
     """
     if engine is Engine.DUCKDB:
         with tempfile.TemporaryDirectory(prefix="forecart-") as spill:
-            connection = ibis.duckdb.connect(temp_directory=spill)
+            connection = ibis.duckdb.connect(temp_directory=spill, memory_limit=DUCKDB_MEMORY)
             try:
                 yield connection
             finally:

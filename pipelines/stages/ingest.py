@@ -35,7 +35,14 @@ import pyarrow.parquet as pq
 from pipelines.config import Params, Source
 from pipelines.errors import UserError
 from pipelines.events import EVENT_SCHEMA, ITEM_SCHEMA, TIMESTAMP, USER_SCHEMA, EventType
-from pipelines.io import progress, read_json, replace_directory, write_json, write_table
+from pipelines.io import (
+    DUCKDB_MEMORY,
+    progress,
+    read_json,
+    replace_directory,
+    write_json,
+    write_table,
+)
 from pipelines.sources import base
 from pipelines.sources.base import QUARANTINE_SCHEMA, ROW, UNKNOWN_TYPE, Batch, Kind
 from pipelines.sources.catalog import open_source
@@ -49,7 +56,6 @@ REPORT: Final = Path("reports/ingest.json")
 
 # What DuckDB cannot hold goes here; the name is fixed so that a killed run's is found again.
 _SPILL: Final = Path("data/.ingest.spill")
-_MEMORY_LIMIT: Final = "4GB"
 
 _ROWS_PER_GROUP: Final = 1 << 17
 _ROWS_PER_INSERT: Final = 1 << 19
@@ -145,7 +151,13 @@ class _Counts:
 
     @property
     def share(self) -> float:
-        return self.quarantined / self.rows if self.rows else 0.0
+        """Of the rows that were meant: what is left out on purpose would hide the rest."""
+        return self.quarantined / self.meant if self.meant else 0.0
+
+    @property
+    def meant(self) -> int:
+        """Rows of somebody and of a kind that is wanted."""
+        return self.rows - self.anonymous - self.ignored
 
     def add(self, batch: Batch) -> None:
         self.rows += batch.rows
@@ -341,7 +353,7 @@ def _open_store(root: Path, stack: ExitStack) -> Any:
     shutil.rmtree(spill, ignore_errors=True)
     stack.callback(shutil.rmtree, spill, ignore_errors=True)
     connection = stack.enter_context(
-        duckdb.connect(config={"temp_directory": str(spill), "memory_limit": _MEMORY_LIMIT})
+        duckdb.connect(config={"temp_directory": str(spill), "memory_limit": DUCKDB_MEMORY})
     )
     connection.execute("SET TimeZone = 'UTC'")
     columns = ", ".join(f"{column.name} {_sql_type(column.type)}" for column in EVENT_SCHEMA)
@@ -415,7 +427,7 @@ def _read_entities(
 def _check_share(counts: _Counts, limit: float, what: str) -> None:
     if counts.share > limit:
         raise UserError(
-            f"{counts.quarantined:,} of {counts.rows:,} {what} ({counts.share:.1%}) break"
+            f"{counts.quarantined:,} of {counts.meant:,} {what} ({counts.share:.1%}) break"
             f" the schema, more than ingest.max_quarantine_share ({limit:.1%}):"
             f" {counts.explain()}; all of them are in {QUARANTINE}"
         )

@@ -248,6 +248,19 @@ def test_too_many_bad_rows_stop_the_run_and_can_be_looked_at(tmp_path: Path) -> 
     assert run(tmp_path, max_quarantine_share=0.15)["quarantined"]["rows"] == 3
 
 
+def test_rows_left_out_on_purpose_hide_no_bad_ones(tmp_path: Path) -> None:
+    """Of 40 purchases 30 are lost; a thousand pings beside them are none of the matter."""
+    pings = [f"u1,2025-01-01T00:{i // 60:02}:{i % 60:02},ping,,," for i in range(960)]
+    nobody = [f",2025-01-01T01:00:{i:02},view,i1,1," for i in range(40)]
+    bad = [f"u1,day {i},purchase,i1,1,1" for i in range(30)]
+    good = [f"u1,2025-01-02T00:00:{i:02},purchase,i1,1,1" for i in range(10)]
+    write_csv(tmp_path / "e.csv", *pings, *nobody, *bad, *good)
+    values = {"ping": None, "purchase": "purchase", "view": "view"}
+    mapping = {"event_type": {"column": "event_type", "values": values}}
+    with pytest.raises(UserError, match=r"30 of 40 rows \(75\.0%\)"):
+        run(tmp_path, files={"mapping": mapping})
+
+
 def test_too_many_unknown_event_types_are_named(tmp_path: Path) -> None:
     kinds = ["kauf"] * 5 + ["ansicht"] * 9 + [" kauf"] * 2 + ["x" * 300, "view"]
     lines = [f"{'n' * 200},u1,2025-01-01T00:00:{i:02},{kind}" for i, kind in enumerate(kinds)]
