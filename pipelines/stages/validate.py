@@ -51,8 +51,14 @@ def run(params: Params, root: Path = Path()) -> str:
     """Write data/valid, data/quarantine/validate, reports/validation.json and the Data Docs.
 
     Raises:
-        UserError: a critical rule is broken, or too many rows break row-level rules.
+        UserError: a critical rule is broken, too many rows break row-level rules, or freshness is
+            asked for and nothing says what it counts from.
     """
+    if params.validate_.max_staleness_days and params.ingest.until is None:
+        raise UserError(
+            "validate.max_staleness_days counts from ingest.until, which is not set; "
+            "forecart_retrain sets it to the last midnight"
+        )
     partitions = _list_partitions(root / EVENTS)
     last = _newest(partitions[-1])
     settings = params.validate_

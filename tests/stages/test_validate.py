@@ -156,6 +156,9 @@ def test_stale_data_are_critical_where_freshness_is_asked_for(tmp_path: Path) ->
     settings = {"validate": {"max_staleness_days": 2}, "ingest": {"until": "2025-04-01T00:00:00"}}
     with pytest.raises(UserError, match="days_old"):
         run(parse_params(settings), tmp_path)
+    # From the newest event itself nothing would ever be old.
+    with pytest.raises(UserError, match=r"counts from ingest\.until, which is not set"):
+        run(parse_params({"validate": {"max_staleness_days": 2}}), tmp_path)
 
 
 @pytest.mark.parametrize(
