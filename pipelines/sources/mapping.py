@@ -53,8 +53,8 @@ _IGNORED: Final = "ignored"
 _GROUPED: Final = r"[+-]?\d{1,3}(\.\d{3})+(,\d*)?"
 _MICROSECONDS: Final = {"s": 1e6, "ms": 1e3, "us": 1.0}
 
-# ISO text that carries its own offset: a time of day, then Z, UTC, GMT or +hh[[:]mm].
-_OFFSET: Final = r"(?i):\d\d(\.\d+)?\s*(z|utc|gmt|[+-]\d\d(:?\d\d)?)$"
+# ISO text without an offset or zone: nothing but minutes and seconds follows the hour.
+_LOCAL: Final = r"[^:]*[\d:.]*"
 
 
 def connect() -> duckdb.DuckDBPyConnection:
@@ -301,9 +301,9 @@ class Mapper:
         if origin.timezone == "UTC":
             return instant
         local = _local_time(f"TRY_CAST({text} AS TIMESTAMP)", origin.timezone)
-        return (
-            f"CASE WHEN regexp_matches({text}, {_literal(_OFFSET)}) THEN {instant} ELSE {local} END"
-        )
+        # DuckDB's cast to TIMESTAMP ignores whatever follows a time.
+        bare = f"regexp_full_match({text}, {_literal(_LOCAL)})"
+        return f"CASE WHEN {bare} THEN {local} ELSE {instant} END"
 
     def _given(self, name: str) -> str:
         """Return whether the source gives anything for a field."""

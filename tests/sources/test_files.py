@@ -206,6 +206,10 @@ def test_mapping_of_columns_values_and_constants(tmp_path: Path) -> None:
         ("2019-10-01 00:00:00 UTC", {"timezone": "Asia/Tokyo"}, "2019-10-01T00:00:00"),
         ("2025-07-01 12:00:00", {"timezone": "Europe/London"}, "2025-07-01T11:00:00"),
         ("2025-07-01", {"timezone": "Asia/Tokyo"}, "2025-06-30T15:00:00"),
+        ("2025/7/1 1:2", {"timezone": "Asia/Tokyo"}, "2025-06-30T16:02:00"),
+        ("2025-07-01 10:00:00 PST", {"timezone": "Europe/London"}, "2025-07-01T17:00:00"),
+        ("2025-07-01 10:00 Asia/Tokyo", {"timezone": "Europe/London"}, "2025-07-01T01:00:00"),
+        ("2025-07-01 10:00:00.5-05", {"timezone": "Europe/London"}, "2025-07-01T15:00:00.5"),
         # Clocks going back: the earlier of two.
         ("2024-11-03 01:30:00", {"timezone": "America/New_York"}, "2024-11-03T05:30:00"),
         ("2011-10-30 01:30:00", {"timezone": "Europe/London"}, "2011-10-30T00:30:00"),
@@ -240,6 +244,11 @@ def test_times(tmp_path: Path, text: str, mapping: dict[str, str], expected: str
         ("1e400", {"unit": "s"}),
         ("nan", {"unit": "s"}),
         ("12/31/2024", {"format": "%d/%m/%Y"}),
+        *(
+            (f"2025-01-01 10:00:00{rest}", {"timezone": zone})
+            for rest in (" PM", " foo", " MSK", ".5 PDT", " 30")
+            for zone in ("UTC", "America/New_York")
+        ),
     ],
 )
 def test_bad_times_are_refused(tmp_path: Path, text: str, mapping: dict[str, str]) -> None:
