@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,10 @@ PROFILES: Final = "profiles"
 _NUMBER: Final = "number"
 
 _BOOLEANS: Final = {0: False, 1: True}
+
+# Stands for numbers of any precision. They are passed on as text: a double would keep the first
+# fifteen digits of an id.
+_DECIMAL: Final = pa.decimal128(38)
 
 _SECTION: Final = "ingest.database"
 _ROWS_PER_CHUNK: Final = 1 << 16
@@ -121,9 +126,9 @@ class DatabaseSource:
                     ],
                     names=columns,
                 )
-                damaged = [f.name for f in chunk.schema if f.type != schema.field(f.name).type]
+                other = [f.name for f in chunk.schema if f.type != schema.field(f.name).type]
                 numbers = pa.array(range(first, first + len(rows)), pa.int64())
-                yield map_text(*damaged).convert(chunk.add_column(0, ROW, numbers))
+                yield map_text(*other).convert(chunk.add_column(0, ROW, numbers))
                 first += len(rows)
             # The service goes on collecting meanwhile: that is no damage, and the next run's.
             self._read[kind.value] = found if numbered else {"table": name, **content.describe()}
@@ -250,18 +255,27 @@ def _stream(
     connection: Any, table: Any, columns: list[str], last: int | None = None
 ) -> Iterator[Sequence[Any]]:
     """Yield chunks of rows in the table's order, up to the number ``last`` where it is given."""
-    from sqlalchemy import select, type_coerce
-    from sqlalchemy.types import NullType
+    from sqlalchemy import select
 
     order = list(table.primary_key.columns) or list(table.columns)
-    wanted = [table.c[column] for column in columns]
-    if _is_untyped(connection):
-        wanted = [type_coerce(column, NullType()) for column in wanted]  # as it is stored
-    query = select(*wanted).order_by(*order)
+    untyped = _is_untyped(connection)
+    query = select(*(_choose(table.c[name], untyped) for name in columns)).order_by(*order)
     if last is not None:
         query = query.where(table.c[_NUMBER] <= last)
     options = {"stream_results": True, "yield_per": _ROWS_PER_CHUNK}
     yield from connection.execution_options(**options).execute(query).partitions()
+
+
+def _choose(column: Any, untyped: bool) -> Any:
+    """Return a column as it is selected: with all that it holds."""
+    from sqlalchemy import type_coerce, types
+
+    if untyped:
+        return type_coerce(column, types.NullType())  # as it is stored
+    if isinstance(column.type, types.Float):
+        # MySQL's doubles would be decimals of ten places.
+        return type_coerce(column, types.Float(asdecimal=False))
+    return column
 
 
 def _is_untyped(connection: Any) -> bool:
@@ -274,8 +288,10 @@ def _arrow_type(kind: Any, untyped: bool) -> pa.DataType:
 
     if isinstance(kind, types.Integer):
         return pa.int64()
-    if isinstance(kind, types.Numeric | types.Float):
+    if isinstance(kind, types.Float):
         return pa.float64()
+    if isinstance(kind, types.Numeric):
+        return _DECIMAL
     if isinstance(kind, types.DateTime) and not untyped:
         return pa.timestamp("us", tz="UTC" if kind.timezone else None)
     if isinstance(kind, types.Boolean):
@@ -284,22 +300,27 @@ def _arrow_type(kind: Any, untyped: bool) -> pa.DataType:
 
 
 def _to_arrow(values: list[Any], kind: pa.DataType) -> pa.Array:
-    """Return values as a column of a type; as text where one of them does not suit it."""
+    """Return values as a column of a type; as text where that is it, or does not suit them all."""
     try:
         if pa.types.is_floating(kind):
             return pa.array([None if v is None else float(v) for v in values], kind)
         if pa.types.is_boolean(kind):
             return pa.array([None if v is None else _BOOLEANS[v] for v in values], kind)
-        if not pa.types.is_string(kind):
+        if not pa.types.is_string(kind) and kind != _DECIMAL:
             return pa.array(values, kind)
     except (pa.ArrowException, ArithmeticError, KeyError, TypeError, ValueError):
         pass
     return pa.array([None if v is None else _to_text(v) for v in values], pa.string())
 
 
-def _to_text(value: Any) -> str:
+def _to_text(value: Any) -> str | None:
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
     if isinstance(value, float) and value.is_integer():
         return f"{value:.0f}"  # an id
+    if isinstance(value, Decimal):
+        if value.is_nan():
+            return None
+        digits = f"{value:f}"
+        return digits.rstrip("0").rstrip(".") if "." in digits else digits
     return str(value)

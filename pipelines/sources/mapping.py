@@ -230,6 +230,8 @@ class Mapper:
                 f" THEN CAST(CAST({sql} AS BIGINT) AS VARCHAR) ELSE CAST({sql} AS VARCHAR) END"
             )
         text = f"CAST({sql} AS VARCHAR)"
+        if pa.types.is_decimal(kind):
+            return f"rtrim(rtrim({text}, '0'), '.')" if kind.scale > 0 else text
         # Stripping a set of characters is slow, and the comparisons show that most need none.
         return (
             f"CASE WHEN {text} >= '!' AND {text}[-1] > ' ' THEN {text}"

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines.config import Database
@@ -93,6 +95,62 @@ def test_ingest_reads_the_profiles_that_were_told(store: Store, server: Server) 
     assert source.fingerprint() != before
 
 
+@pytest.fixture
+def make_log(server: Server) -> Iterator[Callable[..., DatabaseSource]]:
+    """Makes the table of somebody else's shop: its columns are who, at, cost, n and others."""
+    engine = create_engine(server.url)
+
+    def make_table(columns: str, *rows: str) -> DatabaseSource:
+        with engine.begin() as connection:
+            connection.execute(text(f"CREATE TABLE log ({columns})"))
+            for row in rows:
+                connection.execute(text(f"INSERT INTO log VALUES ({row})"))  # noqa: S608
+        mapping = {"user_id": "who", "ts": "at", "event_type": {"value": "view"}}
+        mapping |= {"price": "cost", "quantity": "n"}
+        params = {"url": server.url, "events": "log", "mapping": mapping}
+        return DatabaseSource(Database.model_validate(params))
+
+    yield make_table
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE IF EXISTS log"))
+    engine.dispose()
+
+
+def read(source: DatabaseSource) -> list[dict[str, Any]]:
+    return [row for batch in source.read(Kind.EVENTS) for row in batch.table.to_pylist()]
+
+
+def test_ingest_reads_every_digit_of_ids_and_amounts(
+    make_log: Callable[..., DatabaseSource],
+) -> None:
+    source = make_log(
+        "who NUMERIC(20, 2), at TIMESTAMP, cost NUMERIC(9, 2), n DOUBLE PRECISION",
+        "9007199254740993, '2025-03-01 10:00:00', 1.50, 0.9166934251630467",
+        "9007199254740992, '2025-03-01 10:00:00', 1.50, 0.1",
+        "12.50, '2025-03-01 10:00:00', 1.50, 1e-12",
+    )
+    assert sorted((row["user_id"], row["price"], row["quantity"]) for row in read(source)) == [
+        ("12.5", 1.5, 1e-12),
+        ("9007199254740992", 1.5, 0.1),
+        ("9007199254740993", 1.5, 0.9166934251630467),
+    ]
+
+
+def test_ingest_takes_a_number_that_is_none_as_null(
+    server: Server, make_log: Callable[..., DatabaseSource]
+) -> None:
+    if "postgresql" not in server.url:
+        pytest.skip("MariaDB knows no such number")
+    source = make_log(
+        "who NUMERIC, at TIMESTAMP, cost NUMERIC, n INTEGER",
+        "'NaN', '2025-03-01', 1, 1",
+        "7, '2025-03-01', 'NaN', 1",
+    )
+    (batch,) = source.read(Kind.EVENTS)
+    assert batch.anonymous == 1
+    assert [(row["user_id"], row["price"]) for row in batch.table.to_pylist()] == [("7", None)]
+
+
 def test_a_killed_server_loses_nothing_that_was_acknowledged(store: Store, server: Server) -> None:
     stop = threading.Event()
     acknowledged: list[str] = []
@@ -166,6 +224,7 @@ def test_a_lock_that_is_kept_is_not_waited_for(store: Store) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from pipelines.registry.lock import hold_lock
 with hold_lock(sys.argv[1], "model", Path(sys.argv[2])):
     print("taken", flush=True)

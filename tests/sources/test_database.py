@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from pipelines.address import STORE_VARIABLE
-from pipelines.config import Database
+from pipelines.config import ColumnMapping, Database
 from pipelines.errors import UserError
 from pipelines.sources.base import Kind
 from pipelines.sources.database import DatabaseSource
@@ -124,6 +124,24 @@ def test_ids_in_a_column_of_numbers_stay_whole(tmp_path: Path) -> None:
     found = read(make_log(tmp_path / "shop.db", *rows, columns=columns))
     assert [row["user_id"] for row in found] == ["17", "ann", str(2**60)]
     assert found[0]["quantity"] == 1.0
+
+
+def test_ids_in_a_column_of_decimals_keep_every_digit(tmp_path: Path) -> None:
+    columns = "id INTEGER PRIMARY KEY, who NUMERIC(20, 0), at DATE, cost NUMERIC(9, 2), n DOUBLE"
+    ids = ["9007199254740992", "9007199254740993", "740993.00"]
+    rows = [(i, who, "2025-03-01", "1.50", 0.9166934251630467) for i, who in enumerate(ids)]
+    found = read(make_log(tmp_path / "shop.db", *rows, columns=columns))
+    assert [row["user_id"] for row in found] == ["9007199254740992", "9007199254740993", "740993"]
+    assert (found[0]["price"], found[0]["quantity"]) == (1.5, 0.9166934251630467)
+
+
+def test_times_in_a_column_of_decimals_need_a_unit(tmp_path: Path) -> None:
+    columns = "id INTEGER PRIMARY KEY, who TEXT, at NUMERIC, cost NUMERIC, n INTEGER"
+    source = make_log(tmp_path / "shop.db", (1, "ann", 1740823200.5, 9.5, 1), columns=columns)
+    with pytest.raises(UserError, match="holds numbers, not times; say in"):
+        read(source)
+    source._params.mapping["ts"] = ColumnMapping(column="at", unit="s")
+    assert read(source)[0]["ts"] == datetime(2025, 3, 1, 10, 0, 0, 500_000, tzinfo=UTC)
 
 
 def test_what_is_changed_in_place_is_noticed(

@@ -311,6 +311,8 @@ def test_parquet_types(tmp_path: Path) -> None:
             "item_id": pa.array([b"i1", b"i1", b"i1"]),
             "price": pa.array(["1.25"] * 3).cast(pa.decimal128(10, 2)),
             "category": pa.array([3, 3, 3], pa.int8()),
+            "brand": pa.array(["120.00"] * 3).cast(pa.decimal128(10, 2)),
+            "session_id": pa.array(["120"] * 3).cast(pa.decimal128(20, 0)),
         }
     )
     pq.write_table(table, tmp_path / "e.parquet")
@@ -324,6 +326,7 @@ def test_parquet_types(tmp_path: Path) -> None:
         1.25,
         "3",
     )
+    assert (row["brand"], row["session_id"]) == ("120", "120")
     assert row["ts"] == at("2025-07-01T11:00:00")
     for column, message in [
         (pa.array([1, 2, 3]), "holds numbers, not times; say in"),
