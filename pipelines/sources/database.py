@@ -26,6 +26,7 @@ from pipelines.sources.base import (
     choose_origins,
     needed_columns,
 )
+from pipelines.sources.text import decode_bytes
 
 # Where the collecting service keeps what the shop knows of its users.
 PROFILES: Final = "profiles"
@@ -315,7 +316,7 @@ def _to_arrow(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 def _to_text(value: Any) -> str | None:
     if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
+        return decode_bytes(value)
     if isinstance(value, float) and value.is_integer():
         return f"{value:.0f}"  # an id
     if isinstance(value, Decimal):
