@@ -47,7 +47,7 @@ _ROWS_PER_CHUNK: Final = 1 << 16
 class DatabaseSource:
     """Events, and perhaps users and items, from tables.
 
-    Rows are read in the order of the primary key, or of all columns where there is none. What
+    Rows are read in the order of the primary key, or of what is read where there is none. What
     changes is noticed by a hash over all that is read. Tables of the collecting service, whose
     rows are added and deleted but never changed, are described by how many there are and by the
     extremes of their numbers instead: that is quick however many there are.
@@ -258,9 +258,11 @@ def _stream(
     """Yield chunks of rows in the table's order, up to the number ``last`` where it is given."""
     from sqlalchemy import select
 
-    order = list(table.primary_key.columns) or list(table.columns)
+    wanted = [table.c[name] for name in columns]
+    # Not every type has an order: by the columns that are read alone.
+    order = list(table.primary_key.columns) or wanted
     untyped = _is_untyped(connection)
-    query = select(*(_choose(table.c[name], untyped) for name in columns)).order_by(*order)
+    query = select(*(_choose(column, untyped) for column in wanted)).order_by(*order)
     if last is not None:
         query = query.where(table.c[_NUMBER] <= last)
     options = {"stream_results": True, "yield_per": _ROWS_PER_CHUNK}

@@ -158,6 +158,15 @@ def test_ingest_tells_ids_of_bytes_apart(make_log: Callable[..., DatabaseSource]
     assert sorted(row["user_id"] for row in read(source)) == sorted(ids)
 
 
+def test_ingest_reads_a_table_with_a_column_that_has_no_order(
+    make_log: Callable[..., DatabaseSource],
+) -> None:
+    rows = [f"""'u{i}', '2025-03-01', 1, 1, '{{"a": {i}}}'""" for i in (2, 1)]
+    source = make_log("who CHAR(2), at TIMESTAMP, cost INTEGER, n INTEGER, note JSON", *rows)
+    assert [row["user_id"] for row in read(source)] == ["u1", "u2"]
+    assert source.fingerprint()["events"]["rows"] == 2
+
+
 def test_a_killed_server_loses_nothing_that_was_acknowledged(store: Store, server: Server) -> None:
     stop = threading.Event()
     acknowledged: list[str] = []
