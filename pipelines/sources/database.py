@@ -36,6 +36,9 @@ _NUMBER: Final = "number"
 
 _BOOLEANS: Final = {0: False, 1: True}
 
+_POSTGRES: Final = "postgresql"
+_SQLITE: Final = "sqlite"
+
 # Stands for numbers of any precision. They are passed on as text: a double would keep the first
 # fifteen digits of an id.
 _DECIMAL: Final = pa.decimal128(38)
@@ -256,24 +259,28 @@ def _stream(
     connection: Any, table: Any, columns: list[str], last: int | None = None
 ) -> Iterator[Sequence[Any]]:
     """Yield chunks of rows in the table's order, up to the number ``last`` where it is given."""
-    from sqlalchemy import select
+    from sqlalchemy import select, text
 
     wanted = [table.c[name] for name in columns]
     # Not every type has an order: by the columns that are read alone.
     order = list(table.primary_key.columns) or wanted
-    untyped = _is_untyped(connection)
-    query = select(*(_choose(column, untyped) for column in wanted)).order_by(*order)
+    dialect = connection.dialect.name
+    query = select(*(_choose(column, dialect) for column in wanted)).order_by(*order)
     if last is not None:
         query = query.where(table.c[_NUMBER] <= last)
+    if dialect == _POSTGRES:
+        connection.execute(text("SET LOCAL datestyle TO ISO"))  # of the times that become text
     options = {"stream_results": True, "yield_per": _ROWS_PER_CHUNK}
     yield from connection.execution_options(**options).execute(query).partitions()
 
 
-def _choose(column: Any, untyped: bool) -> Any:
+def _choose(column: Any, dialect: str) -> Any:
     """Return a column as it is selected: with all that it holds."""
-    from sqlalchemy import type_coerce, types
+    from sqlalchemy import cast, type_coerce, types
 
-    if untyped:
+    if dialect == _POSTGRES and isinstance(column.type, types.Date | types.DateTime):
+        return cast(column, types.Text)  # infinity and years before Christ are no times of Python
+    if dialect == _SQLITE:
         return type_coerce(column, types.NullType())  # as it is stored
     if isinstance(column.type, types.Float):
         # MySQL's doubles would be decimals of ten places.
@@ -283,7 +290,7 @@ def _choose(column: Any, untyped: bool) -> Any:
 
 def _is_untyped(connection: Any) -> bool:
     """Return whether a column's type says nothing sure of its values: SQLite takes any in any."""
-    return bool(connection.dialect.name == "sqlite")
+    return bool(connection.dialect.name == _SQLITE)
 
 
 def _arrow_type(kind: Any, untyped: bool) -> pa.DataType:
@@ -309,6 +316,8 @@ def _to_arrow(values: list[Any], kind: pa.DataType) -> pa.Array:
             return pa.array([None if v is None else float(v) for v in values], kind)
         if pa.types.is_boolean(kind):
             return pa.array([None if v is None else _BOOLEANS[v] for v in values], kind)
+        if pa.types.is_timestamp(kind):
+            return pa.array(values).cast(kind)
         if not pa.types.is_string(kind) and kind != _DECIMAL:
             return pa.array(values, kind)
     except (pa.ArrowException, ArithmeticError, KeyError, TypeError, ValueError):

@@ -167,6 +167,42 @@ def test_ingest_reads_a_table_with_a_column_that_has_no_order(
     assert source.fingerprint()["events"]["rows"] == 2
 
 
+@pytest.mark.parametrize("server", ["postgres"], indirect=True)
+@pytest.mark.parametrize("kind", ["TIMESTAMP", "TIMESTAMPTZ", "DATE"])
+def test_ingest_refuses_the_row_of_a_time_without_end_alone(
+    make_log: Callable[..., DatabaseSource], kind: str
+) -> None:
+    times = ["2025-03-01", "infinity", "-infinity", "0044-03-15 BC", "12025-03-01", "2025-03-02"]
+    rows = [f"'u{i}', '{time}', 1, 1" for i, time in enumerate(times)]
+    source = make_log(f"who TEXT PRIMARY KEY, at {kind}, cost INTEGER, n INTEGER", *rows)
+    (batch,) = source.read(Kind.EVENTS)
+    refused = batch.quarantined.to_pylist()
+    assert [row["row"] for row in refused] == [2, 3, 4, 5]
+    assert all(row["reason"].startswith("ts ") for row in refused)
+    assert "infinity" in refused[0]["record"]
+    assert [row["ts"].day for row in batch.table.to_pylist()] == [1, 2]
+
+
+@pytest.mark.parametrize("server", ["postgres"], indirect=True)
+def test_ingest_reads_times_whatever_style_a_server_writes_them_in(
+    server: Server, make_log: Callable[..., DatabaseSource]
+) -> None:
+    rows = ["'ann', '2025-03-01 10:00:00.5+02', 1, 1", "'bob', '2025-08-01 10:00:00Z', 1, 1"]
+    source = make_log("who TEXT PRIMARY KEY, at TIMESTAMPTZ, cost INTEGER, n INTEGER", *rows)
+    engine = create_engine(server.url)
+    styles = ("SET datestyle TO 'SQL, DMY'", "SET timezone TO 'Europe/London'")
+    with engine.begin() as connection:
+        for style in styles:
+            connection.execute(text(f"ALTER ROLE forecart {style}"))
+    try:
+        found = [row["ts"].isoformat() for row in read(source)]
+    finally:
+        with engine.begin() as connection:
+            connection.execute(text("ALTER ROLE forecart RESET ALL"))
+        engine.dispose()
+    assert found == ["2025-03-01T08:00:00.500000+00:00", "2025-08-01T10:00:00+00:00"]
+
+
 def test_a_killed_server_loses_nothing_that_was_acknowledged(store: Store, server: Server) -> None:
     stop = threading.Event()
     acknowledged: list[str] = []
