@@ -62,7 +62,8 @@ class ColumnMapping(Section):
     column: str | None = None
     value: str | float | None = None
     # Source value -> event value. For event_type it is the complete list, and null leaves
-    # events of that type out on purpose; elsewhere a value not listed stays as it is.
+    # events of that type out on purpose; elsewhere a value not listed stays as it is, and null
+    # empties it.
     values: dict[str, str | None] | None = None
     format: str | None = None  # strptime format of text timestamps; null = ISO 8601
     unit: Literal["s", "ms", "us"] | None = None  # of epoch numbers

@@ -9,12 +9,14 @@ Rules:
     * Timestamps with an offset or zone keep it; others are local times of ``timezone``. A
       local time that happens twice (clocks going back) is the earlier of the two; one that
       never happens (clocks going forward) is moved forward by the gap.
-    * ``values`` of event_type is the complete list; elsewhere what is not listed stays.
+    * ``values`` of event_type is the complete list; elsewhere what is not listed stays. They
+      are compared with the text of the source, numbers too, and null means nothing is given.
     * NaN is null; an infinite number is refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import duckdb
@@ -239,25 +241,30 @@ class Mapper:
         )
 
     def _text_value(self, name: str) -> str:
-        text = self._text(name)
+        """Return the text of a field, ``values`` put in."""
+        return self._replace(name, self._text(name), _literal)
+
+    def _replace(self, name: str, otherwise: str, convert: Callable[[str | None], str]) -> str:
+        """Return a field's entry of ``values`` where it has one, else ``otherwise``."""
         values = self._origins[name].values
         if values is None:
-            return text
-        cases = " ".join(f"WHEN {_literal(k)} THEN {_literal(v)}" for k, v in values.items())
-        otherwise = "NULL" if name == "event_type" else text
-        return f"CASE {text} {cases} ELSE {otherwise} END" if cases else otherwise
+            return otherwise
+        if name == "event_type":
+            otherwise = "NULL"
+        cases = " ".join(f"WHEN {_literal(k)} THEN {convert(v)}" for k, v in values.items())
+        return f"CASE {self._text(name)} {cases} ELSE {otherwise} END" if cases else otherwise
 
     def _number(self, name: str) -> str:
         column = self._column(name)
         if column is None or _is_text(column[1]):
-            number = self._number_of_text(name)
+            number = self._number_of_text(self._text(name))
         else:
             number = f"TRY_CAST({column[0]} AS DOUBLE)"
+        number = self._replace(name, number, lambda v: f"TRY_CAST({_literal(v)} AS DOUBLE)")
         # The value is kept where it is infinite, so that the row can be refused for it.
         return f"CASE WHEN isnan({number}) THEN NULL ELSE {number} END"
 
-    def _number_of_text(self, name: str) -> str:
-        text = self._text(name)
+    def _number_of_text(self, text: str) -> str:
         if self._decimal == ".":
             return f"TRY_CAST({text} AS DOUBLE)"
         # A point that groups no digits is another country's: refused, rather than read as none.
@@ -292,9 +299,9 @@ class Mapper:
         )
 
     def _time_of_text(self, name: str, origin: ColumnMapping) -> str:
-        text = self._text(name)
+        text = self._text_value(name)
         if origin.unit is not None:
-            return _epoch_time(self._number_of_text(name), origin.unit)
+            return _epoch_time(self._number_of_text(text), origin.unit)
         if origin.format is not None:
             parsed = f"try_strptime({text}, {_literal(origin.format)})"
             zoned = "%z" in origin.format or "%Z" in origin.format
@@ -311,9 +318,11 @@ class Mapper:
         """Return whether the source gives anything for a field."""
         if name not in self._origins:
             return "FALSE"
-        column = self._column(name)
-        if column is None or _is_text(column[1]):
+        if name == "event_type":
             return f"({self._text(name)}) IS NOT NULL"
+        column = self._column(name)
+        if column is None or _is_text(column[1]) or self._origins[name].values is not None:
+            return f"({self._text_value(name)}) IS NOT NULL"
         sql, kind = column
         number = f" AND NOT isnan({sql})" if pa.types.is_floating(kind) else ""
         return f"{sql} IS NOT NULL{number}"
@@ -377,7 +386,7 @@ class Mapper:
 
     def _is_nan(self, name: str) -> str:
         # Text 'nan' is how some tools write a null; a NaN of a float column is not "given".
-        return f"coalesce(isnan(TRY_CAST({self._text(name)} AS DOUBLE)), FALSE)"
+        return f"coalesce(isnan(TRY_CAST({self._text_value(name)} AS DOUBLE)), FALSE)"
 
 
 def _restore_order(result: pa.Table) -> pa.Table:

@@ -198,6 +198,49 @@ def test_mapping_of_columns_values_and_constants(tmp_path: Path) -> None:
     assert view["price"] is None
 
 
+def test_spellings_of_null_can_be_named_for_every_column(tmp_path: Path) -> None:
+    write_csv(
+        tmp_path / "e.csv",
+        "u1,2025-01-01,view,NULL,NULL",
+        "u1,2025-01-01,view,i1,NA",
+        r"u1,2025-01-01,view,i1,\N",
+        "u1,2025-01-01,view,i1,free",
+        "u1,2025-01-01,view,i1,2.5",
+        "u1,2025-01-01,view,i1,damaged",
+        "NULL,2025-01-01,view,i1,1",
+        "u1,NULL,view,i1,1",
+    )
+    nulls = {"NULL": None, "NA": None, r"\N": None}
+    mapping = {
+        name: {"column": name, "values": nulls | ({"free": "0"} if name == "price" else {})}
+        for name in ("user_id", "ts", "item_id", "price")
+    }
+    result = read(tmp_path, path="e.csv", mapping=mapping)
+    assert [row["price"] for row in result["rows"]] == [None, None, None, 0.0, 2.5]
+    assert result["rows"][0]["item_id"] is None
+    assert reasons(result) == [(6, "price is not a number"), (8, "missing ts")]
+    assert result["anonymous"] == 1
+
+
+@pytest.mark.parametrize("decimal", [".", ","])
+def test_numbers_that_stand_for_null_can_be_named(tmp_path: Path, decimal: str) -> None:
+    table = pa.table(
+        {
+            "user_id": ["u1"] * 2,
+            "ts": ["2025-01-01"] * 2,
+            "event_type": ["view"] * 2,
+            "price": [-1.0, 2.5],
+            "quantity": [-1, 2],
+        }
+    )
+    pq.write_table(table, tmp_path / "e.parquet")
+    empty = {"-1": None}
+    mapping = {name: {"column": name, "values": empty} for name in ("price", "quantity")}
+    result = read(tmp_path, path="e.parquet", mapping=mapping, decimal=decimal)
+    found = [(row["price"], row["quantity"]) for row in result["rows"]]
+    assert (found, result["refused"]) == ([(None, None), (2.5, 2.0)], [])
+
+
 @pytest.mark.parametrize(
     ("text", "mapping", "expected"),
     [
