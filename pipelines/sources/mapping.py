@@ -4,8 +4,8 @@ The mapping is compiled once per file into one DuckDB expression per column; row
 through it in chunks, so that memory stays bounded and the order of rows is kept.
 
 Rules:
-    * Text is stripped; empty text is null. A whole number stored as a float (an id column
-      that once held nulls) is written without its fraction.
+    * Text is stripped of what is not seen at its ends; empty text is null. A whole number stored
+      as a float (an id column that once held nulls) is written without its fraction.
     * Timestamps with an offset or zone keep it; others are local times of ``timezone``. A
       local time that happens twice (clocks going back) is the earlier of the two; one that
       never happens (clocks going forward) is moved forward by the gap.
@@ -53,6 +53,8 @@ _ANONYMOUS: Final = "anonymous"
 _IGNORED: Final = "ignored"
 # Digits in groups of three, perhaps with a decimal comma.
 _GROUPED: Final = r"[+-]?\d{1,3}(\.\d{3})+(,\d*)?"
+# What is not seen at the ends of text: white space of any script, marks without width, controls.
+_UNSEEN: Final = r"^[\pZ\p{Cc}\p{Cf}]+|[\pZ\p{Cc}\p{Cf}]+$"
 _MICROSECONDS: Final = {"s": 1e6, "ms": 1e3, "us": 1.0}
 
 # ISO text without an offset or zone: nothing but minutes and seconds follows the hour.
@@ -234,10 +236,11 @@ class Mapper:
         text = f"CAST({sql} AS VARCHAR)"
         if pa.types.is_decimal(kind):
             return f"rtrim(rtrim({text}, '0'), '.')" if kind.scale > 0 else text
-        # Stripping a set of characters is slow, and the comparisons show that most need none.
+        stripped = f"regexp_replace({text}, {_literal(_UNSEEN)}, '', 'g')"
+        # Stripping is slow, and the comparisons show that most text needs none.
         return (
-            f"CASE WHEN {text} >= '!' AND {text}[-1] > ' ' THEN {text}"
-            f" ELSE nullif(trim({text}, E' \\t\\r\\n'), '') END"
+            f"CASE WHEN {text} >= '!' AND {text} < chr(127) AND {text}[-1] BETWEEN '!' AND '~'"
+            f" THEN {text} ELSE nullif({stripped}, '') END"
         )
 
     def _text_value(self, name: str) -> str:

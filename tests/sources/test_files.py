@@ -390,10 +390,13 @@ def test_text_is_stripped_and_empty_text_is_null(tmp_path: Path) -> None:
         " u1\t, 2025-01-01 , view,  , 1 ",
         "é ,2025-01-01,view,é,",
         "é,2025-01-01,view,,",
+        "\ufeffu1\u00a0,2025-01-01,view,\u200b \u00a0,",
+        "u1\0,2025-01-01,view,a\u00a0b\u3000,",
     )
     rows = read(tmp_path, path="e.csv")["rows"]
     assert [(r["user_id"], r["item_id"], r["price"]) for r in rows] == [
         ("u1", None, 1.0), ("é", "é", None), ("é", None, None),
+        ("u1", None, None), ("u1", "a\u00a0b", None),
     ]  # fmt: skip
 
 
