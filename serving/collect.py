@@ -6,6 +6,7 @@ import hashlib
 import json
 from datetime import datetime
 from enum import StrEnum
+from itertools import islice
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, Field, ValidationError
@@ -35,7 +36,9 @@ class Outcome(StrEnum):
 class CollectRequest(Strict):
     """Events to keep; each is judged by itself."""
 
-    events: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_COLLECTED)]
+    events: Annotated[
+        list[dict[str, Any]], Field(min_length=1, max_length=MAX_COLLECTED, fail_fast=True)
+    ]
 
 
 class CollectResult(BaseModel):
@@ -68,8 +71,11 @@ def parse_event(
     Returns:
         A row for the store, None when it is refused, and the result so far.
     """
+    # One unknown field is enough to be refused for.
+    some = dict(islice(raw.items(), len(CollectedEvent.model_fields) + 1))
+    known = {name: raw[name] for name in CollectedEvent.model_fields if name in raw}
     try:
-        event = CollectedEvent.model_validate_json(json.dumps(raw))
+        event = CollectedEvent.model_validate_json(json.dumps(some | known))
     except (ValidationError, ValueError) as error:
         if not isinstance(error, ValidationError):
             return None, CollectResult(outcome=Outcome.REJECTED, reason="not valid JSON")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from datetime import datetime
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, Self
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +16,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.config import ExtraValues
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipelines.events import (
@@ -63,9 +65,46 @@ Target = Annotated[Text, Field(description="A probability's name, such as purcha
 
 
 class Strict(BaseModel):
-    """Base of requests: no unknown field, no coercion, no NaN or infinity."""
+    """Base of requests: no unknown field, no coercion, no NaN or infinity.
+
+    An answer names the first mistake, so no request may cost more by having many: lists are read up
+    to the first item that is wrong, and of unknown fields one is reported.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def model_validate_json(
+        cls, json_data: str | bytes | bytearray, *, extra: ExtraValues | None = None, **options: Any
+    ) -> Self:
+        """Read JSON.
+
+        Raises:
+            ValidationError: it is not what is asked for; at most one error is about an unknown
+                field.
+        """
+        # Where unknown fields are forbidden pydantic reports each: a gigabyte for a body of them.
+        read = super().model_validate_json(json_data, extra=extra or "allow", **options)
+        unknown = find_unknown(read) if extra is None else None
+        if unknown is None:
+            return read
+        problem = InitErrorDetails(type="extra_forbidden", loc=unknown, input=None)
+        raise ValidationError.from_exception_data(cls.__name__, [problem], input_type="json")
+
+
+def find_unknown(value: Any) -> tuple[str | int, ...] | None:
+    """Return where the first unknown field is in what was read with all of them allowed."""
+    places: Iterable[tuple[str | int, Any]]
+    if isinstance(value, BaseModel):
+        places, extra = vars(value).items(), value.model_extra
+    else:
+        places, extra = enumerate(value), None
+    for name, inner in places:
+        if isinstance(inner, BaseModel | list):
+            found = find_unknown(inner)
+            if found is not None:
+                return name, *found
+    return (next(iter(extra)),) if extra else None
 
 
 class Event(Strict):
@@ -101,13 +140,13 @@ class User(Strict):
 
     user_id: Identifier
     profile: Profile | None = None
-    events: Annotated[list[Event], Field(min_length=1, max_length=MAX_EVENTS)]
+    events: Annotated[list[Event], Field(min_length=1, max_length=MAX_EVENTS, fail_fast=True)]
 
 
 class PredictRequest(Strict):
     """Shoppers to predict, and from when on."""
 
-    users: Annotated[list[User], Field(min_length=1, max_length=MAX_USERS)]
+    users: Annotated[list[User], Field(min_length=1, max_length=MAX_USERS, fail_fast=True)]
     now: Time | None = Field(
         default=None,
         description="Predictions look ahead from here; all events lie before. Default: the "
@@ -150,7 +189,7 @@ class PredictResponse(BaseModel):
 class StoredRequest(Strict):
     """Shoppers to predict from what was collected of them, and from when on."""
 
-    user_ids: Annotated[list[StoredId], Field(min_length=1, max_length=MAX_USERS)]
+    user_ids: Annotated[list[StoredId], Field(min_length=1, max_length=MAX_USERS, fail_fast=True)]
     now: Time | None = Field(default=None, description="Default: the service's clock.")
     next_items: Annotated[int, Field(ge=0, le=MAX_ITEMS)] = 0
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.collect import Outcome, parse_event
+from serving.collect import CollectedEvent, Outcome, parse_event
 
 CLOCK = datetime(2025, 3, 2, tzinfo=UTC)
 GOOD = {"user_id": "ann", "event_type": "view", "ts": "2025-03-01T12:00:00.5+01:00"}
@@ -79,3 +79,19 @@ JSON = st.recursive(
 def test_nothing_makes_it_fail(change: dict[str, Any]) -> None:
     row, result = parse_event(GOOD | change, CLOCK)
     assert (row is None) == (result.outcome is Outcome.REJECTED)
+
+
+def test_of_many_unknown_fields_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = {f"k{i}": 1 for i in range(1000)}
+    seen: list[int] = []
+    read = CollectedEvent.model_validate_json
+
+    def note(data: str) -> CollectedEvent:
+        seen.append(len(data))
+        return read(data)
+
+    monkeypatch.setattr(CollectedEvent, "model_validate_json", note)
+    row, result = parse_event(many | GOOD, CLOCK)
+    assert row is None
+    assert (result.field, result.reason) == ("k0", "Extra inputs are not permitted")
+    assert seen[0] < 500

@@ -8,8 +8,16 @@ import pytest
 from pydantic import ValidationError
 
 from pipelines.events import EVENT_SCHEMA
+from serving.collect import CollectRequest
 from serving.limits import MAX_CLOCK_SKEW
-from serving.schema import Event, PredictRequest, resolve_now
+from serving.schema import (
+    Event,
+    PredictRequest,
+    Profile,
+    StoredRequest,
+    Strict,
+    resolve_now,
+)
 
 CLOCK = datetime(2025, 3, 1, tzinfo=UTC)
 
@@ -57,3 +65,43 @@ def test_events_of_the_future_are_refused_by_name(ts: datetime, now: datetime | 
 def test_times_outside_of_any_shop_are_refused(ts: str) -> None:
     with pytest.raises(ValidationError, match="between 1970 and 2200"):
         Event.model_validate_json(json.dumps({"event_type": "view", "ts": ts}))
+
+
+VIEW = {"event_type": "view", "ts": "2025-01-01T00:00:00Z"}
+MANY: dict[str, Any] = {f"k{i}": 1 for i in range(1000)}
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "field"),
+    [
+        (
+            PredictRequest,
+            {"users": [{"user_id": "a", "events": [{}] * 99}] * 9},
+            "users.0.events.0",
+        ),
+        (
+            PredictRequest,
+            {"users": [{"user_id": "a", "events": [VIEW, VIEW | MANY]}]},
+            "users.0.events.1.k0",
+        ),
+        (PredictRequest, {"users": [{"user_id": "a", "events": [VIEW]} | MANY]}, "users.0.k0"),
+        (
+            PredictRequest,
+            {"users": [{"user_id": "a", "profile": MANY, "events": [VIEW]}]},
+            "users.0.profile.k0",
+        ),
+        (StoredRequest, {"user_ids": [1] * 999}, "user_ids.0"),
+        (CollectRequest, {"events": [1] * 999}, "events.0"),
+        (CollectRequest, {"events": [VIEW]} | MANY, "k0"),
+        (Profile, MANY, "k0"),
+    ],
+)
+def test_a_request_with_many_mistakes_is_told_of_few(
+    model: type[Strict], body: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate_json(json.dumps(body))
+    assert caught.value.error_count() < 5
+    assert ".".join(map(str, caught.value.errors()[0]["loc"])).startswith(field)
+    if field.endswith("k0"):
+        assert caught.value.errors()[0]["msg"] == "Extra inputs are not permitted"
