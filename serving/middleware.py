@@ -44,6 +44,7 @@ CODES: Final = {
     413: "too_large",
     415: "unsupported_media_type",
     429: "too_many_requests",
+    431: "head_too_large",
     500: "internal_error",
     503: "unavailable",
     504: "timeout",
@@ -256,6 +257,11 @@ def _error(code: str, message: str, field: str | None = None) -> dict[str, Any]:
 
 def _name(status: int) -> str:
     return CODES.get(status, f"http_{status}")
+
+
+def describe_refusal(status: HTTPStatus, message: str) -> bytes:
+    """Return the body of a refusal."""
+    return json.dumps({"error": _error(_name(status), message)}).encode()
 
 
 async def refuse(
