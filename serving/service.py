@@ -64,6 +64,7 @@ from serving.schema import (
     resolve_now,
 )
 from serving.store import Store, find_url
+from serving.supervision import install as install_supervision
 from serving.swap import Watcher, find_watched
 from serving.tracing import plan_tracing
 from serving.welcome import ShowCalls
@@ -483,6 +484,7 @@ def _find_digest() -> str:
 # The decorator has made a service of the class. The first one added is the outermost: errors of
 # the limits are shaped as well.
 install_connections()
+install_supervision()
 _service: Any = Forecart
 _service.mount_asgi_app(make_reads())
 _service.add_asgi_middleware(ObserveRequests)

@@ -721,6 +721,36 @@ def test_a_bento_by_itself_collects_nothing_into_its_own_folder(
     assert digest_directory(bento) == before
 
 
+def find_listeners(service: Service) -> list[tuple[str, int]]:
+    """The addresses on which a server and all its children listen."""
+    parent = psutil.Process(service.process.pid)
+    return [
+        (connection.laddr.ip, connection.laddr.port)
+        for process in [parent, *parent.children(recursive=True)]
+        for connection in process.net_connections("inet")
+        if connection.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)
+    ]
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_nothing_else_than_the_service_listens_on_the_network(
+    project: Path, tmp_path: Path, bare: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The supervisor runs what it is told, and every user of the machine reaches its ports.
+    temporary = tmp_path / ("deep" * 25)
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary if bare else tmp_path))
+    with start(project / "build/bento", tmp_path, bare=bare) as service:
+        assert set(find_listeners(service)) == {("127.0.0.1", service.port)}
+        parent = psutil.Process(service.process.pid)
+        paths = [Path(c.laddr) for c in parent.net_connections("unix") if c.laddr]
+        sockets = [path for path in paths if path.name in ("control", "events")]
+        assert len(sockets) == 2, paths
+        (folder,) = {path.parent for path in sockets}
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists()
+
+
 def test_a_port_in_use_is_told(service: Service, project: Path) -> None:
     from serving.run import serve
 
