@@ -289,7 +289,8 @@ def judge(root: Path, *, champion: str, candidate: str, passed: bool) -> None:
     rows = ["target,model,predicted,observed,rows"]
     rows += ["purchase_14d,ensemble,0.5,0.5,9", "purchase_14d,champion,0.25,0.5,9"]
     write_text(root / "reports/plots/calibration.csv", "\n".join(rows))
-    values = {metric: {"value": 0.5, "low": 0.4, "high": 0.6} for metric in ("roc_auc", "ece")}
+    values = {"roc_auc": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    values["ece"] = {"value": 0.5, "low": None, "high": None}
     target = {"kind": "binary", "horizon_days": 14, "models": dict.fromkeys(MODELS, values)}
     data = {"events": 9, "users": 9, "first_ts": "2025-01-01", "last_ts": "2025-02-01"}
     write_json(
