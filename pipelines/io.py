@@ -118,6 +118,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file; run the stage that writes it") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deep") from None
 
 
 def say_count(number: int, noun: str) -> str:

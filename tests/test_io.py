@@ -31,6 +31,13 @@ def test_a_number_that_json_lacks_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_json_that_is_nested_too_deep_is_a_damaged_file(tmp_path: Path) -> None:
+    file = tmp_path / "champion.json"
+    file.write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"champion\.json: nested too deep"):
+        read_json(file)
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "x.txt"
     target.write_text("old")
