@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,8 @@ def erase_exported(exports: Sequence[Path], user_id: str) -> int:
 def _erase(path: Path, user_id: str) -> int:
     if path.is_file():
         try:
-            return _erase_lines(path, user_id)
+            # What a link names, and not the link, whose place the file would take.
+            return _erase_lines(path.resolve(), user_id)
         except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path.name}: no CSV file ({error})") from None
     if path.is_dir() or (path.parent / _PARTIAL).is_dir():
@@ -89,7 +91,9 @@ def _erase_rows(folder: Path, user_id: str) -> int:
         found = pq.read_table(file, columns=[_USER], filters=[(_USER, "==", user_id)]).num_rows
         if found:
             table = pq.read_table(file)
+            mode = file.stat().st_mode
             write_table(file, table.filter(pc.not_equal(table[_USER], user_id)))
+            file.chmod(mode)
             count += found
     description = folder / _DESCRIPTION
     if count and description.exists():
@@ -111,6 +115,7 @@ def _erase_lines(path: Path, user_id: str) -> int:
             raise UserError(f"{path.name}: no column {_USER}; columns are parted by commas")
         column = head.index(_USER) if head else 0
         with partial.open("w", newline="", encoding="utf-8") as target:
+            shutil.copymode(path, partial)
             # As they were written, quotes and all.
             target.writelines(read)
             read.clear()

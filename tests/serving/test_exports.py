@@ -59,6 +59,20 @@ def test_lines_are_removed_from_csv_files(tmp_path: Path, user: str) -> None:
     assert left == [other for other in USERS if other != user]
 
 
+def test_what_a_link_names_is_erased_from_and_stays_private(tmp_path: Path) -> None:
+    scores = make_scores(tmp_path)
+    file, link = tmp_path / "people.csv", tmp_path / "latest.csv"
+    write_csv(scores, file)
+    link.symlink_to(file)
+    private = [file, *scores.glob("*.parquet")]
+    for path in private:
+        path.chmod(0o600)
+    assert erase_exported([link, scores], "ann") == 2
+    assert link.is_symlink()
+    assert "ann" not in file.read_text()
+    assert {path.stat().st_mode & 0o777 for path in private} == {0o600}
+
+
 def test_what_is_left_of_a_csv_file_is_as_it_was(tmp_path: Path) -> None:
     """Whatever its name, and with the quotes that keep a spreadsheet from reading formulas."""
     file = tmp_path / "PEOPLE.CSV"
