@@ -112,13 +112,16 @@ class Watcher:
         try:
             state = _observe(self._watched)
             if state == self._seen:
+                self._pause = self._seconds
                 return
             self._seen = state
             found = locate(self._watched)
             if found is None or self._serves(*found):
+                self._pause = self._seconds
                 return
             digest = self._take(*found)
         except UserError as error:
+            self._pause = self._seconds
             self._metrics.count_swap(taken=False)
             _LOG.error("the new model is refused, the old one goes on: %s", error)
             return

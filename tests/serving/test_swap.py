@@ -40,6 +40,23 @@ def test_an_interruption_is_tried_again_ever_more_rarely(tmp_path: Path) -> None
     assert pauses == [2.0, 4.0, 1.0, 1.0, 1.0]
 
 
+def test_a_hiccup_that_is_over_delays_no_later_promotion(tmp_path: Path) -> None:
+    outcomes: list[Exception | str] = [OSError("no memory"), UserError("bad"), "new"]
+    watcher, _tried = watch(tmp_path, outcomes)
+    watcher.look()
+    assert watcher._pause == 2.0
+    watcher.look()
+    assert watcher._pause == 1.0, "refused, and so looked at"
+    watcher._pause = 600.0
+    watcher.look()
+    assert watcher._pause == 1.0, "nothing new, and so looked at"
+    watcher._pause = 600.0
+    watcher._current = digest_directory(tmp_path)
+    watcher._seen = None
+    watcher.look()
+    assert watcher._pause == 1.0, "it serves already"
+
+
 def test_a_model_that_was_refused_is_not_asked_again(tmp_path: Path) -> None:
     watcher, tried = watch(tmp_path, [UserError("bad"), "new"])
     for _ in range(3):
