@@ -144,6 +144,8 @@ class Forecart:
         self._opening = threading.Lock()
         # The store may hang, and predictions must not.
         self.errands = Errands()
+        # Of SQLite nobody who writes keeps others from reading.
+        self.reads = Errands(threads=4)
         self.collector: Batcher[list[dict[str, Any]], list[bool]] = Batcher(
             self._store_calls,
             weigh=len,
@@ -191,7 +193,7 @@ class Forecart:
             self._watcher.stop()
         await self.engine.close()
         if self._store is not None:
-            await self.errands.end(self._store.close)
+            await asyncio.gather(self.reads.end(lambda: None), self.errands.end(self._store.close))
 
     async def __is_ready__(self) -> bool:
         """Return whether predictions can be had."""
@@ -340,7 +342,7 @@ class Forecart:
                 if events
             ]
 
-        shoppers: list[Shopper] = await _guard(self.errands.run(read))
+        shoppers: list[Shopper] = await _guard(self.reads.run(read))
         return shoppers
 
     async def _explain(self, shopper: Shopper, target: str, now: datetime) -> ExplainResponse:

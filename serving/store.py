@@ -1,16 +1,18 @@
 """Where collected events and profiles are kept: SQLite by default, else PostgreSQL or MariaDB.
 
-What `append` has returned is committed. Events are known by their id: storing one again changes
-nothing, so that a client may send again what it had no answer for.
+What `append` has returned is committed, with SQLite to the file that has the store's name: one that
+was moved away or deleted meanwhile would take it along. Events are known by their id: storing one
+again changes nothing, so that a client may send again what it had no answer for.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -104,7 +106,8 @@ PROFILES: Final = Table(
     sqlite_autoincrement=True,
 )
 _TRIES: Final = 20
-_BUSY_MS: Final = 10_000
+# Less than a caller waits (serving.errands), so that no thread waits for nobody.
+_BUSY_MS: Final = 6_000
 _DEADLOCK: Final = 1213  # ER_LOCK_DEADLOCK
 
 
@@ -151,8 +154,9 @@ class Store:
     def __init__(self, url: str) -> None:
         try:
             parsed = parse_address(url)
-            if parsed.get_backend_name() == "sqlite" and parsed.database:
-                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            self._path = _find_path(parsed)
+            if self._path is not None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
             # A connection that the server has closed is noticed before it is used.
             self.engine: Engine = create_engine(parsed, pool_pre_ping=True, **plan_waiting(parsed))
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, OSError) as error:
@@ -160,13 +164,19 @@ class Store:
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _set_durable)
         bound_statements(self.engine)
+        # The file that the tables are in, of SQLite.
+        self._opened: os.stat_result | None = None
+        self._opening = threading.Lock()
 
     def create(self) -> None:
         """Create the tables that are missing."""
+        # Before: of what takes the file's place meanwhile it is not known what is in it.
+        file = None if self._path is None else _make_file(self._path)
         began = time.monotonic()
         for left in reversed(range(_TRIES)):
             try:
                 _METADATA.create_all(self.engine)
+                self._opened = file
                 return
             except (OperationalError, ProgrammingError, IntegrityError):
                 # Another one who opens the store has made a table since it was looked for; but
@@ -192,7 +202,7 @@ class Store:
             event_id: {name: event.get(name) for name in _COLUMNS}
             for event_id, event in zip(ids, events, strict=True)
         }
-        with self.engine.begin() as connection:
+        with self._change() as connection:
             known = self._find_known(connection, list(rows))
             fresh = [row for event_id, row in rows.items() if event_id not in known]
             if fresh:
@@ -216,7 +226,7 @@ class Store:
         """
         columns = [EVENTS.c[name] for name in _COLUMNS]
         found: dict[str, list[dict[str, Any]]] = {}
-        with self.engine.connect() as connection:
+        with self._read() as connection:
             for user_id in dict.fromkeys(user_ids):
                 query = (
                     select(*columns)
@@ -238,7 +248,7 @@ class Store:
         row = {f.name: profile.get(f.name) for f in USER_SCHEMA} | {"user_id": user_id}
         for left in reversed(range(_TRIES)):
             try:
-                with self.engine.begin() as connection:
+                with self._change() as connection:
                     connection.execute(delete(PROFILES).where(PROFILES.c.user_id == user_id))
                     connection.execute(insert(PROFILES), row)
                 return
@@ -254,7 +264,7 @@ class Store:
         columns = [PROFILES.c[f.name] for f in USER_SCHEMA]
         found: dict[str, dict[str, Any]] = {}
         ids = list(dict.fromkeys(user_ids))
-        with self.engine.connect() as connection:
+        with self._read() as connection:
             for low in range(0, len(ids), _CHUNK):
                 query = select(*columns).where(PROFILES.c.user_id.in_(ids[low : low + _CHUNK]))
                 for row in connection.execute(query):
@@ -263,7 +273,7 @@ class Store:
 
     def erase(self, user_id: str) -> Erased:
         """Delete everything about a user."""
-        with self.engine.begin() as connection:
+        with self._change() as connection:
             events = connection.execute(delete(EVENTS).where(EVENTS.c.user_id == user_id))
             profiles = connection.execute(delete(PROFILES).where(PROFILES.c.user_id == user_id))
             erased = Erased(events=events.rowcount, profile=profiles.rowcount > 0)
@@ -274,6 +284,42 @@ class Store:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        self._follow()
+        with self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _change(self) -> Iterator[Connection]:
+        """Begin a transaction; once this has ended, what it did is in the store.
+
+        Raises:
+            UserError: the file was exchanged meanwhile; what was done may have gone with it.
+        """
+        opened = self._follow()
+        with self.engine.begin() as connection:
+            yield connection
+        if not self._is_named(opened):
+            raise UserError(f"{STORE_VARIABLE}: {self._path}: exchanged while it was written")
+
+    def _follow(self) -> os.stat_result | None:
+        """Open the file anew where another one, or none, has taken its name; return which it is."""
+        with self._opening:
+            if not self._is_named(self._opened):
+                self.engine.dispose()
+                self.create()
+            return self._opened
+
+    def _is_named(self, file: os.stat_result | None) -> bool:
+        """Return whether a file has the store's name; a server has no file."""
+        if self._path is None:
+            return True
+        try:
+            return file is not None and os.path.samestat(file, self._path.stat())
+        except FileNotFoundError:
+            return False
 
     def _empty_log(self) -> None:
         """Take out of SQLite's log of changes what was erased; a reader who needs it keeps it."""
@@ -300,6 +346,23 @@ class Store:
         if name == "sqlite":
             return sqlite.insert(EVENTS).on_conflict_do_nothing()
         return insert(EVENTS).prefix_with("IGNORE")
+
+
+def _find_path(url: Any) -> Path | None:
+    """Return SQLite's file; None for a database in memory, or one that only SQLite can find."""
+    name = str(url.database or "")
+    if url.get_backend_name() != "sqlite" or name in ("", ":memory:") or name.startswith("file:"):
+        return None
+    return Path(name)
+
+
+def _make_file(path: Path) -> os.stat_result:
+    """Make SQLite's file where there is none, for its user alone, and return which one it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        # An existing one is not opened: closing it would end the locks that SQLite has on it.
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    return path.stat()
 
 
 def _is_deadlock(error: OperationalError) -> bool:

@@ -10,13 +10,14 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -456,6 +457,63 @@ def test_the_next_purchase_and_items_are_told(service: Service) -> None:
     assert [p["next_items"] for p in without["predictions"]] == [[], [], []]
 
 
+def measure_memory(service: Service) -> int:
+    """Return the bytes that the processes of the server hold."""
+    server = psutil.Process(service.process.pid)
+    return sum(p.memory_info().rss for p in [server, *server.children(recursive=True)])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        (
+            "POST",
+            "/predict",
+            {"users": [{"user_id": "a", "events": [{"a": 1, "b": 1}] * 2000}] * 256},
+        ),
+        ("POST", "/predict", {"users": [{f"k{i}": 1 for i in range(500_000)}]}),
+        ("POST", "/events", {"events": [{f"k{i}": 1 for i in range(500_000)}]}),
+        ("PUT", "/users/a", {f"k{i}": 1 for i in range(500_000)}),
+    ],
+)
+def test_a_body_of_mistakes_costs_no_more_than_one(
+    service: Service, method: str, path: str, body: Any
+) -> None:
+    content = json.dumps(body, separators=(",", ":")).encode()
+    assert len(content) > 5e6
+    before = measure_memory(service)
+    waits = []
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(service.ask, method, path, content)
+        while not answer.done():
+            began = time.monotonic()
+            assert service.ask("GET", "/livez")[0] == 200
+            waits.append(time.monotonic() - began)
+    status, _, told = answer.result()
+    assert status == (200 if path == "/events" else 422), told
+    assert len(told) < 2000
+    print(f"{method} {path}: {max(waits):.2f} s at most for others")
+    assert max(waits) < 3
+    assert measure_memory(service) - before < 500e6
+
+
+@pytest.mark.parametrize(
+    "start", [b"GET /livez HTTP/1.1\r\n", b"GET /livez HTTP/1.1\r\nx: ", b"GET /"]
+)
+def test_a_head_without_end_is_refused(service: Service, start: bytes) -> None:
+    more = b"x" * (1 << 16) if start[-1:] in b" /" else b"x:y\r\n" * (1 << 13)
+    before = measure_memory(service)
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as client:
+        client.sendall(start)
+        with suppress(OSError):
+            while time.monotonic() - began < 10:
+                client.sendall(more)
+    assert time.monotonic() - began < 5
+    assert measure_memory(service) - before < 100e6
+    assert service.ask("GET", "/livez")[0] == 200
+
+
 def test_collected_events_are_kept_once_and_predicted_from(service: Service) -> None:
     request = make_request(2)
     events = [
@@ -691,6 +749,29 @@ def test_a_store_that_hangs_keeps_no_prediction_and_no_end_waiting(
     assert {answer.result()[0] for answer in stored} == {503}
     # The last request is answered before.
     assert ended < 20
+
+
+def test_who_writes_into_sqlite_keeps_nobody_from_reading(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "store/events.db"
+    monkeypatch.setenv("FORECART_STORE", f"sqlite:///{file}")
+    events = [{**event, "user_id": "ann"} for event in make_request(1)["users"][0]["events"]]
+    with ThreadPoolExecutor(12) as pool, start(project / "models/gpt", tmp_path) as service:
+        assert service.post("/events", {"events": events})[1]["accepted"] == len(events)
+        with closing(sqlite3.connect(file, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            waiting = [
+                pool.submit(service.ask, "PUT", f"/users/u{i}", {"age": 4}) for i in range(12)
+            ]
+            time.sleep(0.5)
+            began = time.monotonic()
+            status, _, _ = service.ask("GET", "/users/ann/prediction")
+            took = time.monotonic() - began
+            assert not any(put.done() for put in waiting)
+            other.execute("ROLLBACK")
+            assert (status, took < 2) == (200, True), took
+        assert {put.result()[0] for put in waiting} == {200}
 
 
 def test_a_bento_by_itself_collects_nothing_into_its_own_folder(

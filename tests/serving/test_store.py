@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event, Thread
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines.address import STORE_VARIABLE
 from pipelines.errors import UserError
@@ -122,6 +125,101 @@ def test_a_reader_holds_up_no_erasure(store: Store) -> None:
         assert store.erase("ann") == Erased(events=1, profile=False)
         assert time.monotonic() - began < 5
     assert store.erase("bob") == Erased(events=1, profile=False)
+
+
+def test_what_shoppers_did_is_for_the_user_who_serves_alone(store: Store, tmp_path: Path) -> None:
+    store.append([make("a")])
+    files = list((tmp_path / "deep").glob("events.db*"))
+    assert len(files) == 3
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
+def move_away(path: Path) -> None:
+    """Move a database of SQLite with what belongs to it, which leaves open files open."""
+    aside = path.parent.with_name("aside")
+    aside.mkdir()
+    for file in path.parent.glob(f"{path.name}*"):
+        file.rename(aside / file.name)
+
+
+def test_what_is_acknowledged_after_the_file_has_gone_is_in_the_new_one(
+    store: Store, tmp_path: Path
+) -> None:
+    path = tmp_path / "deep/events.db"
+    store.append([make("a")])
+    move_away(path)
+    assert store.append([make("b")]) == [True]
+    store.keep_profile("ann", {"age": 40.0})
+    again = Store(f"sqlite:///{path}")
+    (event,) = again.history(["ann"], before=100, limit=10)["ann"]
+    assert event["event_id"] == "b"
+    assert again.profiles(["ann"])["ann"]["age"] == 40.0
+    again.close()
+    shutil.rmtree(path.parent)
+    assert store.history(["ann"], before=100, limit=10)["ann"] == []
+    assert store.append([make("b")]) == [True]
+    old = Store(f"sqlite:///{tmp_path / 'aside/events.db'}")
+    (event,) = old.history(["ann"], before=100, limit=10)["ann"]
+    assert event["event_id"] == "a"
+    old.close()
+
+
+def test_what_goes_with_the_file_while_it_is_written_is_not_acknowledged(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "deep/events.db"
+    insert_new = store._insert_new
+
+    def move_first() -> Any:
+        monkeypatch.setattr(store, "_insert_new", insert_new)
+        move_away(path)
+        return insert_new()
+
+    monkeypatch.setattr(store, "_insert_new", move_first)
+    with pytest.raises(UserError, match="exchanged"):
+        store.append([make("a")])
+    assert store.append([make("a")]) == [True]
+    again = Store(f"sqlite:///{path}")
+    assert len(again.history(["ann"], before=100, limit=10)["ann"]) == 1
+    again.close()
+
+
+def test_a_file_that_comes_and_goes_takes_nothing_acknowledged_with_it(
+    store: Store, tmp_path: Path
+) -> None:
+    path = tmp_path / "deep/events.db"
+    kept: list[set[str]] = [set() for _ in range(4)]
+
+    def write(writer: int) -> None:
+        while not done.is_set():
+            names = [f"{writer}-{len(kept[writer])}"]
+            with suppress(UserError, SQLAlchemyError):
+                store.append([make(names[0])])
+                kept[writer].update(names)
+
+    done = Event()
+    threads = [Thread(target=write, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    files = [path]
+    try:
+        for turn in range(5):
+            time.sleep(0.1)
+            path.parent.rename(tmp_path / f"aside{turn}")
+            files.append(tmp_path / f"aside{turn}/events.db")
+        time.sleep(0.1)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    found = set()
+    for file in files:
+        opened = Store(f"sqlite:///{file}")
+        events = opened.history(["ann"], before=100, limit=10**6)["ann"]
+        found |= {event["event_id"] for event in events}
+        opened.close()
+    assert set().union(*kept) <= found
+    assert len(found) > 50
 
 
 def test_there_is_no_store_that_nobody_named(monkeypatch: pytest.MonkeyPatch) -> None:
