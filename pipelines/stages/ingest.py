@@ -11,6 +11,8 @@ Rules, the same for every source:
       with the same content are its duplicates, others are damage: what is taken for an id
       does not tell events apart. With ``ingest.files.keep_repeats``, repeats of a hashed event
       get the suffix -2, -3, ... and are kept.
+    * What an event lacks of category, brand and price is taken from the items table, where one
+      is given, after the content hash: ids do not depend on that table.
 """
 
 from __future__ import annotations
@@ -77,7 +79,6 @@ _ADVICE: Final = {
 # An event's place in the order read: the number of its source, then of its row there.
 _ROW_BITS: Final = 40
 
-_COLUMNS: Final = ", ".join(EVENT_SCHEMA.names)
 _CONTENT: Final = EVENT_SCHEMA.names[1:]  # all but event_id
 _HASHED: Final = ", ".join(f"epoch_us({name})" if name == "ts" else name for name in _CONTENT)
 
@@ -96,7 +97,21 @@ _INSERT: Final = f"""
         {", ".join(_CONTENT)}
     FROM ({_SIGN})
 """  # noqa: S608
-_SORTED: Final = f"SELECT {_COLUMNS} FROM staged ORDER BY ts, event_id"  # noqa: S608
+_OF_ITEMS: Final = ITEM_SCHEMA.names[1:]  # all but item_id
+_FILLED: Final = ", ".join(
+    f"coalesce(staged.{name}, items.{name}) AS {name}" if name in _OF_ITEMS else f"staged.{name}"
+    for name in EVENT_SCHEMA.names
+)
+_SORTED: Final = f"""
+    SELECT {_FILLED} FROM staged LEFT JOIN items USING (item_id)
+    ORDER BY staged.ts, staged.event_id
+"""  # noqa: S608
+_LACKING: Final = " OR ".join(
+    f"staged.{name} IS NULL AND items.{name} IS NOT NULL" for name in _OF_ITEMS
+)
+_COUNT_FILLED: Final = f"""
+    SELECT count(*) FROM staged JOIN items USING (item_id) WHERE {_LACKING}
+"""  # noqa: S608
 
 # Ids that occur once, nearly all, never reach the window function.
 _FIND_REPEATS: Final = f"""
@@ -280,11 +295,14 @@ def run(params: Params, root: Path = Path()) -> str:
         if not sums["events"]:
             raise UserError(_explain_nothing(counts, params))
 
+        known_items = _last_rows(items, ITEM_SCHEMA)
+        connection.register("items", known_items)
+        ((filled,),) = connection.execute(_COUNT_FILLED).fetchall()
         last_seen = _LastSeen()
         with replace_directory(root / EVENTS) as folder:
             _write_days(last_seen.watch(_sorted_events(connection)), folder)
     user_table = _last_rows(users, USER_SCHEMA)
-    item_table = last_seen.items() if items is None else _last_rows(items, ITEM_SCHEMA)
+    item_table = last_seen.items() if items is None else known_items
     with replace_directory(root / ENTITIES) as folder:
         write_table(folder / "users.parquet", user_table)
         write_table(folder / "items.parquet", item_table)
@@ -301,6 +319,7 @@ def run(params: Params, root: Path = Path()) -> str:
         },
         "duplicates": repeats.dropped,
         "items": item_table.num_rows,
+        **({"filled": filled} if filled else {}),
         **sums,
     }
     write_json(root / REPORT, report)
@@ -333,11 +352,12 @@ def _advise_end(last_ts: str, params: Params, now: datetime) -> str:
 
 
 def _tell(report: dict[str, Any], advice: str) -> str:
+    filled = f", {report['filled']:,} filled from the items table" if "filled" in report else ""
     return (
         f"{report['events']:,} events of {report['users']:,} users,"
         f" {report['first_ts'][:10]} to {report['last_ts'][:10]}, in {EVENTS};"
         f" of {report['rows']:,} rows {report['quarantined']['rows']:,} quarantined,"
-        f" {report['anonymous']:,} anonymous, {report['duplicates']:,} duplicates{advice}"
+        f" {report['anonymous']:,} anonymous, {report['duplicates']:,} duplicates{advice}{filled}"
     )
 
 

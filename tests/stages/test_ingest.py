@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -111,6 +114,53 @@ def test_users_and_items_tables_keep_the_last_row_of_an_id(tmp_path: Path) -> No
     assert quarantined(tmp_path).column("source").to_pylist() == ["users.csv"]
     with pytest.raises(UserError, match=r"1 of 5 rows of users and items \(20.0%\)"):
         run(tmp_path, files=files)
+
+
+@pytest.mark.parametrize("source", ["files", "database"])
+def test_an_items_table_fills_what_events_lack(tmp_path: Path, source: str) -> None:
+    log = [
+        ("e1", "u1", "2025-01-01T00:00:01", "purchase", "i1", None, None, None),
+        ("e2", "u1", "2025-01-01T00:00:02", "purchase", "i1", "hats", "own", 7.0),
+        ("e3", "u1", "2025-01-01T00:00:03", "view", "i2", None, None, None),
+        ("e4", "u1", "2025-01-01T00:00:04", "search", None, None, None, None),
+        ("e5", "u1", "2025-01-01T00:00:05", "purchase", "i1", None, "own", 0.0),
+    ]
+    columns = ["event_id", "user_id", "ts", "event_type", "item_id", "category", "brand", "price"]
+    # The last row of an id counts, as in the table that is written.
+    shelf = [("i1", "bags", "acme", 10.0), ("i1", "shoes", "acme", 20.0), ("i3", "x", "y", 1.0)]
+    frames = {
+        "e": pd.DataFrame(log, columns=columns),
+        "items": pd.DataFrame(shelf, columns=ITEM_SCHEMA.names),
+    }
+    if source == "files":
+        for name, frame in frames.items():
+            frame.to_csv(tmp_path / f"{name}.csv", index=False)
+        section: dict[str, Any] = {"path": "e.csv", "items": "items.csv"}
+    else:
+        with closing(sqlite3.connect(tmp_path / "shop.db")) as connection:
+            for name, frame in frames.items():
+                frame.to_sql(name, connection, index=False)
+        section = {"url": "sqlite:///shop.db", "events": "e", "items": "items"}
+    params = config.parse_params({"ingest": {"source": source, source: section}})
+    fingerprint.run(params, tmp_path)
+    assert ingest.run(params, tmp_path).endswith(", 2 filled from the items table")
+    assert [(row["category"], row["brand"], row["price"]) for row in events(tmp_path)] == [
+        ("shoes", "acme", 20.0),
+        ("hats", "own", 7.0),
+        (None, None, None),
+        (None, None, None),
+        ("shoes", "own", 0.0),
+    ]
+    assert json.loads((tmp_path / "reports/ingest.json").read_text())["filled"] == 2
+
+
+def test_ids_do_not_depend_on_the_items_table(tmp_path: Path) -> None:
+    write_csv(tmp_path / "e.csv", "u1,2025-01-01,purchase,i1,,1", "u1,2025-01-02,purchase,i1,,1")
+    write_csv(tmp_path / "items.csv", "i1,20", header="item_id,price")
+    assert "filled" not in run(tmp_path)
+    before = events(tmp_path)
+    assert run(tmp_path, files={"items": "items.csv"})["filled"] == 2
+    assert events(tmp_path) == [row | {"price": 20.0} for row in before]
 
 
 def test_a_purchase_of_a_negative_quantity_is_a_refund(tmp_path: Path) -> None:
