@@ -17,6 +17,7 @@ import codecs
 import csv
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ _COMPRESSIONS: Final[dict[str, str]] = {".gz": "gzip", ".bz2": "bz2", ".zst": "z
 
 _BLOCK_BYTES: Final = 16 << 20
 _ROWS_PER_CHUNK: Final = 1 << 17
+_SHOWN_NAMES: Final = 3
 
 # A longer value is a quotation mark that nobody closed: it has swallowed the lines after it.
 _MAX_VALUE_BYTES: Final = 1 << 16
@@ -130,6 +132,7 @@ class FilesSource:
         """
         self._params = params
         self._root = root
+        self._skipped: dict[Kind, list[str]] = {}
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Source``: names with content hashes (local) or versions (remote)."""
@@ -186,6 +189,14 @@ class FilesSource:
         """See ``Source``: what is there once all is read."""
         return self.fingerprint()
 
+    def tell_skipped(self) -> str:
+        """Return which files of the folders were left out for their endings; "" for none."""
+        names = [name for names in self._skipped.values() for name in names]
+        if not names:
+            return ""
+        more = f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else ""
+        return f"; not read for their endings: {', '.join(names[:_SHOWN_NAMES])}{more}"
+
     def _path(self, kind: Kind) -> str | None:
         return {
             Kind.EVENTS: self._params.path,
@@ -195,9 +206,11 @@ class FilesSource:
 
     def _find(self, kind: Kind) -> tuple[Any, list[_File]]:
         path = self._path(kind) or ""
+        given, key = None, f"ingest.files.{kind}"
         if kind is Kind.EVENTS:
-            return _find_files(path, self._params.format, "ingest.files.path", self._root)
-        return _find_files(path, None, f"ingest.files.{kind}", self._root)
+            given, key = self._params.format, "ingest.files.path"
+        fs, files, self._skipped[kind] = _find_files(path, given, key, self._root)
+        return fs, files
 
 
 # -- finding ---------------------------------------------------------------------------------
@@ -205,14 +218,17 @@ class FilesSource:
 
 def _find_files(
     path: str, given: FileFormat | None, key: str, root: Path
-) -> tuple[Any, list[_File]]:
-    """Return the file system and the files behind a path, in the order of their names.
+) -> tuple[Any, list[_File], list[str]]:
+    """Return the file system, the files behind a path and the names skipped, in their order.
+
+    In a folder a file counts by its ending; with a format given, also where it tells none.
 
     Raises:
         UserError: naming the setting and the path, where there is nothing to read.
     """
     import fsspec
 
+    skipped: list[str] = []
     try:
         if "://" in path:
             fs, place = fsspec.core.url_to_fs(path)
@@ -220,21 +236,26 @@ def _find_files(
             fs = fsspec.filesystem("file")
             place = fs._strip_protocol(str(root / path))
         if fs.isdir(place):
-            base, found = place, [p for p in fs.find(place) if not _is_hidden(p, place)]
-            if given is not None or any(_split_name(p)[0] for p in found):
-                found = [p for p in found if _split_name(p)[0] in ({given} if given else _KNOWN)]
+            base, there = place, [p for p in _walk(fs, place) if not _is_hidden(p, place)]
+            wanted = {given, None} if given else set(FileFormat)
+            found = [p for p in there if _split_name(p)[0] in wanted]
+            if not found and given is None:
+                found = there  # the first is told below
+            skipped = sorted(_relative(p, place) for p in set(there) - set(found))
             if not found:
                 raise UserError(f"{key}: {path}: no {given or 'event'} files in this folder")
         elif fs.isfile(place):
             base, found = str(PurePosixPath(place).parent), [place]
         elif any(c in place for c in "*?["):
-            base, found = _fixed_part(place), [p for p in fs.glob(place) if fs.isfile(p)]
+            base, found = _fixed_part(place), [p for p in fs.glob(place) if not fs.isdir(p)]
             if not found:
                 raise UserError(f"{key}: {path}: no file matches")
         else:
             raise UserError(f"{key}: {path}: no such file or folder")
     except (ImportError, ValueError) as error:
         raise UserError(f"{key}: {path}: {_first_line(error)}") from None
+    except PermissionError as error:
+        raise UserError(f"{key}: {error.filename or path}: no permission to read it") from None
     files = []
     for name in sorted(found):
         ending, compression = _split_name(name)
@@ -246,10 +267,34 @@ def _find_files(
             )
         relative = _relative(name, fs._strip_protocol(base))
         files.append(_File(path=name, name=relative, format=file_format, compression=compression))
-    return fs, files
+    return fs, files, skipped
 
 
-_KNOWN: Final = set(FileFormat)
+def _walk(fs: Any, folder: str) -> list[str]:
+    """Return all files below a folder; behind links, too, but each real folder once."""
+    if not _is_local(fs):
+        return list(fs.find(folder))
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, seen = [], {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        found += [f"{place}/{name}" for name in names]
+        # Real folders first, so that a link among them does not take their place.
+        real = {name: os.path.realpath(f"{place}/{name}") for name in folders}
+        linked = {name: Path(place, name).is_symlink() for name in folders}
+        fresh = []
+        for _, name in sorted((linked[name], name) for name in folders):
+            if real[name] not in seen:
+                seen.add(real[name])
+                fresh.append(name)
+        folders[:] = fresh
+    return found
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
 
 
 def _split_name(path: str) -> tuple[FileFormat | None, str | None]:
@@ -276,7 +321,7 @@ def _fixed_part(pattern: str) -> str:
 
 
 def _describe_content(fs: Any, file: _File) -> dict[str, Any]:
-    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+    if _is_local(fs):
         with fs.open(file.path, "rb") as handle:
             digest = hashlib.file_digest(handle, "sha256")
         return {"bytes": fs.size(file.path), "digest": f"sha256:{digest.hexdigest()}"}

@@ -48,7 +48,13 @@ from pipelines.io import (
 from pipelines.sources import base
 from pipelines.sources.base import QUARANTINE_SCHEMA, ROW, UNKNOWN_TYPE, Batch, Kind
 from pipelines.sources.catalog import open_source
-from pipelines.sources.files import NOT_UTF8, NOT_UTF8_ADVICE, OPEN_QUOTE, OPEN_QUOTE_ADVICE
+from pipelines.sources.files import (
+    NOT_UTF8,
+    NOT_UTF8_ADVICE,
+    OPEN_QUOTE,
+    OPEN_QUOTE_ADVICE,
+    FilesSource,
+)
 from pipelines.stages import fingerprint
 
 EVENTS: Final = Path("data/events")
@@ -324,6 +330,8 @@ def run(params: Params, root: Path = Path()) -> str:
     }
     write_json(root / REPORT, report)
     advice = _advise(repeats, counts, params)
+    if isinstance(source, FilesSource):
+        advice += source.tell_skipped()
     return _tell(report, advice + _advise_end(report["last_ts"], params, datetime.now(UTC)))
 
 

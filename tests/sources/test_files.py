@@ -117,6 +117,39 @@ def test_folder_glob_and_url(tmp_path: Path) -> None:
         memory.rm("/shop", recursive=True)
 
 
+def test_a_folder_holds_what_its_links_hold_once(tmp_path: Path) -> None:
+    write_csv(tmp_path / "shop/a.csv", LINES[0])
+    write_csv(tmp_path / "other/b.csv", LINES[1])
+    (tmp_path / "shop/sub").symlink_to("../other")
+    (tmp_path / "other/loop").symlink_to("../shop")
+    (tmp_path / "shop/z").symlink_to("../other")
+    assert [row["user_id"] for row in read(tmp_path, path="shop")["rows"]] == ["u1", "u2"]
+
+
+def test_skipped_files_of_a_folder_are_told(tmp_path: Path) -> None:
+    write_csv(tmp_path / "shop/a.csv", *LINES)
+    for name in ("b.csv.zip", "c.json", "d.txt", "e.csv.xz", "_SUCCESS"):
+        (tmp_path / "shop" / name).touch()
+    source = FilesSource(Files(path="shop"), tmp_path)
+    assert len(list(source.read(Kind.EVENTS))) == 1
+    told = "; not read for their endings: b.csv.zip, c.json, d.txt and 1 more"
+    assert source.tell_skipped() == told
+
+
+def test_a_given_format_takes_files_without_an_ending(tmp_path: Path) -> None:
+    write_csv(tmp_path / "shop/0000_part_00", LINES[0])
+    write_csv(tmp_path / "shop/0001_part_00.gz", LINES[1])
+    packed = tmp_path / "shop/0001_part_00.gz"
+    packed.write_bytes(gzip.compress(packed.read_bytes()))
+    (tmp_path / "shop/x.parquet").touch()
+    source = FilesSource(Files(path="shop", format="csv"), tmp_path)
+    assert sum(batch.rows for batch in source.read(Kind.EVENTS)) == 2
+    assert source.tell_skipped() == "; not read for their endings: x.parquet"
+    with pytest.raises(UserError, match=r"set ingest\.files\.format"):
+        (tmp_path / "shop/x.parquet").unlink()
+        read(tmp_path, path="shop")
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
