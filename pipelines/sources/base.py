@@ -126,9 +126,12 @@ def choose_origins(
         section: the settings that hold the mapping, for messages.
 
     Raises:
-        UserError: a column that is mapped or required is not in the file.
+        UserError: a column that is mapped or required is not in the file, or is there in
+            another case only.
     """
     origins: dict[str, ColumnMapping] = {}
+    mapped = {origin.column for origin in mapping.values() if origin is not None}
+    unmapped = {name.casefold(): name for name in reversed(found) if name not in mapped}
     for column in SCHEMAS[kind]:
         name = column.name
         origin = mapping.get(name)
@@ -143,6 +146,12 @@ def choose_origins(
             origins[name] = origin
         elif name in found:
             origins[name] = ColumnMapping(column=name)
+        elif name in unmapped:
+            other = unmapped[name]
+            advice = f"rename it to {name}"
+            if kind is Kind.EVENTS:
+                advice = f"set {section}.mapping.{name}: {other}, or null to leave it out"
+            raise UserError(f"{source}: column {other} differs from {name} by its case; {advice}")
         elif not column.nullable:
             advice = f"; map it in {section}.mapping.{name}" if kind is Kind.EVENTS else ""
             raise UserError(f"{source}: no column {name}{advice}; found {', '.join(found)}")

@@ -154,6 +154,7 @@ class FilesSource:
         mapping: Mapping = self._params.mapping if kind is Kind.EVENTS else {}
         fs, files = self._find(kind)
         keys = _SeenKeys(kind, mapping, files)
+        optional = _SeenColumns(kind, mapping)
         connection = connect()
         for file in files:
             try:
@@ -167,6 +168,8 @@ class FilesSource:
                     "ingest.files",
                     decimal=self._params.decimal if file.format is FileFormat.CSV else ".",
                 )
+                if file.format is not FileFormat.JSONL:
+                    optional.check(file, reader.columns.names)
                 for chunk in reader.read(mapper.columns):
                     yield _add_refused(mapper.convert(chunk.table), file, chunk.refused)
             except FileNotFoundError:
@@ -369,6 +372,33 @@ class _SeenKeys:
                 f"{self._where}: no column {', '.join(sorted(self.missing))} in any line;"
                 f" found {', '.join(sorted(self._found))}"
             )
+
+
+class _SeenColumns:
+    """Remembers the columns of the schema that earlier files had: renamed, they would be null."""
+
+    def __init__(self, kind: Kind, mapping: Mapping) -> None:
+        self._kind = kind
+        self._names = [name for name in SCHEMAS[kind].names if name not in mapping]
+        self._first: dict[str, str] = {}  # column -> the first file that has it
+
+    def check(self, file: _File, columns: list[str]) -> None:
+        """Note the columns of a file.
+
+        Raises:
+            UserError: the file lacks one that an earlier file has.
+        """
+        for name in self._names:
+            if name in columns:
+                self._first.setdefault(name, file.name)
+            elif name in self._first:
+                advice = f"add it to {file.name}, empty where it is not known"
+                if self._kind is Kind.EVENTS:
+                    advice += f", or set ingest.files.mapping.{name}: null to read it nowhere"
+                raise UserError(
+                    f"{file.name}: no column {name}, which {self._first[name]} has; {advice};"
+                    f" found {', '.join(columns)}"
+                )
 
 
 class _ParquetReader:

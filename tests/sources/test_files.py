@@ -449,6 +449,30 @@ def test_columns_that_differ_by_case_are_two(tmp_path: Path) -> None:
     assert (result["rows"][0]["price"], result["rows"][0]["quantity"]) == (1.0, 2.0)
 
 
+def test_a_column_that_differs_from_the_schema_by_case_is_told(tmp_path: Path) -> None:
+    write_csv(tmp_path / "e.csv", LINES[0], header="user_id,ts,event_type,item_id,Price")
+    with pytest.raises(
+        UserError, match=r"e\.csv: column Price .* ingest\.files\.mapping\.price: Pr"
+    ):
+        read(tmp_path, path="e.csv")
+    assert read(tmp_path, path="e.csv", mapping={"price": "Price"})["rows"][0]["price"] == 1.5
+    assert read(tmp_path, path="e.csv", mapping={"price": None})["rows"][0]["price"] is None
+    write_csv(tmp_path / "i.csv", "i1,2", header="item_id,PRICE")
+    with pytest.raises(UserError, match=r"i\.csv: column PRICE .*; rename it to price"):
+        read(tmp_path, Kind.ITEMS, path="e.csv", items="i.csv")
+
+
+def test_an_optional_column_that_a_later_file_lacks_is_told(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a/1.csv", LINES[0])
+    write_csv(tmp_path / "a/2.csv", LINES[1], header=HEADER.replace("price", "unit_price"))
+    with pytest.raises(UserError, match=r"2\.csv: no column price, which 1\.csv has; .*: null"):
+        read(tmp_path, path="a")
+    assert read(tmp_path, path="a", mapping={"price": None})["read"] == 2
+    write_csv(tmp_path / "a/0.csv", "u0,2025-01-01,view", header="user_id,ts,event_type")
+    (tmp_path / "a/2.csv").unlink()
+    assert read(tmp_path, path="a")["read"] == 2  # a column may be added with time
+
+
 def test_users_and_items(tmp_path: Path) -> None:
     write_csv(tmp_path / "e.csv", *LINES)
     header = "user_id,age,gender,region,signup_ts"
