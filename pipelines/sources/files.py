@@ -185,7 +185,9 @@ class FilesSource:
                 # With a number it is the machine's (a full disk, a lost connection).
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
-                raise UserError(f"{file.name}: {_explain_damage(file, error)}") from None
+                raise UserError(
+                    f"{file.name}: {_explain_damage(file, self._params, error)}"
+                ) from None
         keys.check()
 
     def fingerprint_read(self) -> dict[str, Any]:
@@ -441,7 +443,7 @@ class _CsvReader:
         self.columns = pa.schema([pa.field(name, pa.string()) for name in names])
 
     def read(self, columns: list[str]) -> Iterator[_Chunk]:
-        places = [self.columns.names.index(name) for name in columns]
+        mapped = [f"c{self.columns.names.index(name)}" for name in columns]
         names = [f"c{index}" for index in range(len(self.columns))]
         quote = '"' if self._quoted else False
         with _open(self._fs, self._file) as stream:
@@ -452,8 +454,9 @@ class _CsvReader:
                 delimiter=self._delimiter,
                 quote=quote,
                 header=1,
+                mapped=mapped,
             ):
-                table = chunk.table.select([ROW, *(f"c{place}" for place in places)])
+                table = chunk.table.select([ROW, *mapped])
                 yield replace(chunk, table=table.rename_columns([ROW, *columns]))
 
 
@@ -482,6 +485,7 @@ class _JsonReader:
                 delimiter=_NO_DELIMITER,
                 quote=False,
                 header=0,
+                mapped=["line"],
             ):
                 yield self._extract(chunk, columns)
 
@@ -553,6 +557,7 @@ def _read_blocks(
     delimiter: str,
     quote: str | bool,
     header: int,
+    mapped: list[str],
 ) -> Iterator[_Chunk]:
     """Split text into columns, block by block.
 
@@ -563,6 +568,7 @@ def _read_blocks(
         delimiter: one character.
         quote: the quotation mark; False for none.
         header: lines to skip at the start.
+        mapped: columns that are used; a quotation mark left open shows in the length of these.
     """
     from pyarrow import csv as arrow_csv
 
@@ -602,7 +608,8 @@ def _read_blocks(
         gaps = np.array([r.row for r in refused], dtype=np.int64)
         numbers = _number(following, batch.num_rows, gaps)
         table = pa.Table.from_batches([batch])
-        _check_lengths(file, table, numbers)
+        if quote:
+            _check_lengths(file, table.select(mapped), numbers)
         if batch.num_rows:
             following = int(numbers[-1]) + 1
             (values,) = table.slice(batch.num_rows - 1).to_pylist()
@@ -792,9 +799,11 @@ def _show_line(text: str) -> str:
     return json.dumps({"line": text.replace(_DAMAGE_MARK, "\ufffd")}, ensure_ascii=False)
 
 
-def _explain_damage(file: _File, error: Exception) -> str:
+def _explain_damage(file: _File, params: Files, error: Exception) -> str:
     if "straddling" in str(error):
-        return f"a row of over {_BLOCK_BYTES >> 20} MiB; {OPEN_QUOTE}; {OPEN_QUOTE_ADVICE}"
+        told = f"a row of over {_BLOCK_BYTES >> 20} MiB"
+        quoted = file.format is FileFormat.CSV and params.quoted
+        return f"{told}; {OPEN_QUOTE}; {OPEN_QUOTE_ADVICE}" if quoted else told
     what = file.format if file.compression is None else f"{file.compression} {file.format}"
     return f"not a readable {what} file, damaged or cut off ({_first_line(error)})"
 

@@ -621,6 +621,19 @@ def test_open_marks_in_a_column_that_is_not_mapped_swallow_nothing_in_silence(
     assert result["read"] == 1000
 
 
+def test_long_values_stop_only_where_an_open_quotation_mark_may_be(tmp_path: Path) -> None:
+    long = "x" * 70_000
+    row = {"user_id": "u1", "ts": "2025-01-01", "event_type": "view", "html": long}
+    (tmp_path / "e.jsonl").write_text(json.dumps(row) + "\n")
+    assert len(read(tmp_path, path="e.jsonl")["rows"]) == 1
+    write_csv(tmp_path / "e.csv", f"u1,2025-01-01,view,{long}", header="user_id,ts,event_type,html")
+    assert len(read(tmp_path, path="e.csv")["rows"]) == 1
+    with pytest.raises(UserError, match=r"e\.csv, row 1: a value of over 65536 bytes"):
+        read(tmp_path, path="e.csv", mapping={"query": "html"})
+    refused = read(tmp_path, path="e.csv", mapping={"query": "html"}, quoted=False)
+    assert refused["read"] == 1
+
+
 def test_text_of_several_lines_is_text(tmp_path: Path) -> None:
     notes = ["red, blue\nand green", "one\n\ntwo\n", "soft, warm, light, and\nlasting", "a\nb"]
     quoted = [f'u1,2025-01-01,search,"{note}",1' for note in notes]
