@@ -365,7 +365,7 @@ def _tell(report: dict[str, Any], advice: str) -> str:
         f"{report['events']:,} events of {report['users']:,} users,"
         f" {report['first_ts'][:10]} to {report['last_ts'][:10]}, in {EVENTS};"
         f" of {report['rows']:,} rows {report['quarantined']['rows']:,} quarantined,"
-        f" {report['anonymous']:,} anonymous, {report['duplicates']:,} duplicates{advice}{filled}"
+        f" {report['anonymous']:,} anonymous, {report['duplicates']:,} duplicates{filled}{advice}"
     )
 
 
