@@ -20,6 +20,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple
@@ -141,7 +142,7 @@ class FilesSource:
             if self._path(kind) is not None:
                 fs, files = self._find(kind)
                 tables[kind.value] = [
-                    {"name": file.name, **_describe_content(fs, file)} for file in files
+                    {"name": file.name, **self._describe(fs, file)} for file in files
                 ]
         return {"source": "files", **tables}
 
@@ -157,7 +158,7 @@ class FilesSource:
         optional = _SeenColumns(kind, mapping)
         connection = connect()
         for file in files:
-            try:
+            with _tell_damage(file, self._params):
                 reader = _open_reader(fs, file, connection, keys, self._params)
                 mapper = Mapper(
                     kind,
@@ -172,22 +173,6 @@ class FilesSource:
                     optional.check(file, reader.columns.names)
                 for chunk in reader.read(mapper.columns):
                     yield _add_refused(mapper.convert(chunk.table), file, chunk.refused)
-            except FileNotFoundError:
-                raise UserError(f"{file.name}: the file has gone") from None
-            except PermissionError:
-                raise UserError(f"{file.name}: no permission to read it") from None
-            except UnicodeError as error:  # UTF-16 that does not say its order of bytes
-                raise UserError(
-                    f"{file.name}: not {self._params.encoding} ({_first_line(error)});"
-                    f" {NOT_UTF8_ADVICE}"
-                ) from None
-            except (pa.ArrowException, OSError) as error:
-                # With a number it is the machine's (a full disk, a lost connection).
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise
-                raise UserError(
-                    f"{file.name}: {_explain_damage(file, self._params, error)}"
-                ) from None
         keys.check()
 
     def fingerprint_read(self) -> dict[str, Any]:
@@ -201,6 +186,10 @@ class FilesSource:
             return ""
         more = f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else ""
         return f"; not read for their endings: {', '.join(names[:_SHOWN_NAMES])}{more}"
+
+    def _describe(self, fs: Any, file: _File) -> dict[str, Any]:
+        with _tell_damage(file, self._params):
+            return _describe_content(fs, file)
 
     def _path(self, kind: Kind) -> str | None:
         return {
@@ -797,6 +786,30 @@ def _add_refused(batch: Batch, file: _File, refused: list[_Refused]) -> Batch:
 
 def _show_line(text: str) -> str:
     return json.dumps({"line": text.replace(_DAMAGE_MARK, "\ufffd")}, ensure_ascii=False)
+
+
+@contextmanager
+def _tell_damage(file: _File, params: Files) -> Iterator[None]:
+    """Tell by the file's name why it cannot be read.
+
+    Raises:
+        UserError: it has gone, may not be read, or is damaged.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{file.name}: the file has gone, or is a link to nowhere") from None
+    except PermissionError:
+        raise UserError(f"{file.name}: no permission to read it") from None
+    except UnicodeError as error:  # UTF-16 that does not say its order of bytes
+        raise UserError(
+            f"{file.name}: not {params.encoding} ({_first_line(error)}); {NOT_UTF8_ADVICE}"
+        ) from None
+    except (pa.ArrowException, OSError) as error:
+        # With a number it is the machine's (a full disk, a lost connection).
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{file.name}: {_explain_damage(file, params, error)}") from None
 
 
 def _explain_damage(file: _File, params: Files, error: Exception) -> str:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from pipelines.config import Files
 from pipelines.errors import UserError
+from pipelines.sources import files as files_module
 from pipelines.sources.base import SCHEMAS, Kind
 from pipelines.sources.files import FilesSource
 
@@ -183,6 +184,25 @@ def test_fingerprint_follows_content_and_names_alone(tmp_path: Path) -> None:
     assert there.fingerprint() != first
     (tmp_path / "here/shop/1.csv").rename(tmp_path / "here/shop/2.csv")
     assert here.fingerprint() != first
+
+
+@pytest.mark.parametrize("path", ["shop", "shop/*.csv"])
+def test_fingerprint_tells_a_file_that_cannot_be_read(
+    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_csv(tmp_path / "shop/a.csv", *LINES)
+    (tmp_path / "shop/b.csv").symlink_to("nowhere.csv")
+    source = FilesSource(Files(path=path), tmp_path)
+    with pytest.raises(UserError, match=r"^b\.csv: .* link to nowhere"):
+        source.fingerprint()
+    (tmp_path / "shop/b.csv").unlink()
+
+    def refuse(*_: Any) -> None:  # as file modes do, but not to root
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files_module, "_describe_content", refuse)
+    with pytest.raises(UserError, match=r"^a\.csv: no permission to read it"):
+        source.fingerprint()
 
 
 def test_fingerprint_is_light(tmp_path: Path) -> None:
