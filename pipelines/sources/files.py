@@ -105,6 +105,10 @@ class _File:
     compression: str | None
 
 
+class _EmptyFileError(UserError):
+    """A file without a header: fine beside others."""
+
+
 class _Refused(NamedTuple):
     """A line that gives no row."""
 
@@ -157,9 +161,16 @@ class FilesSource:
         keys = _SeenKeys(kind, mapping, files)
         optional = _SeenColumns(kind, mapping)
         connection = connect()
+        empty = 0
         for file in files:
             with _tell_damage(file, self._params):
-                reader = _open_reader(fs, file, connection, keys, self._params)
+                try:
+                    reader = _open_reader(fs, file, connection, keys, self._params)
+                except _EmptyFileError:
+                    empty += 1
+                    if empty == len(files):
+                        raise
+                    continue
                 mapper = Mapper(
                     kind,
                     mapping,
@@ -421,7 +432,7 @@ class _CsvReader:
         self._quoted = params.quoted
         self._encoding = params.encoding
         with _open(fs, file) as stream:
-            header = _read_first_line(file, _Utf8Stream(stream, params.encoding))
+            header, self._ended = _read_first_line(file, _Utf8Stream(stream, params.encoding))
         self._delimiter = max(_DELIMITERS, key=header.count)
         plain = csv.reader([header], delimiter=self._delimiter, quoting=csv.QUOTE_NONE)
         quoted = csv.reader([header], delimiter=self._delimiter)
@@ -432,6 +443,8 @@ class _CsvReader:
         self.columns = pa.schema([pa.field(name, pa.string()) for name in names])
 
     def read(self, columns: list[str]) -> Iterator[_Chunk]:
+        if not self._ended:
+            return  # the header alone, which the parser takes for a row cut off
         mapped = [f"c{self.columns.names.index(name)}" for name in columns]
         names = [f"c{index}" for index in range(len(self.columns))]
         quote = '"' if self._quoted else False
@@ -528,14 +541,21 @@ def _open(fs: Any, file: _File) -> pa.NativeFile:
     return raw if file.compression is None else pa.CompressedInputStream(raw, file.compression)
 
 
-def _read_first_line(file: _File, text: _Utf8Stream) -> str:
+def _read_first_line(file: _File, text: _Utf8Stream) -> tuple[str, bool]:
+    """Return the first line, and whether anything ends it: else it is the only one."""
     start = text.read(_MAX_VALUE_BYTES)
     if not start:
-        raise UserError(f"{file.name}: the file is empty")
+        raise _EmptyFileError(f"{file.name}: the file is empty")
+    while len(start) < _MAX_VALUE_BYTES and len(start.splitlines()) == 1:
+        more = text.read(_MAX_VALUE_BYTES)
+        if not more:
+            break
+        start += more
+    ended = len(start.splitlines()) > 1 or start.endswith((b"\n", b"\r"))
     line = start.splitlines()[0].decode("utf-8-sig", errors="replace")
     if _DAMAGE_MARK in line or "\0" in line:
         raise UserError(f"{file.name}: the first line is {text.damage}; {NOT_UTF8_ADVICE}")
-    return line
+    return line, ended
 
 
 def _read_blocks(

@@ -575,6 +575,12 @@ def test_empty_lines_and_files(tmp_path: Path) -> None:
     (tmp_path / "void.csv").touch()
     with pytest.raises(UserError, match=r"void\.csv: the file is empty"):
         read(tmp_path, path="void.csv")
+    (tmp_path / "bare.csv").write_text(HEADER)
+    assert read(tmp_path, path="bare.csv")["read"] == 0
+    write_csv(tmp_path / "hours/1.csv", LINES[0])
+    (tmp_path / "hours/0.csv").touch()
+    (tmp_path / "hours/2.csv.gz").write_bytes(gzip.compress(b""))
+    assert read(tmp_path, path="hours")["read"] == 1
 
 
 @pytest.mark.parametrize("name", ["e.parquet", "e.csv.gz", "e.jsonl.gz"])
