@@ -138,6 +138,7 @@ class FilesSource:
         self._params = params
         self._root = root
         self._skipped: dict[Kind, list[str]] = {}
+        self._lacking: dict[Kind, list[str]] = {}
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Source``: names with content hashes (local) or versions (remote)."""
@@ -160,6 +161,7 @@ class FilesSource:
         fs, files = self._find(kind)
         keys = _SeenKeys(kind, mapping, files)
         optional = _SeenColumns(kind, mapping)
+        self._lacking[kind] = optional.lacking
         connection = connect()
         empty = 0
         for file in files:
@@ -181,7 +183,7 @@ class FilesSource:
                     decimal=self._params.decimal if file.format is FileFormat.CSV else ".",
                 )
                 if file.format is not FileFormat.JSONL:
-                    optional.check(file, reader.columns.names)
+                    optional.note(file, reader.columns.names)
                 for chunk in reader.read(mapper.columns):
                     yield _add_refused(mapper.convert(chunk.table), file, chunk.refused)
         keys.check()
@@ -191,12 +193,10 @@ class FilesSource:
         return self.fingerprint()
 
     def tell_skipped(self) -> str:
-        """Return which files of the folders were left out for their endings; "" for none."""
-        names = [name for names in self._skipped.values() for name in names]
-        if not names:
-            return ""
-        more = f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else ""
-        return f"; not read for their endings: {', '.join(names[:_SHOWN_NAMES])}{more}"
+        """Return which files were left out for their endings, or lack columns; "" for none."""
+        return _tell_some("not read for their endings", self._skipped) + _tell_some(
+            "columns that are not everywhere, null there", self._lacking
+        )
 
     def _describe(self, fs: Any, file: _File) -> dict[str, Any]:
         with _tell_damage(file, self._params):
@@ -376,31 +376,42 @@ class _SeenKeys:
             )
 
 
+def _tell_some(what: str, of_kinds: dict[Kind, list[str]]) -> str:
+    """Name the first of what there is, and count the rest."""
+    names = [name for names in of_kinds.values() for name in names]
+    if not names:
+        return ""
+    more = f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else ""
+    return f"; {what}: {', '.join(names[:_SHOWN_NAMES])}{more}"
+
+
 class _SeenColumns:
-    """Remembers the columns of the schema that earlier files had: renamed, they would be null."""
+    """Notes the columns of the schema that some files have and others lack.
+
+    Searches have no price, and are right to lack it; a column that was renamed would be null.
+
+    Attributes:
+        lacking: what is to be told.
+    """
 
     def __init__(self, kind: Kind, mapping: Mapping) -> None:
-        self._kind = kind
+        self.lacking: list[str] = []
         self._names = [name for name in SCHEMAS[kind].names if name not in mapping]
-        self._first: dict[str, str] = {}  # column -> the first file that has it
+        self._seen: dict[str, str] = {}  # column -> the first file that has it
+        self._missed: dict[str, str] = {}  # column -> the first file that lacks it
 
-    def check(self, file: _File, columns: list[str]) -> None:
-        """Note the columns of a file.
-
-        Raises:
-            UserError: the file lacks one that an earlier file has.
-        """
+    def note(self, file: _File, columns: list[str]) -> None:
+        """Note the columns of a file."""
         for name in self._names:
-            if name in columns:
-                self._first.setdefault(name, file.name)
-            elif name in self._first:
-                advice = f"add it to {file.name}, empty where it is not known"
-                if self._kind is Kind.EVENTS:
-                    advice += f", or set ingest.files.mapping.{name}: null to read it nowhere"
-                raise UserError(
-                    f"{file.name}: no column {name}, which {self._first[name]} has; {advice};"
-                    f" found {', '.join(columns)}"
+            first, other = (
+                (self._seen, self._missed) if name in columns else (self._missed, self._seen)
+            )
+            if name in other and name not in first:
+                lacks, has = (
+                    (other[name], file.name) if name in columns else (file.name, other[name])
                 )
+                self.lacking.append(f"{name} in {lacks} (as in {has})")
+            first.setdefault(name, file.name)
 
 
 class _ParquetReader:
