@@ -24,7 +24,7 @@ Sets (files of these names in --folder; none is part of this project):
     trivago            trivago RecSys 2019 sessions: searches, views and click-outs, a week
 
     python benchmarks/real_data.py --folder DIR [--only online_retail taobao] [--tests 4]
-        [--seeds 1] [--origins 1] [--horizons 7 14 28] [--everyone] [--members 1] [--no-tables]
+        [--seeds 1] [--origins 1] [--horizons 7 14 28] [--everyone] [--members 1] [--tables users items]
         [--lstm]
 """
 
@@ -181,7 +181,9 @@ def main() -> None:
     parser.add_argument("--horizons", type=int, nargs="*", help="of the targets, in days")
     parser.add_argument("--everyone", action="store_true", help="not only the shoppers of late")
     parser.add_argument("--members", type=int, help="networks that answer together")
-    parser.add_argument("--no-tables", action="store_true", help="of items and shoppers")
+    parser.add_argument(
+        "--tables", nargs="*", choices=("users", "items"), default=["users"], help="beside events"
+    )
     parser.add_argument("--lstm", action="store_true", help="compare with the LSTM, too")
     given = parser.parse_args()
     settings = yaml.safe_load(Path("params.yaml").read_text())
@@ -202,14 +204,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="forecart-bench-") as folder:
             root = Path(folder)
             (root / "expectations").symlink_to(expectations)
-            tables = {} if given.no_tables else write_tables(name, given.folder, root)
+            tables = write_tables(name, given.tables, given.folder, root)
             asked = merge(name, settings, changes, given.folder, tables)
             found = measure(asked, root, seeds=given.seeds, origins=given.origins)
             print(json.dumps({name: found}), flush=True)
 
 
-def write_tables(name: str, folder: Path, root: Path) -> dict[str, str]:
-    """Write a set's tables of items and shoppers with the columns that ingest knows.
+def write_tables(name: str, kinds: Sequence[str], folder: Path, root: Path) -> dict[str, str]:
+    """Write a set's tables of these kinds with the columns that ingest knows.
 
     Ages come in bands, such as 45-54 or 65+, and become the lower end plus five.
 
@@ -218,6 +220,8 @@ def write_tables(name: str, folder: Path, root: Path) -> dict[str, str]:
     """
     written = {}
     for kind, (file, columns) in SETS[name].get("tables", {}).items():
+        if kind not in kinds:
+            continue
         table = pd.read_csv(folder / file, dtype="string", usecols=list(columns))
         table = table.rename(columns=columns)
         if "age" in table:
