@@ -24,8 +24,8 @@ Sets (files of these names in --folder; none is part of this project):
     trivago            trivago RecSys 2019 sessions: searches, views and click-outs, a week
 
     python benchmarks/real_data.py --folder DIR [--only online_retail taobao] [--tests 4]
-        [--seeds 1] [--origins 1] [--horizons 7 14 28] [--everyone] [--members 1] [--tables users items]
-        [--lstm]
+        [--seeds 1] [--origins 1] [--horizons 7 14 28] [--everyone] [--members 1]
+        [--tables users items] [--lstm]
 """
 
 from __future__ import annotations
