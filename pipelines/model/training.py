@@ -133,7 +133,7 @@ class Schedule:
     large log is read fewer times in larger steps, to which a sparse one would be fitted too
     closely. Batches have 2,048 places, half as many where there are less than 65,536 events, and a
     quarter below 32,768, so that an epoch has steps enough. Of a log that is read six times the
-    trees beside the network learn at .01 instead of .1 (all measured in benchmarks/README.md).
+    trees beside the network learn at .01 instead of .1 (all measured in benchmarks/TRIED.md).
 
     Attributes:
         epochs: of the first fit.

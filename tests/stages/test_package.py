@@ -35,7 +35,7 @@ def test_requirements_are_the_pinned_closure_of_the_serve_extra() -> None:
     assert len(names) == len(lines)
     # Needed directly, and by what is needed.
     assert {"torch", "pydantic", "pydantic-core", "starlette"} <= names
-    # uvicorn does without them, but no flood is answered then (benchmarks/README.md).
+    # uvicorn does without them, but no flood is answered then (benchmarks/TRIED.md).
     assert {"httptools", "uvloop"} <= names
     assert not names & {"mlflow", "dvc", "duckdb", "pandas", "pytest", "apache-airflow-core"}
 
