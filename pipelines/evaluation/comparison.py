@@ -33,6 +33,9 @@ from pipelines.io import progress
 from pipelines.model.calibration import choose_threshold
 
 ORACLE: Final = "oracle"  # what is best to say of a simulated shop
+# Gives everybody the commoner answer, whatever thresholds are chosen by.
+_MAJORITY: Final = "majority"
+_EVEN_ODDS: Final = 0.5
 # Who is compared with everybody; the others are compared with these.
 _PIVOTS: Final = (CANDIDATE, NETWORK, "lightgbm")
 
@@ -95,7 +98,11 @@ def collect_test_rows(
                 )
             thresholds = {
                 m: shipped.get(m, {}).get(target.name)
-                or _choose(p[calibration], y[calibration] > 0, config)
+                or (
+                    _EVEN_ODDS
+                    if m == _MAJORITY
+                    else _choose(p[calibration], y[calibration] > 0, config)
+                )
                 for m, p in models.items()
             }
         collected.append(
@@ -113,7 +120,7 @@ def collect_test_rows(
 def _choose(p: Floats, label: NDArray[np.bool_], config: Evaluation) -> float:
     """Choose a threshold; a model without predictions to choose by calls at even odds."""
     if not len(p) or not np.isfinite(p).all():
-        return 0.5
+        return _EVEN_ODDS
     return choose_threshold(p, label, config.threshold)
 
 

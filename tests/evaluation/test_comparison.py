@@ -123,6 +123,8 @@ def test_the_report_has_the_agreed_keys(compared: tuple[dict[str, Any], Any]) ->
     assert target["cuts"] == ["2025-03-01T00:00:00+00:00"]
     auc = target["models"]["ensemble"]["roc_auc"]
     assert auc["low"] < auc["value"] < auc["high"]
+    majority = target["models"]["majority"]
+    assert majority["accuracy"]["value"] == pytest.approx(1 - target["base_rate"])
     # Chance only ever adds to it, and more in the samples: what they span is no interval of it.
     assert target["models"]["ensemble"]["ece"].keys() == {"value", "low", "high"}
     assert target["models"]["ensemble"]["ece"]["low"] is None
