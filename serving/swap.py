@@ -109,29 +109,26 @@ class Watcher:
 
         What went wrong and says nothing of the model is tried again, ever more rarely.
         """
+        pause, self._pause = self._pause, self._seconds
         try:
             state = _observe(self._watched)
             if state == self._seen:
-                self._pause = self._seconds
                 return
             self._seen = state
             found = locate(self._watched)
             if found is None or self._serves(*found):
-                self._pause = self._seconds
                 return
             digest = self._take(*found)
         except UserError as error:
-            self._pause = self._seconds
             self._metrics.count_swap(taken=False)
             _LOG.error("the new model is refused, the old one goes on: %s", error)
             return
         except Exception as error:  # whatever it was, the old one goes on
             self._seen = None
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._pause = min(2 * pause, _LONGEST_PAUSE)
             text = "the new model was not taken, the old one goes on; again in %g s: %s"
             _LOG.error(text, self._pause, error or type(error).__name__)
             return
-        self._pause = self._seconds
         before, self._current = self._current, digest
         self._metrics.count_swap(taken=True)
         self._metrics.show_model(digest, before=before)

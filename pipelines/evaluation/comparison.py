@@ -98,11 +98,7 @@ def collect_test_rows(
                 )
             thresholds = {
                 m: shipped.get(m, {}).get(target.name)
-                or (
-                    _EVEN_ODDS
-                    if m == _MAJORITY
-                    else _choose(p[calibration], y[calibration] > 0, config)
-                )
+                or _choose(m, p[calibration], y[calibration] > 0, config)
                 for m, p in models.items()
             }
         collected.append(
@@ -117,9 +113,9 @@ def collect_test_rows(
     return collected
 
 
-def _choose(p: Floats, label: NDArray[np.bool_], config: Evaluation) -> float:
+def _choose(model: str, p: Floats, label: NDArray[np.bool_], config: Evaluation) -> float:
     """Choose a threshold; a model without predictions to choose by calls at even odds."""
-    if not len(p) or not np.isfinite(p).all():
+    if model == _MAJORITY or not len(p) or not np.isfinite(p).all():
         return _EVEN_ODDS
     return choose_threshold(p, label, config.threshold)
 

@@ -201,25 +201,18 @@ def search(
             best.user_attrs[_LOSSES],
             # The best of many looks better by some chance: all their intervals hold at once
             # (Bonferroni; Dunn, Journal of the American Statistical Association 56, 1961).
-            1 - (1 - confidence) / max(1, _count_judged(study) - 1),
+            1 - (1 - confidence) / max(1, _count_finished(study, pruned=False) - 1),
         ),
         trials=_count_finished(study),
     )
 
 
-def _count_finished(study: optuna.Study) -> int:
-    """Return how many trials are done, pruned ones included."""
+def _count_finished(study: optuna.Study, *, pruned: bool = True) -> int:
+    """Return how many trials are done, those included that were pruned, or not."""
     from optuna.trial import TrialState
 
-    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    states = (TrialState.COMPLETE, *([TrialState.PRUNED] if pruned else []))
     return len(study.get_trials(deepcopy=False, states=states))
-
-
-def _count_judged(study: optuna.Study) -> int:
-    """Return how many trials have a loss."""
-    from optuna.trial import TrialState
-
-    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
 
 def _find_trial(

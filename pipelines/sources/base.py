@@ -104,6 +104,10 @@ class Source(Protocol):
         """Describe, as ``fingerprint`` does, what every kind held while it was read."""
         ...
 
+    def tell_omissions(self) -> str:
+        """Say, once all is read, what was there and was not; "" for nothing."""
+        ...
+
 
 def quarantine(source: str, rows: Column, reasons: Column, records: Column) -> pa.Table:
     """Return a quarantine table of one source."""

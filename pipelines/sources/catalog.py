@@ -48,6 +48,10 @@ class SimulatorSource:
         """See ``Source``."""
         return self.fingerprint()
 
+    def tell_omissions(self) -> str:
+        """See ``Source``: all is read."""
+        return ""
+
     def _simulate(self) -> dict[Kind, pa.Table]:
         from pipelines.sources.simulator import SimulatorParams, simulate
 

@@ -141,6 +141,10 @@ class DatabaseSource:
         """See ``Source``."""
         return {"source": "database", **self._read}
 
+    def tell_omissions(self) -> str:
+        """See ``Source``: what is not asked for is none."""
+        return ""
+
     def _name(self, kind: Kind) -> str | None:
         names = {
             Kind.EVENTS: self._params.events,

@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -192,8 +192,8 @@ class FilesSource:
         """See ``Source``: what is there once all is read."""
         return self.fingerprint()
 
-    def tell_skipped(self) -> str:
-        """Return which files were left out for their endings, or lack columns; "" for none."""
+    def tell_omissions(self) -> str:
+        """See ``Source``: files left out for their endings, and columns that some lack."""
         return _tell_some("not read for their endings", self._skipped) + _tell_some(
             "columns that are not everywhere, null there", self._lacking
         )
@@ -287,14 +287,13 @@ def _walk(fs: Any, folder: str) -> list[str]:
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         found += [f"{place}/{name}" for name in names]
         # Real folders first, so that a link among them does not take their place.
-        real = {name: os.path.realpath(f"{place}/{name}") for name in folders}
-        linked = {name: Path(place, name).is_symlink() for name in folders}
-        fresh = []
-        for _, name in sorted((linked[name], name) for name in folders):
-            if real[name] not in seen:
-                seen.add(real[name])
-                fresh.append(name)
-        folders[:] = fresh
+        below = sorted(folders, key=lambda name: (Path(place, name).is_symlink(), name))
+        folders.clear()
+        for name in below:
+            real = os.path.realpath(f"{place}/{name}")
+            if real not in seen:
+                seen.add(real)
+                folders.append(name)
     return found
 
 
@@ -397,21 +396,17 @@ class _SeenColumns:
     def __init__(self, kind: Kind, mapping: Mapping) -> None:
         self.lacking: list[str] = []
         self._names = [name for name in SCHEMAS[kind].names if name not in mapping]
-        self._seen: dict[str, str] = {}  # column -> the first file that has it
-        self._missed: dict[str, str] = {}  # column -> the first file that lacks it
+        self._first: dict[tuple[str, bool], str] = {}  # of the files that have a column, or lack it
 
     def note(self, file: _File, columns: list[str]) -> None:
         """Note the columns of a file."""
         for name in self._names:
-            first, other = (
-                (self._seen, self._missed) if name in columns else (self._missed, self._seen)
-            )
-            if name in other and name not in first:
-                lacks, has = (
-                    (other[name], file.name) if name in columns else (file.name, other[name])
-                )
-                self.lacking.append(f"{name} in {lacks} (as in {has})")
-            first.setdefault(name, file.name)
+            has, first = name in columns, self._first
+            if (name, has) not in first:
+                first[name, has] = file.name
+                if (name, not has) in first:
+                    told = f"{name} in {first[name, False]} (as in {first[name, True]})"
+                    self.lacking.append(told)
 
 
 class _ParquetReader:
@@ -498,7 +493,6 @@ class _JsonReader:
                 delimiter=_NO_DELIMITER,
                 quote=False,
                 header=0,
-                mapped=["line"],
             ):
                 yield self._extract(chunk, columns)
 
@@ -577,7 +571,7 @@ def _read_blocks(
     delimiter: str,
     quote: str | bool,
     header: int,
-    mapped: list[str],
+    mapped: Sequence[str] = (),
 ) -> Iterator[_Chunk]:
     """Split text into columns, block by block.
 
@@ -629,7 +623,7 @@ def _read_blocks(
         numbers = _number(following, batch.num_rows, gaps)
         table = pa.Table.from_batches([batch])
         if quote:
-            _check_lengths(file, table.select(mapped), numbers)
+            _check_lengths(file, table.select(list(mapped)), numbers)
         if batch.num_rows:
             following = int(numbers[-1]) + 1
             (values,) = table.slice(batch.num_rows - 1).to_pylist()

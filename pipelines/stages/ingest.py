@@ -48,13 +48,7 @@ from pipelines.io import (
 from pipelines.sources import base
 from pipelines.sources.base import QUARANTINE_SCHEMA, ROW, UNKNOWN_TYPE, Batch, Kind
 from pipelines.sources.catalog import open_source
-from pipelines.sources.files import (
-    NOT_UTF8,
-    NOT_UTF8_ADVICE,
-    OPEN_QUOTE,
-    OPEN_QUOTE_ADVICE,
-    FilesSource,
-)
+from pipelines.sources.files import NOT_UTF8, NOT_UTF8_ADVICE, OPEN_QUOTE, OPEN_QUOTE_ADVICE
 from pipelines.stages import fingerprint
 
 EVENTS: Final = Path("data/events")
@@ -104,6 +98,9 @@ _INSERT: Final = f"""
     FROM ({_SIGN})
 """  # noqa: S608
 _OF_ITEMS: Final = ITEM_SCHEMA.names[1:]  # all but item_id
+_ITEMS: Final = """
+    SELECT * REPLACE (CASE WHEN price >= 0 THEN price END AS price) FROM given
+"""
 _FILLED: Final = ", ".join(
     f"coalesce(staged.{name}, items.{name}) AS {name}" if name in _OF_ITEMS else f"staged.{name}"
     for name in EVENT_SCHEMA.names
@@ -302,7 +299,9 @@ def run(params: Params, root: Path = Path()) -> str:
             raise UserError(_explain_nothing(counts, params))
 
         known_items = _last_rows(items, ITEM_SCHEMA)
-        connection.register("items", known_items)
+        # A price below nothing would have good events set aside.
+        connection.register("given", known_items)
+        connection.execute(f"CREATE TABLE items AS {_ITEMS}")
         ((filled,),) = connection.execute(_COUNT_FILLED).fetchall()
         last_seen = _LastSeen()
         with replace_directory(root / EVENTS) as folder:
@@ -329,9 +328,7 @@ def run(params: Params, root: Path = Path()) -> str:
         **sums,
     }
     write_json(root / REPORT, report)
-    advice = _advise(repeats, counts, params)
-    if isinstance(source, FilesSource):
-        advice += source.tell_skipped()
+    advice = _advise(repeats, counts, params) + source.tell_omissions()
     return _tell(report, advice + _advise_end(report["last_ts"], params, datetime.now(UTC)))
 
 

@@ -134,7 +134,7 @@ def test_skipped_files_of_a_folder_are_told(tmp_path: Path) -> None:
     source = FilesSource(Files(path="shop"), tmp_path)
     assert len(list(source.read(Kind.EVENTS))) == 1
     told = "; not read for their endings: b.csv.zip, c.json, d.txt and 1 more"
-    assert source.tell_skipped() == told
+    assert source.tell_omissions() == told
 
 
 def test_a_given_format_takes_files_without_an_ending(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_given_format_takes_files_without_an_ending(tmp_path: Path) -> None:
     (tmp_path / "shop/x.parquet").touch()
     source = FilesSource(Files(path="shop", format="csv"), tmp_path)
     assert sum(batch.rows for batch in source.read(Kind.EVENTS)) == 2
-    assert source.tell_skipped() == "; not read for their endings: x.parquet"
+    assert source.tell_omissions() == "; not read for their endings: x.parquet"
     with pytest.raises(UserError, match=r"set ingest\.files\.format"):
         (tmp_path / "shop/x.parquet").unlink()
         read(tmp_path, path="shop")
@@ -493,7 +493,7 @@ def test_an_optional_column_that_another_file_lacks_is_told(tmp_path: Path, odd:
     ):
         source = FilesSource(Files(path="a", mapping=mapping), tmp_path)
         assert sum(batch.rows for batch in source.read(Kind.EVENTS)) == 2
-        assert source.tell_skipped() == told
+        assert source.tell_omissions() == told
 
 
 def test_users_and_items(tmp_path: Path) -> None:

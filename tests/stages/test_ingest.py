@@ -154,6 +154,14 @@ def test_an_items_table_fills_what_events_lack(tmp_path: Path, source: str) -> N
     assert json.loads((tmp_path / "reports/ingest.json").read_text())["filled"] == 2
 
 
+def test_a_price_below_nothing_fills_nothing(tmp_path: Path) -> None:
+    """It would have the row rules set a good event aside."""
+    write_csv(tmp_path / "e.csv", "u1,2025-01-01,purchase,i1,,1", "u1,2025-01-02,purchase,i2,,1")
+    write_csv(tmp_path / "items.csv", "i1,-20", "i2,20", header="item_id,price")
+    assert run(tmp_path, files={"items": "items.csv"})["filled"] == 1
+    assert [row["price"] for row in events(tmp_path)] == [None, 20.0]
+
+
 def test_ids_do_not_depend_on_the_items_table(tmp_path: Path) -> None:
     write_csv(tmp_path / "e.csv", "u1,2025-01-01,purchase,i1,,1", "u1,2025-01-02,purchase,i1,,1")
     write_csv(tmp_path / "items.csv", "i1,20", header="item_id,price")
