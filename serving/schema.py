@@ -5,7 +5,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Annotated, Any, Final, Self
+from functools import cache
+from typing import Annotated, Any, Final, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -96,15 +97,30 @@ def find_unknown(value: Any) -> tuple[str | int, ...] | None:
     """Return where the first unknown field is in what was read with all of them allowed."""
     places: Iterable[tuple[str | int, Any]]
     if isinstance(value, BaseModel):
-        places, extra = vars(value).items(), value.model_extra
+        nested = _find_nested(type(value))
+        extra = value.model_extra
+        places = ((name, getattr(value, name)) for name in nested) if nested else ()
     else:
         places, extra = enumerate(value), None
     for name, inner in places:
-        if isinstance(inner, BaseModel | list):
-            found = find_unknown(inner)
-            if found is not None:
-                return name, *found
+        found = None if inner is None else find_unknown(inner)
+        if found is not None:
+            return name, *found
     return (next(iter(extra)),) if extra else None
+
+
+@cache
+def _find_nested(model: type[BaseModel]) -> tuple[str, ...]:
+    """Return the fields that hold models: most have none, and there are many of them."""
+    fields = model.model_fields.items()
+    return tuple(name for name, field in fields if _holds_model(field.annotation))
+
+
+def _holds_model(annotation: Any) -> bool:
+    parts = get_args(annotation)
+    if not parts:
+        return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return any(_holds_model(part) for part in parts)
 
 
 class Event(Strict):
