@@ -32,6 +32,7 @@ import pyarrow.compute as pc
 from pipelines.config import FileFormat, Files
 from pipelines.errors import UserError
 from pipelines.sources.base import ROW, SCHEMAS, Batch, Kind, Mapping, quarantine
+from pipelines.sources.text import decode_bytes
 
 _ENDINGS: Final[dict[str, FileFormat]] = {
     ".csv": FileFormat.CSV,
@@ -46,6 +47,9 @@ _COMPRESSIONS: Final[dict[str, str]] = {".gz": "gzip", ".bz2": "bz2", ".zst": "z
 _BLOCK_BYTES: Final = 16 << 20
 _ROWS_PER_CHUNK: Final = 1 << 17
 _SHOWN_NAMES: Final = 3
+
+# A file of JSON Lines with fewer may lack a key by chance.
+_TELLING_ROWS: Final = 1000
 
 # A longer value is a quotation mark that nobody closed: it has swallowed the lines after it.
 _MAX_VALUE_BYTES: Final = 1 << 16
@@ -182,10 +186,15 @@ class FilesSource:
                     "ingest.files",
                     decimal=self._params.decimal if file.format is FileFormat.CSV else ".",
                 )
-                if file.format is not FileFormat.JSONL:
-                    optional.note(file, reader.columns.names)
+                rows, given = 0, set[str]()
                 for chunk in reader.read(mapper.columns):
+                    rows += chunk.table.num_rows
+                    given |= _find_given(chunk.table)
                     yield _add_refused(mapper.convert(chunk.table), file, chunk.refused)
+                if file.format is FileFormat.JSONL:
+                    optional.note(file, given, complete=rows >= _TELLING_ROWS)
+                else:
+                    optional.note(file, set(reader.columns.names))
         keys.check()
 
     def fingerprint_read(self) -> dict[str, Any]:
@@ -385,7 +394,7 @@ def _tell_some(what: str, of_kinds: dict[Kind, list[str]]) -> str:
 
 
 class _SeenColumns:
-    """Notes the columns of the schema that some files have and others lack.
+    """Notes the columns that some files have and others lack.
 
     Searches have no price, and are right to lack it; a column that was renamed would be null.
 
@@ -396,17 +405,30 @@ class _SeenColumns:
     def __init__(self, kind: Kind, mapping: Mapping) -> None:
         self.lacking: list[str] = []
         self._names = [name for name in SCHEMAS[kind].names if name not in mapping]
+        self._names += sorted({m.column for m in mapping.values() if m is not None and m.column})
         self._first: dict[tuple[str, bool], str] = {}  # of the files that have a column, or lack it
 
-    def note(self, file: _File, columns: list[str]) -> None:
-        """Note the columns of a file."""
+    def note(self, file: _File, columns: set[str], *, complete: bool = True) -> None:
+        """Note the columns of a file.
+
+        Args:
+            file: for messages.
+            columns: those that it has.
+            complete: whether it lacks all others; a few lines of JSON lack some by chance.
+        """
         for name in self._names:
             has, first = name in columns, self._first
-            if (name, has) not in first:
+            if (name, has) not in first and (has or complete):
                 first[name, has] = file.name
                 if (name, not has) in first:
                     told = f"{name} in {first[name, False]} (as in {first[name, True]})"
                     self.lacking.append(told)
+
+
+def _find_given(table: pa.Table) -> set[str]:
+    """Return the columns that hold anything."""
+    pairs = zip(table.column_names, table.columns, strict=True)
+    return {name for name, column in pairs if column.null_count < table.num_rows}
 
 
 class _ParquetReader:
@@ -416,14 +438,13 @@ class _ParquetReader:
         import pyarrow.parquet as pq
 
         self._parquet = pq.ParquetFile(_open(fs, file))
-        self.columns = pa.schema([_unmask_text(c) for c in self._parquet.schema_arrow])
+        self.columns = pa.schema([c.with_type(_plain(c.type)) for c in self._parquet.schema_arrow])
 
     def read(self, columns: list[str]) -> Iterator[_Chunk]:
         first = 1
         for batch in self._parquet.iter_batches(_ROWS_PER_CHUNK, columns=columns):
             numbers = np.arange(first, first + batch.num_rows)
-            table = pa.Table.from_batches([batch])
-            table = table.cast(pa.schema([_unmask_text(column) for column in table.schema]))
+            table = pa.table([_make_plain(column) for column in batch], batch.schema.names)
             yield _Chunk(table=_number_rows(table, numbers))
             first += batch.num_rows
         self._parquet.close(force=True)
@@ -790,10 +811,35 @@ def _number_rows(table: pa.Table, numbers: np.ndarray) -> pa.Table:
     return table.add_column(0, ROW, pa.array(numbers, pa.int64()))
 
 
-def _unmask_text(column: pa.Field) -> pa.Field:
-    """Return byte columns as text: old writers of Parquet leave text unmarked."""
-    binary = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
-    return column.with_type(pa.string()) if binary else column
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """Return the type as which a column of Parquet is read.
+
+    Bytes are text, which old writers leave unmarked, or ids; DuckDB knows no halves of a float.
+    """
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    return pa.string() if _is_bytes(kind) else kind
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+        or pa.types.is_binary_view(kind)
+    )
+
+
+def _make_plain(column: pa.Array) -> pa.Array:
+    """Return a column as its plain type."""
+    if not _is_bytes(column.type):
+        return column.cast(_plain(column.type))
+    # Each value once: ids and categories repeat.
+    coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    values = [None if v is None else decode_bytes(v) for v in coded.dictionary.to_pylist()]
+    return pa.array(values, pa.string()).take(coded.indices)
 
 
 def _add_refused(batch: Batch, file: _File, refused: list[_Refused]) -> Batch:

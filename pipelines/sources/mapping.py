@@ -122,8 +122,14 @@ class Mapper:
             [ROW, *(f"c{i}" for i in range(len(self.columns)))]
         )
         tasks = raw.combine_chunks().to_batches(_ROWS_PER_TASK)
-        self._connection.register("raw", pa.Table.from_batches(tasks, raw.schema))
-        result = _restore_order(self._connection.sql(self._query).to_arrow_table())
+        try:
+            self._connection.register("raw", pa.Table.from_batches(tasks, raw.schema))
+            result = _restore_order(self._connection.sql(self._query).to_arrow_table())
+        except duckdb.NotImplementedException:
+            types = ", ".join(f"{name} ({kind})" for name, kind in self._types.items())
+            raise UserError(
+                f"{self._source}: a column is of a type that cannot be read: {types}"
+            ) from None
         self._connection.unregister("raw")
 
         reason = result.column("reason")

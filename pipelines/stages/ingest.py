@@ -146,6 +146,16 @@ _SUM: Final = """
     SELECT count(*) AS events, count(DISTINCT user_id) AS users, min(ts) AS first, max(ts) AS last
     FROM staged
 """
+_COUNT_KNOWN: Final = """
+    SELECT count(DISTINCT user_id) FROM staged SEMI JOIN profiles USING (user_id)
+"""
+# 123.0 beside 123: a tool that keeps whole numbers as fractions wrote a part of the source.
+_FIND_FRACTIONS: Final = """
+    WITH ids AS (SELECT DISTINCT user_id FROM staged)
+    SELECT count(*), min(user_id) FROM ids
+    WHERE ends_with(user_id, '.0') AND regexp_full_match(user_id, '[0-9]+[.]0')
+        AND left(user_id, -2) IN (SELECT user_id FROM ids)
+"""
 _COUNT_TYPES: Final = "SELECT event_type, count(*) FROM staged GROUP BY event_type"
 
 
@@ -306,7 +316,10 @@ def run(params: Params, root: Path = Path()) -> str:
         last_seen = _LastSeen()
         with replace_directory(root / EVENTS) as folder:
             _write_days(last_seen.watch(_sorted_events(connection)), folder)
-    user_table = _last_rows(users, USER_SCHEMA)
+        user_table = _last_rows(users, USER_SCHEMA)
+        connection.register("profiles", user_table)
+        ((with_profile,),) = connection.execute(_COUNT_KNOWN).fetchall()
+        ((fractions, example),) = connection.execute(_FIND_FRACTIONS).fetchall()
     item_table = last_seen.items() if items is None else known_items
     with replace_directory(root / ENTITIES) as folder:
         write_table(folder / "users.parquet", user_table)
@@ -325,10 +338,12 @@ def run(params: Params, root: Path = Path()) -> str:
         "duplicates": repeats.dropped,
         "items": item_table.num_rows,
         **({"filled": filled} if filled else {}),
+        **({} if users is None else {"with_profile": with_profile}),
         **sums,
     }
     write_json(root / REPORT, report)
-    advice = _advise(repeats, counts, params) + source.tell_omissions()
+    advice = _advise(repeats, counts, params) + _advise_ids(fractions, example)
+    advice += source.tell_omissions()
     return _tell(report, advice + _advise_end(report["last_ts"], params, datetime.now(UTC)))
 
 
@@ -348,6 +363,13 @@ def _advise(repeats: _Repeats, counts: _Counts, params: Params) -> str:
     return f" (many: if they are no mistake, map event_id{keep})"
 
 
+def _advise_ids(twice: int, example: str | None) -> str:
+    """Return what to do where the same shoppers seem to go by two ids."""
+    if not twice:
+        return ""
+    return f"; {twice:,} shoppers have a second id that ends in .0, such as {example}: write one"
+
+
 def _advise_end(last_ts: str, params: Params, now: datetime) -> str:
     """Return what to do where the last day is not over: what is left of it counts as silence."""
     today = f"{now:%Y-%m-%d}"
@@ -358,8 +380,9 @@ def _advise_end(last_ts: str, params: Params, now: datetime) -> str:
 
 def _tell(report: dict[str, Any], advice: str) -> str:
     filled = f", {report['filled']:,} filled from the items table" if "filled" in report else ""
+    known = f" ({report['with_profile']:,} with a profile)" if "with_profile" in report else ""
     return (
-        f"{report['events']:,} events of {report['users']:,} users,"
+        f"{report['events']:,} events of {report['users']:,} users{known},"
         f" {report['first_ts'][:10]} to {report['last_ts'][:10]}, in {EVENTS};"
         f" of {report['rows']:,} rows {report['quarantined']['rows']:,} quarantined,"
         f" {report['anonymous']:,} anonymous, {report['duplicates']:,} duplicates{filled}{advice}"

@@ -437,6 +437,42 @@ def test_parquet_types(tmp_path: Path) -> None:
     assert read(tmp_path, path="e.parquet")["rows"][0]["ts"] == at("2025-07-01T00:00:00")
 
 
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (pa.array([b"i1", b"i2\0", None]), ["i1", "i2", None]),
+        (pa.array([b"i1", b"\xff\0\x01", None]), ["i1", "ff0001", None]),
+        (pa.array([b"i1", b"\xff\x01", None]).dictionary_encode(), ["i1", "ff01", None]),
+        (pa.array([b"\x01\xff", b"ab", None], pa.binary(2)), ["01ff", "ab", None]),
+        (pa.array([[1, 2], [3], None]), ["[1, 2]", "[3]", None]),
+    ],
+)
+def test_bytes_of_parquet_are_text_or_their_digits(
+    tmp_path: Path, column: pa.Array, expected: list[str | None]
+) -> None:
+    table = pa.table(
+        {
+            "user_id": ["a", "b", "c"],
+            "ts": pa.array([datetime(2025, 7, 1, 12)] * 3),
+            "event_type": ["view"] * 3,
+            "item_id": column,
+            "price": pa.array([1.5, 2, 3], pa.float16()),
+        }
+    )
+    pq.write_table(table, tmp_path / "e.parquet")
+    rows = read(tmp_path, path="e.parquet")["rows"]
+    assert [row["item_id"] for row in rows] == expected
+    assert [row["price"] for row in rows] == [1.5, 2.0, 3.0]
+
+
+def test_a_column_of_a_type_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    prices = pa.array(["1.25"]).cast(pa.decimal256(40, 2))
+    table = pa.table({"user_id": ["a"], "ts": ["2025-07-01"], "event_type": ["view"]})
+    pq.write_table(table.append_column("price", prices), tmp_path / "e.parquet")
+    with pytest.raises(UserError, match=r"e.parquet: .*cannot be read: .*price \(decimal256"):
+        read(tmp_path, path="e.parquet")
+
+
 def test_text_is_stripped_and_empty_text_is_null(tmp_path: Path) -> None:
     write_csv(
         tmp_path / "e.csv",
@@ -494,6 +530,22 @@ def test_an_optional_column_that_another_file_lacks_is_told(tmp_path: Path, odd:
         source = FilesSource(Files(path="a", mapping=mapping), tmp_path)
         assert sum(batch.rows for batch in source.read(Kind.EVENTS)) == 2
         assert source.tell_omissions() == told
+
+
+def test_a_key_that_another_file_of_json_lines_lacks_is_told(tmp_path: Path) -> None:
+    """A few lines may lack a key by chance, many of an export that renamed it do not."""
+    rows = [{**_as_dicts()[1], "sku": "i1"}] * 1000
+    renamed = [{("article" if k == "sku" else k): v for k, v in row.items()} for row in rows]
+    for number, content in enumerate([rows, rows[:1], renamed[:999]]):
+        text = "".join(json.dumps(row) + "\n" for row in content)
+        (tmp_path / f"{number}.jsonl").write_text(text)
+    source = FilesSource(Files(path="*.jsonl", mapping={"item_id": "sku"}), tmp_path)
+    assert sum(batch.rows for batch in source.read(Kind.EVENTS)) == 2000
+    assert source.tell_omissions() == ""
+    (tmp_path / "2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    assert sum(batch.rows for batch in source.read(Kind.EVENTS)) == 2001
+    told = "; columns that are not everywhere, null there: sku in 2.jsonl (as in 0.jsonl)"
+    assert source.tell_omissions() == told
 
 
 def test_users_and_items(tmp_path: Path) -> None:

@@ -110,10 +110,27 @@ def test_users_and_items_tables_keep_the_last_row_of_an_id(tmp_path: Path) -> No
     assert [(row["item_id"], row["category"], row["price"]) for row in items] == [
         ("i9", "shoes", 5.0)
     ]
+    assert report["with_profile"] == 1
     assert report["quarantined"]["entities"] == {"age is not a number": 1}
     assert quarantined(tmp_path).column("source").to_pylist() == ["users.csv"]
     with pytest.raises(UserError, match=r"1 of 5 rows of users and items \(20.0%\)"):
         run(tmp_path, files=files)
+
+
+def test_shoppers_with_two_spellings_of_an_id_and_those_without_profile_are_told(
+    tmp_path: Path,
+) -> None:
+    rows = [f"{user},2025-01-01T00:00:0{i},view,i1,1," for i, user in enumerate(["7", "8", "9"])]
+    (tmp_path / "log").mkdir()
+    write_csv(tmp_path / "log/a.csv", *rows)
+    write_csv(tmp_path / "log/b.csv", *(row.replace(",", ".0,", 1) for row in rows[:2]))
+    write_csv(tmp_path / "users.csv", "9,20", "10,30", header="user_id,age")
+    section = {"source": "files", "files": {"path": "log", "users": "users.csv"}}
+    params = config.parse_params({"ingest": section})
+    fingerprint.run(params, tmp_path)
+    told = ingest.run(params, tmp_path)
+    assert "5 users (1 with a profile)" in told
+    assert "; 2 shoppers have a second id that ends in .0, such as 7.0: write one" in told
 
 
 @pytest.mark.parametrize("source", ["files", "database"])
