@@ -73,6 +73,21 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def spill_to(folder: Path) -> Iterator[Path]:
+    """Make a folder for what does not fit into memory; it goes at the end.
+
+    Its name is fixed, so that what a killed run left is found again. In the project and not where
+    temporary files go: that is memory itself on many systems.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def replace_directory(path: Path) -> Iterator[Path]:
     """Yield an empty sibling directory; put it in place of ``path`` when the block succeeds.
 

@@ -6,7 +6,6 @@ that sums are exact: they depend neither on the order of the rows nor on the eng
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from ibis import _
 from pipelines.config import Engine
 from pipelines.errors import require
 from pipelines.events import EVENT_CODES, EVENT_SCHEMA, SESSION_GAP_SECONDS, EventType
-from pipelines.io import DUCKDB_MEMORY
+from pipelines.io import DUCKDB_MEMORY, spill_to
 
 DAY_US: Final = 86_400_000_000
 SECOND_US: Final = 1_000_000
@@ -33,7 +32,7 @@ _PURCHASE: Final = EVENT_CODES[EventType.PURCHASE]
 
 
 @contextmanager
-def connect(engine: Engine) -> Iterator[Any]:
+def connect(engine: Engine, spill: Path) -> Iterator[Any]:
     """Open an Ibis backend that computes in UTC and may spill to disk; close it at the end.
 
     A Spark session that runs already is used and left running. Otherwise the master is what
@@ -41,6 +40,7 @@ def connect(engine: Engine) -> Iterator[Any]:
 
     Args:
         engine: which.
+        spill: folder for what DuckDB cannot hold in memory; what is there goes.
 
     Yields:
         An Ibis connection.
@@ -49,8 +49,8 @@ def connect(engine: Engine) -> Iterator[Any]:
         UserError: Spark is asked for and not installed.
     """
     if engine is Engine.DUCKDB:
-        with tempfile.TemporaryDirectory(prefix="forecart-") as spill:
-            connection = ibis.duckdb.connect(temp_directory=spill, memory_limit=DUCKDB_MEMORY)
+        with spill_to(spill) as folder:
+            connection = ibis.duckdb.connect(temp_directory=folder, memory_limit=DUCKDB_MEMORY)
             try:
                 yield connection
             finally:

@@ -37,6 +37,8 @@ EVENTS: Final = Path("data/valid")
 PROFILES: Final = Path("data/entities/users.parquet")
 OUTPUT: Final = Path("data/features")
 
+_SPILL: Final = Path("data/.features.spill")
+
 
 def run(params: Params, root: Path = Path()) -> str:
     """Build data/features.
@@ -53,7 +55,7 @@ def run(params: Params, root: Path = Path()) -> str:
     """
     _check_inputs(root)
     with (
-        connect(params.features.engine) as connection,
+        connect(params.features.engine, root / _SPILL) as connection,
         ExitStack() as caches,
         replace_directory(root / OUTPUT) as folder,
     ):

@@ -20,7 +20,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -42,6 +41,7 @@ from pipelines.io import (
     progress,
     read_json,
     replace_directory,
+    spill_to,
     write_json,
     write_table,
 )
@@ -56,7 +56,6 @@ ENTITIES: Final = Path("data/entities")
 QUARANTINE: Final = Path("data/quarantine/ingest")
 REPORT: Final = Path("reports/ingest.json")
 
-# What DuckDB cannot hold goes here; the name is fixed so that a killed run's is found again.
 _SPILL: Final = Path("data/.ingest.spill")
 
 _ROWS_PER_GROUP: Final = 1 << 17
@@ -396,10 +395,7 @@ def _open_store(root: Path, stack: ExitStack) -> Any:
     """Open the DuckDB that sorts; it and what it spills go when the stack closes."""
     import duckdb
 
-    spill = root / _SPILL
-    spill.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(spill, ignore_errors=True)
-    stack.callback(shutil.rmtree, spill, ignore_errors=True)
+    spill = stack.enter_context(spill_to(root / _SPILL))
     connection = stack.enter_context(
         duckdb.connect(config={"temp_directory": str(spill), "memory_limit": DUCKDB_MEMORY})
     )

@@ -520,6 +520,22 @@ def test_a_damaged_part_is_named(params: Params, tmp_path: Path) -> None:
         run(params, tmp_path)
 
 
+def test_what_a_killed_build_spilled_goes_and_so_does_its_own(
+    params: Params, tmp_path: Path
+) -> None:
+    """In the project: temporary files are memory on many systems."""
+    write_log(tmp_path, make_log())
+    left = tmp_path / "data/.features.spill/duckdb_temp_storage-0.tmp"
+    left.parent.mkdir()
+    left.touch()
+    run(params, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        "entities",
+        "features",
+        "valid",
+    ]
+
+
 def test_an_amount_beyond_exact_sums_is_refused(params: Params, tmp_path: Path) -> None:
     rows = make_log()
     rows[3]["price"] = 1e300
