@@ -287,6 +287,8 @@ class Mapper:
         if column is None or _is_text(column[1]):
             return self._time_of_text(name, origin)
         sql, kind = column
+        if pa.types.is_null(kind):  # how pandas writes a column of nulls
+            return "NULL"
         if pa.types.is_timestamp(kind):
             if kind.tz is not None:
                 return f"CAST({sql} AS TIMESTAMPTZ)"

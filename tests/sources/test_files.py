@@ -548,6 +548,14 @@ def test_a_key_that_another_file_of_json_lines_lacks_is_told(tmp_path: Path) -> 
     assert source.tell_omissions() == told
 
 
+def test_a_column_of_nulls_alone_is_as_if_absent(tmp_path: Path) -> None:
+    users = {"user_id": ["u1"], "age": pa.nulls(1), "region": pa.nulls(1), "signup_ts": pa.nulls(1)}
+    pq.write_table(pa.table(users), tmp_path / "u.parquet")
+    write_csv(tmp_path / "e.csv", *LINES)
+    (row,) = read(tmp_path, Kind.USERS, path="e.csv", users="u.parquet")["rows"]
+    assert row == {"user_id": "u1", "age": None, "gender": None, "region": None, "signup_ts": None}
+
+
 def test_users_and_items(tmp_path: Path) -> None:
     write_csv(tmp_path / "e.csv", *LINES)
     header = "user_id,age,gender,region,signup_ts"
