@@ -80,7 +80,8 @@ def run_nginx(folder: Path, service_port: int) -> Iterator[Gateway]:
     nginx = [str(NGINX), "-p", f"{folder}/", "-c", "nginx.conf", "-e", "stderr"]
     check = subprocess.run([*nginx, "-t"], capture_output=True, text=True, check=False)
     assert check.returncode == 0, check.stderr
-    process = subprocess.Popen([*nginx, "-g", "daemon off;"], stderr=subprocess.DEVNULL)
+    with (folder / "error.log").open("w") as log:
+        process = subprocess.Popen([*nginx, "-g", "daemon off;"], stderr=log)
     try:
         found = Gateway(port=port, folder=folder)
         for _ in range(100):
