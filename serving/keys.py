@@ -2,7 +2,8 @@
 
 The file that FORECART_API_KEYS names holds a line per client, ``name sha256-of-the-key rate``, with
 the rate in requests a second. Keys themselves are nowhere; `python -m serving.keys NAME` draws one
-and prints it with its line.
+and prints it with its line. What the file says counts within seconds, without a restart, so that a
+key that leaked can be withdrawn at once; a file that is none changes nothing.
 
 Without keys anybody who can reach the service may call it, and a page in a browser can reach what
 its user can: its site lets its own name point to the service. So what is called by a name is called
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import logging
 import os
 import re
 import secrets
@@ -34,6 +36,9 @@ HOSTS_VARIABLE: Final = "FORECART_HOSTS"
 HEADER: Final = b"x-api-key"
 _BEARER: Final = b"bearer "
 _DEFAULT_RATE: Final = 100.0
+# Between two looks at the file.
+_LOOK_SECONDS: Final = 2.0
+_LOG: Final = logging.getLogger(__name__)
 
 # Probes and metrics are the platform's, which holds no key.
 _OPEN: Final = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
@@ -125,7 +130,10 @@ class RequireKey:
     def __init__(self, app: App, clock: Callable[[], float] = time.monotonic) -> None:
         self.app = app
         self._clock = clock
+        # Before it is read: what changes meanwhile is seen at the next look.
+        self._seen = _observe()
         self._clients = read_clients()
+        self._looked = clock()
         self._hosts = read_hosts()
         # Tokens left and when that was known, by client.
         self._tokens: dict[str, tuple[float, float]] = {}
@@ -136,6 +144,7 @@ class RequireKey:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        self._follow()
         if self._clients is None:
             if not self._names_us(headers.get(b"host", b"localhost")):
                 text = (
@@ -158,6 +167,27 @@ class RequireKey:
             await refuse(send, HTTPStatus.TOO_MANY_REQUESTS, text, retry)
             return
         await self.app(scope, receive, send)
+
+    def _follow(self) -> None:
+        """Read the file anew where it has changed.
+
+        One that cannot be read, or holds no client, is told once: to let nobody in any more, or
+        everybody, would be worse than to go on with what was agreed.
+        """
+        now = self._clock()
+        if self._clients is None or now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        state = _observe()
+        if state == self._seen:
+            return
+        self._seen = state
+        try:
+            self._clients = read_clients()
+        except UserError as error:
+            _LOG.error("the keys before go on to count: %s", error)
+            return
+        _LOG.warning("keys read anew: %d clients", len(self._clients or ()))
 
     def _names_us(self, sent: bytes) -> bool:
         host = _PORT.sub("", sent.decode("latin-1")).lower()
@@ -193,6 +223,16 @@ class RequireKey:
             return (1.0 - tokens) / client.rate
         self._tokens[client.name] = (tokens - 1.0, now)
         return 0.0
+
+
+def _observe() -> tuple[int, int, int] | None:
+    """Return what tells two states of the file apart; None: there is no file."""
+    try:
+        # What a link names: Kubernetes exchanges links when a Secret changes.
+        stat = os.stat(os.environ.get(KEYS_VARIABLE, ""))
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def main() -> int:

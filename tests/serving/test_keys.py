@@ -151,3 +151,38 @@ def test_a_line_that_is_none_is_told(keys: Path, line: str) -> None:
     keys.write_text(line)
     with pytest.raises(UserError, match="keys"):
         read_clients()
+
+
+def test_a_key_that_is_withdrawn_is_refused_without_a_restart(keys: Path) -> None:
+    clock = Clock()
+    app = RequireKey(answer, clock)
+    assert ask(app, {"X-API-Key": "s3cret"})[0] == 200
+    # As editors, and Kubernetes for a Secret, put a new file in place.
+    new = keys.with_name("new")
+    new.write_text(f"shop {digest('rotated')} 2\nother {digest('else')}\n")
+    new.replace(keys)
+    clock.now += 60
+    assert ask(app, {"X-API-Key": "s3cret"})[0] == 401
+    assert ask(app, {"X-API-Key": "rotated"})[0] == 200
+    assert ask(app, {"X-API-Key": "else"})[0] == 200
+
+
+@pytest.mark.parametrize("content", [None, "", "# none\n", "shop abc 1\n"])
+def test_a_file_of_keys_that_is_none_changes_nothing_and_is_told_once(
+    keys: Path, content: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    app = RequireKey(answer, clock)
+    before = keys.read_text()
+    if content is None:
+        keys.unlink()
+    else:
+        keys.write_text(content)
+    for _ in range(3):
+        clock.now += 60
+        assert ask(app, {"X-API-Key": "s3cret"})[0] == 200
+        assert ask(app, {"X-API-Key": "wrong"})[0] == 401
+    assert caplog.text.count("the keys before go on to count") == 1
+    keys.write_text(before.replace(digest("s3cret"), digest("rotated")))
+    clock.now += 60
+    assert ask(app, {"X-API-Key": "rotated"})[0] == 200
