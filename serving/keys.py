@@ -229,8 +229,8 @@ def _observe() -> tuple[int, int, int] | None:
     """Return what tells two states of the file apart; None: there is no file."""
     try:
         # What a link names: Kubernetes exchanges links when a Secret changes.
-        stat = os.stat(os.environ.get(KEYS_VARIABLE, ""))
-    except OSError:
+        stat = Path(os.environ[KEYS_VARIABLE]).stat()
+    except (KeyError, OSError):
         return None
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 

@@ -7,7 +7,9 @@ own counts are switched off, as they keep every path that anybody asks for, ids 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from prometheus_client import (
@@ -26,12 +28,38 @@ _SECONDS: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _PROBABILITIES: Final = (0.01, 0.02, 0.05, *(n / 10 for n in range(1, 11)))
 
 
+# What prometheus_client keeps of the gauges of one process.
+_GAUGES: Final = re.compile(r"gauge_live\w*_(\d+)\.db")
+
 _REQUEST: Final = Histogram(
     "forecart_request_seconds",
     "Time from a request to its answer",
     ["route", "status"],
     buckets=_SECONDS,
 )
+
+
+def forget_dead() -> None:
+    """Leave out the gauges of processes that have ended.
+
+    One that was killed told which model it served, and would tell so for ever beside the one that
+    took its place. Its counts stay, as Prometheus wants them.
+    """
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    for path in Path(folder).glob("gauge_live*.db") if folder else ():
+        found = _GAUGES.fullmatch(path.name)
+        if found and not _is_alive(int(found[1])):
+            multiprocess.mark_process_dead(int(found[1]))  # type: ignore[no-untyped-call]
+
+
+def _is_alive(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 class Metrics:

@@ -45,7 +45,7 @@ from serving.frames import Call, Explain, Explained, Predict, Predicted, Refused
 from serving.keeping import AnswerOnce
 from serving.keys import RequireKey
 from serving.limits import MAX_EVENTS
-from serving.metrics import Metrics
+from serving.metrics import Metrics, forget_dead
 from serving.middleware import DropValidationErrors, LimitBody, NotAvailable, ShapeErrors
 from serving.reads import make_reads
 from serving.schema import (
@@ -120,6 +120,7 @@ class Forecart:
     def __init__(self) -> None:
         # BentoML logs every refused request with its text.
         logging.getLogger("bentoml._internal.server.http_app").addFilter(DropValidationErrors())
+        forget_dead()
         self.metrics = Metrics()
         self.engine = Engine(find_count())
         self.predictions: Batcher[bytes | Call, bytes | None] = Batcher(
