@@ -65,7 +65,7 @@ from serving.schema import (
 )
 from serving.store import Store, find_url
 from serving.supervision import install as install_supervision
-from serving.swap import Watcher, find_watched
+from serving.swap import Watcher, find_watched, locate
 from serving.tracing import plan_tracing
 from serving.welcome import ShowCalls
 
@@ -159,8 +159,9 @@ class Forecart:
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:
         """Load the model, and look for newer ones."""
+        watched = find_watched()
         try:
-            digest = await self.engine.start(find_model(), check=True)
+            digest = await self._load(watched[0] if watched else None)
         except UserError as error:
             # At once: the framework would print where it happened, which tells nobody anything.
             logging.getLogger(__name__).critical("the model is refused: %s", error)
@@ -172,7 +173,6 @@ class Forecart:
         # requests wait for a tenth of a second.
         gc.collect()
         gc.freeze()
-        watched = find_watched()
         if watched is None:
             return
         path, seconds = watched
@@ -186,6 +186,24 @@ class Forecart:
             path, current=digest, take=take, metrics=self.metrics, seconds=seconds
         )
         self._watcher.start()
+
+    async def _load(self, watched: Path | None) -> str:
+        """Serve the champion of now, or else the model that the service was made with.
+
+        A process that is started anew, after it was killed, must not go back to a model that was
+        replaced since, which may have been for a reason.
+
+        Raises:
+            UserError: that one is refused, too.
+        """
+        try:
+            found = locate(watched) if watched is not None else None
+            if found is not None:
+                return await self.engine.start(found[0], digest=found[1], check=True)
+        except (UserError, Unavailable, OSError) as error:
+            text = "the champion does not serve, the model that came with the service does: %s"
+            logging.getLogger(__name__).error(text, error)
+        return await self.engine.start(find_model(), check=True)
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:

@@ -1008,6 +1008,39 @@ def test_a_new_champion_is_taken_without_dropping_a_request(
     assert set(models) == {old, new}
 
 
+def test_a_process_that_is_killed_comes_back_with_the_champion(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with the model that the service was started with, which was replaced since."""
+    shop = tmp_path / "shop"
+    monkeypatch.setenv("FORECART_CHAMPION", str(shop / "champion.json"))
+    # Looked for so rarely that nothing but the start can take it.
+    monkeypatch.setenv("FORECART_CHAMPION_SECONDS", "3600")
+    with start(project / "models/gpt", tmp_path) as service:
+        assert service.predict(make_request(1))[1]["model"] == digest_directory(
+            project / "models/gpt"
+        )
+        new = promote(shop, make_predictor(seed=2))
+        (worker,) = [
+            child
+            for child in psutil.Process(service.process.pid).children(recursive=True)
+            if "_bentoml_impl.worker.service" in child.cmdline()
+        ]
+        worker.kill()
+        worker.wait(10)
+        found: tuple[int, Any] = (0, {})
+        deadline = time.monotonic() + 60
+        while found[0] != 200 and time.monotonic() < deadline:
+            try:
+                found = service.predict(make_request(1))
+            except (OSError, http.client.HTTPException):
+                time.sleep(0.2)
+        assert found[1].get("model") == new, service.log.read_text()
+        told = service.ask("GET", "/metrics")[2].decode()
+        assert f'forecart_model_info{{digest="{new}"}} 1.0' in told
+        assert told.count("forecart_model_info{") == 1
+
+
 def test_a_bento_that_fails_its_golden_predictions_is_not_taken(
     project: Path, tmp_path: Path
 ) -> None:
