@@ -71,7 +71,7 @@ def deploy(run_id: Any = None) -> None:
     doc_md=(
         "Runs whenever a DAG has promoted a model or rolled one back: the command of the variable "
         "`FORECART_DEPLOY`, a JSON list of arguments, for example "
-        '`["kubectl", "rollout", "restart", "deployment/forecart"]`. Skipped where it is not set. '
+        '`["sh", "deploy.sh"]`. Skipped where it is not set. '
         "After `forecart promote` or `forecart rollback` on the command line, trigger it here."
     ),
 )
