@@ -100,7 +100,7 @@ def run(params: Params, root: Path = Path()) -> str:
     write_json(root / REPORT, describe(digest, size, times["p99_ms"], limit))
     return (
         f"built {params.package.name}:{version} ({size:.1f} MB), golden predictions of {users} "
-        f"shoppers reproduced, one shopper takes {times['p50_ms']:.1f} ms (99th percentile "
+        f"histories reproduced, one shopper takes {times['p50_ms']:.1f} ms (99th percentile "
         f"{times['p99_ms']:.1f} ms); see {root / BENTO}"
     )
 
@@ -199,10 +199,13 @@ def _read_needs(name: str) -> list[str]:
 def make_golden(root: Path, digest: str, *, users: int) -> dict[str, Any]:
     """Predict some histories with the model as trained.
 
+    The package goes where the project does not, so that they are nobody's: what the chosen shoppers
+    did, dealt out anew.
+
     Args:
         root: the project's folder.
         digest: of the model.
-        users: how many, spread evenly over all users.
+        users: how many, of shoppers spread evenly over all.
 
     Returns:
         golden.json: ``model``, ``now_us``, ``sequences`` and ``expected`` (target -> values).
@@ -214,8 +217,8 @@ def make_golden(root: Path, digest: str, *, users: int) -> dict[str, Any]:
 
     everyone = Sequences.load(root / FEATURES / "sequences")
     chosen = np.unique(np.linspace(0, everyone.users - 1, users).astype(np.int64))
-    sequences = shorten(everyone, chosen, events=_GOLDEN_EVENTS)
     now = _read_now(root / FEATURES / "cuts.json")
+    sequences = deal_out(shorten(everyone, chosen, events=_GOLDEN_EVENTS), now_us=now)
     predicted = Predictor.load(root / MODEL).predict(
         sequences, np.full(sequences.users, now, dtype=np.int64)
     )
@@ -260,6 +263,60 @@ def shorten(sequences: Sequences, users: Any, *, events: int) -> Sequences:
         region=taken.region,
         signup_ts=taken.signup_ts,
         **columns,
+    )
+
+
+def deal_out(sequences: Sequences, *, now_us: int) -> Sequences:
+    """Return histories as long as these, of which no two facts need be of one shopper.
+
+    Events, the gaps between them, and each field of the profiles change places, the same way every
+    time; signups are told to the day.
+
+    Args:
+        sequences: B users, sorted.
+        now_us: microseconds, after all events.
+    """
+    import numpy as np
+
+    from pipelines.features.store import MISSING_TIME, Sequences
+    from pipelines.model.timeline import DAY
+
+    chance = np.random.default_rng(0)
+    lengths = np.diff(sequences.offsets)
+    last = sequences.offsets[1:][lengths > 0] - 1
+    # From each event to the next of its shopper, from the last one to now.
+    following = np.append(sequences.ts[1:], now_us)
+    following[last] = now_us
+    gaps = following - sequences.ts
+    inner = np.ones(sequences.events, dtype=bool)
+    inner[last] = False
+    within = np.flatnonzero(inner)
+    source = np.arange(sequences.events)
+    source[within], source[last] = chance.permutation(within), chance.permutation(last)
+    gaps = gaps[source]
+    # Sums from each event to the end of its history, by those to the end of all.
+    to_end = np.append(np.cumsum(gaps[::-1])[::-1], 0)
+    ts = now_us - (to_end[:-1] - np.repeat(to_end[sequences.offsets[1:]], lengths))
+    # A gap and whether a session began after it stay together.
+    begins = np.append(sequences.session_start[1:], 1)[source]
+    session_start = np.append(1, begins[:-1]).astype(np.uint8)
+    session_start[sequences.offsets[:-1][lengths > 0]] = 1
+    dealt = chance.permutation(sequences.events)
+    signup = chance.permutation(sequences.signup_ts)
+    return Sequences(
+        offsets=sequences.offsets,
+        ts=ts,
+        session_start=session_start,
+        query_offsets=sequences.query_offsets,
+        query_tokens=sequences.query_tokens,
+        age=chance.permutation(sequences.age),
+        gender=chance.permutation(sequences.gender),
+        region=chance.permutation(sequences.region),
+        signup_ts=np.where(signup == MISSING_TIME, signup, signup - signup % DAY),
+        **{
+            name: getattr(sequences, name)[dealt]
+            for name in ("type", "item", "category", "brand", "price", "quantity", "query")
+        },
     )
 
 

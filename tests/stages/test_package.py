@@ -12,9 +12,17 @@ import pytest
 
 from pipelines.config import parse_params
 from pipelines.errors import UserError
-from pipelines.features.store import encode_events
+from pipelines.features.store import MISSING_TIME, encode_events
+from pipelines.model.timeline import DAY
 from pipelines.stages import package
-from pipelines.stages.package import describe, encode_sequences, pin_requirements, run, shorten
+from pipelines.stages.package import (
+    deal_out,
+    describe,
+    encode_sequences,
+    pin_requirements,
+    run,
+    shorten,
+)
 from serving.golden import decode_sequences
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +108,57 @@ def test_golden_histories_keep_the_last_events_and_survive_json() -> None:
         np.testing.assert_array_equal(getattr(back, name), getattr(expected, name), err_msg=name)
         assert getattr(back, name).dtype == getattr(expected, name).dtype
     assert back.signup_ts.tolist() == everyone.signup_ts[:2].tolist()
+
+
+def test_golden_histories_are_nobodys() -> None:
+    """The package goes where the project does not; what is in it must not tell of a shopper."""
+    chance = np.random.default_rng(1)
+    users = [
+        [
+            {"event_type": "view", "ts": START + timedelta(seconds=int(second)), "item_id": f"{u}"}
+            for second in np.sort(chance.choice(10**6, u, replace=False))
+        ]
+        for u in range(20)
+    ]
+    before = encode_events(users)
+    now = int(before.ts.max()) + 10**6
+    after = deal_out(before, now_us=now)
+    np.testing.assert_array_equal(after.offsets, before.offsets)
+    whose = np.repeat(np.arange(20), np.diff(before.offsets))
+    # As much of everything, but not with whom it was.
+    assert sorted(after.item) == sorted(before.item)
+    assert (after.item != before.item).mean() > 0.8
+    assert len(set(after.ts) & set(before.ts)) < len(users)  # somebody's last time, at most
+    inner = np.diff(whose) == 0
+    gaps, dealt = np.diff(before.ts)[inner], np.diff(after.ts)[inner]
+    assert sorted(gaps) == sorted(dealt)
+    assert (gaps != dealt).mean() > 0.8
+    assert (after.ts < now).all()
+    # Sessions begin after the same gaps, and with each history.
+    assert after.session_start[before.offsets[1:-1]].all()
+    pairs = zip(gaps, before.session_start[1:][inner], strict=True)
+    assert sorted(pairs) == sorted(zip(dealt, after.session_start[1:][inner], strict=True))
+
+
+def test_profiles_of_golden_histories_are_dealt_out_and_signups_told_to_the_day() -> None:
+    people = [
+        {"age": float(20 + u), "gender": f"g{u}", "region": f"r{u}", "signup_ts": START}
+        for u in range(30)
+    ]
+    people[3]["signup_ts"] = None
+    for number, person in enumerate(people):
+        if person["signup_ts"]:
+            person["signup_ts"] = START + timedelta(days=number, seconds=77)
+    events = [[{"event_type": "view", "ts": START + timedelta(days=40)}] for _ in people]
+    before = encode_events(events, people)
+    after = deal_out(before, now_us=int(before.ts.max()) + 1)
+    for name in ("age", "gender", "region"):
+        assert sorted(getattr(after, name)) == sorted(getattr(before, name))
+    together = [set(zip(s.age, s.gender, s.region, strict=True)) for s in (before, after)]
+    assert len(together[0] & together[1]) <= 1
+    days = before.signup_ts // DAY * DAY
+    expected = np.where(before.signup_ts == MISSING_TIME, before.signup_ts, days)
+    assert sorted(after.signup_ts) == sorted(expected)
 
 
 @pytest.mark.parametrize(
