@@ -75,7 +75,7 @@ check: $(VENV)/.installed ## lint, types, layers and unit tests: under two minut
 	@pytest -m "not integration" -n 2 -q
 
 system: ## Debian packages that some integration tests need, where apt is allowed
-	@sh tests/system_packages.sh
+	@BIN="$(BIN)" sh tests/system_packages.sh
 
 up: $(VENV)/.installed ## start Airflow, MLflow and the service
 	@forecart up

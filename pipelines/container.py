@@ -21,10 +21,13 @@ import yaml
 
 from pipelines.config import Builder
 from pipelines.errors import UserError
-from pipelines.io import digest_directory
+from pipelines.io import digest_directory, read_json
+from pipelines.registry.champion import read_champion
 
 BENTO: Final = Path("build/bento")
 RECIPE: Final = Path("deploy/container")
+VERDICT: Final = Path("reports/verdict.json")
+MODEL_LABEL: Final = "forecart.model"
 
 # pip options that reach an index, and that therefore have to reach the build.
 _PIP_OPTIONS: Final = (
@@ -95,6 +98,7 @@ def containerize(
             "use podman or buildah, or an index that is reached over the network"
         )
     labels = make_labels(bento, digest_directory(root / BENTO), base_image)
+    standing = tell_standing(root, labels[MODEL_LABEL])
     with tempfile.TemporaryDirectory(prefix="forecart-") as temporary:
         context, secret = Path(temporary) / "context", Path(temporary) / "pip.conf"
         shutil.copytree(root / RECIPE, context)
@@ -116,8 +120,27 @@ def containerize(
     size = read_size(program, tag)
     return (
         f"{tag} built by {program} from {bento['name']}:{bento['version']}, "
-        f"{size / 1e6:,.0f} MB; next: run it with --read-only --tmpfs /tmp -p 127.0.0.1:3000:3000"
+        f"{size / 1e6:,.0f} MB{standing}; "
+        "next: run it with --read-only --tmpfs /tmp -p 127.0.0.1:3000:3000"
     )
+
+
+def tell_standing(root: Path, model: str) -> str:
+    """Return what has to be known of a packaged model that is not the champion.
+
+    Args:
+        root: the project's folder.
+        model: its digest.
+    """
+    if read_champion(root).digest == model:
+        return ""
+    path = root / VERDICT
+    verdict = read_json(path) if path.exists() else {}
+    if verdict.get("candidate") != model:
+        return "; not the champion, and not judged: dvc repro"
+    if not verdict["passed"]:
+        return f"; not the champion: the gate refused it ({VERDICT})"
+    return "; not the champion: forecart promote makes it that"
 
 
 def _build(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -190,7 +213,7 @@ def make_labels(bento: dict[str, Any], digest: str, base_image: str) -> dict[str
         "org.opencontainers.image.title": str(bento["name"]),
         "org.opencontainers.image.version": str(bento["version"]),
         "org.opencontainers.image.base.name": base_image,
-        "forecart.model": str(bento["labels"]["model"]),
+        MODEL_LABEL: str(bento["labels"]["model"]),
         "forecart.bento": digest,
     }
 

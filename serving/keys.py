@@ -67,12 +67,18 @@ def read_clients() -> list[Client] | None:
     """Return who may call; None where no keys are asked for.
 
     Raises:
-        UserError: the file is missing or a line is none.
+        UserError: the file is missing, a line is none, or there is no line.
     """
     name = os.environ.get(KEYS_VARIABLE)
     if not name:
         return None
-    path = Path(name)
+    clients = _read_file(Path(name))
+    if not clients:
+        raise UserError(f"{name}: no client; add one with: python -m serving.keys NAME")
+    return clients
+
+
+def _read_file(path: Path) -> list[Client]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -82,11 +88,8 @@ def read_clients() -> list[Client] | None:
     clients = []
     for number, line in enumerate(lines, start=1):
         parts = line.split("#", maxsplit=1)[0].split()
-        if not parts:
-            continue
-        clients.append(_parse(parts, f"{path}, line {number}"))
-    if not clients:
-        raise UserError(f"{path}: no client; add one with: python -m serving.keys NAME")
+        if parts:
+            clients.append(_parse(parts, f"{path}, line {number}"))
     return clients
 
 
@@ -171,8 +174,9 @@ class RequireKey:
     def _follow(self) -> None:
         """Read the file anew where it has changed.
 
-        One that cannot be read, or holds no client, is told once: to let nobody in any more, or
-        everybody, would be worse than to go on with what was agreed.
+        One that cannot be read is told once, and changes nothing: to let nobody in any more, or
+        everybody, would be worse than to go on with what was agreed. Of one without a line the
+        last key was withdrawn.
         """
         now = self._clock()
         if self._clients is None or now - self._looked < _LOOK_SECONDS:
@@ -183,11 +187,11 @@ class RequireKey:
             return
         self._seen = state
         try:
-            self._clients = read_clients()
+            self._clients = _read_file(Path(os.environ[KEYS_VARIABLE]))
         except UserError as error:
             _LOG.error("the keys before go on to count: %s", error)
             return
-        _LOG.warning("keys read anew: %d clients", len(self._clients or ()))
+        _LOG.warning("keys read anew: %d clients", len(self._clients))
 
     def _names_us(self, sent: bytes) -> bool:
         host = _PORT.sub("", sent.decode("latin-1")).lower()

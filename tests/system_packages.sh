@@ -18,6 +18,19 @@ need openssl openssl
 for tool in buildah podman runc debootstrap; do
     need "$tool" "$tool"
 done
+# Of prometheus the tool alone: the package starts a server for everybody.
+if ! command -v promtool >/dev/null 2>&1; then
+    if command -v apt-get >/dev/null 2>&1 && [ -n "${BIN:-}" ]; then
+        echo "Fetching promtool for the tests of alerts"
+        folder=$(mktemp -d)
+        fetch() { (cd "$folder" && apt-get download -qq prometheus && dpkg -x ./*.deb .) >/dev/null 2>&1; }
+        { fetch || { [ "$(id -u)" = 0 ] && apt-get update -qq >/dev/null 2>&1 && fetch; }; } &&
+            cp "$folder/usr/bin/promtool" "$BIN/" || echo "promtool could not be fetched" >&2
+        rm -rf "$folder"
+    else
+        echo "Tests of alerts want promtool (Debian: package prometheus)" >&2
+    fi
+fi
 [ -z "$missing" ] && exit 0
 if [ "$(id -u)" = 0 ]; then sudo=""; elif sudo -n true 2>/dev/null; then sudo="sudo -n"; else sudo="none"; fi
 if command -v apt-get >/dev/null 2>&1 && [ "$sudo" != none ]; then

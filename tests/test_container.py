@@ -57,6 +57,20 @@ def test_pips_configuration_reaches_the_build_as_secret_and_mounts(tmp_path: Pat
     assert "--volume" not in container.plan_build(Builder.DOCKER, **plan)
 
 
+def test_a_model_that_is_not_the_champion_is_not_shipped_without_a_word(tmp_path: Path) -> None:
+    model, other = "sha256:" + "1" * 64, "sha256:" + "2" * 64
+    assert "not judged" in container.tell_standing(tmp_path, model)
+    for candidate, passed, told in [
+        (other, True, "not judged"),
+        (model, False, "the gate refused it"),
+        (model, True, "forecart promote"),
+    ]:
+        write_json(tmp_path / container.VERDICT, {"candidate": candidate, "passed": passed})
+        assert told in container.tell_standing(tmp_path, model)
+    write_json(tmp_path / "champion.json", {"digest": model, "version": 1, "verdict": None})
+    assert container.tell_standing(tmp_path, model) == ""
+
+
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"tag": "a", "base_image": "b", "builder": Builder.AUTO, "torch_index": ""}
     with pytest.raises(UserError, match=r"no Bento; run: dvc repro"):

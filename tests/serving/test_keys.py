@@ -167,7 +167,16 @@ def test_a_key_that_is_withdrawn_is_refused_without_a_restart(keys: Path) -> Non
     assert ask(app, {"X-API-Key": "else"})[0] == 200
 
 
-@pytest.mark.parametrize("content", [None, "", "# none\n", "shop abc 1\n"])
+def test_nobody_gets_in_once_the_last_key_is_withdrawn(keys: Path) -> None:
+    clock = Clock()
+    app = RequireKey(answer, clock)
+    keys.write_text("# withdrawn\n")
+    clock.now += 60
+    assert ask(app, {"X-API-Key": "s3cret"})[0] == 401
+    assert ask(app, {})[0] == 401
+
+
+@pytest.mark.parametrize("content", [None, "shop abc 1\n"])
 def test_a_file_of_keys_that_is_none_changes_nothing_and_is_told_once(
     keys: Path, content: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
