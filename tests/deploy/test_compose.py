@@ -56,6 +56,17 @@ def test_volumes_and_secrets_are_declared() -> None:
         assert set(service.get("secrets", [])) <= set(COMPOSE["secrets"])
 
 
+def test_what_programs_print_does_not_fill_the_disk() -> None:
+    for name, service in SERVICES.items():
+        options = service["logging"]["options"]
+        assert int(options["max-file"]) * int(options["max-size"].removesuffix("m")) <= 200, name
+
+
+def test_a_program_that_hangs_is_seen() -> None:
+    for name, service in SERVICES.items():
+        assert "healthcheck" in service or service["restart"] == "on-failure", name
+
+
 def test_ports_are_bound_to_loopback() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
     assert len(ports) == 3
