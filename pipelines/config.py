@@ -18,12 +18,13 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from pipelines.errors import UserError
-from pipelines.events import EVENT_SCHEMA, EventType
+from pipelines.events import EVENT_SCHEMA, ITEM_SCHEMA, USER_SCHEMA, EventType
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -96,10 +97,13 @@ class FileFormat(StrEnum):
 class Mapped(Section):
     """A source whose columns have names of their own."""
 
-    # Event column -> origin; null leaves it empty. Others come from the column of their name.
+    # Column of the schema -> origin; null leaves it empty. Others come from the column of their
+    # name.
     mapping: dict[str, ColumnMapping | None] = {}
+    users_mapping: dict[str, ColumnMapping | None] = {}
+    items_mapping: dict[str, ColumnMapping | None] = {}
 
-    @field_validator("mapping", mode="before")
+    @field_validator("mapping", "users_mapping", "items_mapping", mode="before")
     @classmethod
     def _expand_short_form(cls, value: Any) -> Any:
         if not isinstance(value, dict):
@@ -119,6 +123,21 @@ class Mapped(Section):
                 raise ValueError(f"{column} is needed by every event: neither null nor `only`")
             if column == "event_type" and mapping is not None:
                 _check_event_types(mapping)
+        return value
+
+    @field_validator("users_mapping", "items_mapping")
+    @classmethod
+    def _check_columns(
+        cls, value: dict[str, ColumnMapping | None], info: ValidationInfo
+    ) -> dict[str, ColumnMapping | None]:
+        schema = USER_SCHEMA if info.field_name == "users_mapping" else ITEM_SCHEMA
+        for column, mapping in value.items():
+            if column not in schema.names:
+                raise ValueError(f"no such column: {column}; there are {', '.join(schema.names)}")
+            if mapping is None and not schema.field(column).nullable:
+                raise ValueError(f"{column} is needed: not null")
+            if mapping is not None and mapping.only is not None:
+                raise ValueError(f"{column}: `only` is for events")
         return value
 
 

@@ -31,6 +31,15 @@ def test_the_shipped_file_equals_the_defaults() -> None:
         ({"ingest": {"source": "ftp"}}, "ingest.source"),
         ({"ingest": {"simulator": {"start": "soon"}}}, "ingest.simulator.start"),
         ({"ingest": {"files": {"mapping": {"user": "u"}}}}, "no such event column: user"),
+        (
+            {"ingest": {"files": {"users_mapping": {"user": "u"}}}},
+            "no such column: user",
+        ),
+        ({"ingest": {"database": {"items_mapping": {"item_id": None}}}}, "item_id is needed"),
+        (
+            {"ingest": {"files": {"users_mapping": {"age": {"column": "a", "only": ["view"]}}}}},
+            "`only` is for events",
+        ),
         ({"ingest": {"files": {"mapping": {"ts": {"timezone": "UTC"}}}}}, "column or value"),
         ({"targets": {"horizons_days": [14, 7]}}, "ascending"),
         ({"targets": {"primary_horizon_days": 5}}, "primary_horizon_days"),

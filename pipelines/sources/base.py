@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import pyarrow as pa
 
-from pipelines.config import ColumnMapping
+from pipelines.config import ColumnMapping, Mapped
 from pipelines.errors import UserError
 from pipelines.events import EVENT_SCHEMA, ITEM_SCHEMA, USER_SCHEMA
 
@@ -37,6 +37,8 @@ SCHEMAS: Final[dict[Kind, pa.Schema]] = {
 
 ROW: Final = "row"
 UNKNOWN_TYPE: Final = "unknown event_type"
+NESTED: Final = "holds a list or an object"
+NESTED_ADVICE: Final = "write a row for each entry, with a column for each of its values"
 
 # Rows that break the schema. `row` counts the rows of `source` from 1, headers not included.
 QUARANTINE_SCHEMA: Final = pa.schema(
@@ -117,8 +119,14 @@ def quarantine(source: str, rows: Column, reasons: Column, records: Column) -> p
     )
 
 
+def find_mapping(params: Mapped, kind: Kind) -> tuple[Mapping, str]:
+    """Return a table's mapping, and the name of the setting that holds it."""
+    name = "mapping" if kind is Kind.EVENTS else f"{kind}_mapping"
+    return getattr(params, name), name
+
+
 def choose_origins(
-    kind: Kind, mapping: Mapping, source: str, found: list[str], section: str
+    kind: Kind, mapping: Mapping, source: str, found: list[str], key: str
 ) -> dict[str, ColumnMapping]:
     """Return where each column of a table comes from; columns without an origin are left out.
 
@@ -127,7 +135,7 @@ def choose_origins(
         mapping: the user's mapping.
         source: the file's name.
         found: the file's columns.
-        section: the settings that hold the mapping, for messages.
+        key: the setting that holds the mapping, for messages.
 
     Raises:
         UserError: a column that is mapped or required is not in the file, or is there in
@@ -144,21 +152,21 @@ def choose_origins(
         if origin is not None:
             if origin.column is not None and origin.column not in found:
                 raise UserError(
-                    f"{source}: no column {origin.column} ({section}.mapping.{name});"
-                    f" found {', '.join(found)}"
+                    f"{source}: no column {origin.column} ({key}.{name}); found {', '.join(found)}"
                 )
             origins[name] = origin
         elif name in found:
             origins[name] = ColumnMapping(column=name)
         elif name in unmapped:
             other = unmapped[name]
-            advice = f"rename it to {name}"
-            if kind is Kind.EVENTS:
-                advice = f"set {section}.mapping.{name}: {other}, or null to leave it out"
+            advice = f"set {key}.{name}: {other}"
+            if column.nullable or name == "event_id":
+                advice += ", or null to leave it out"
             raise UserError(f"{source}: column {other} differs from {name} by its case; {advice}")
         elif not column.nullable:
-            advice = f"; map it in {section}.mapping.{name}" if kind is Kind.EVENTS else ""
-            raise UserError(f"{source}: no column {name}{advice}; found {', '.join(found)}")
+            raise UserError(
+                f"{source}: no column {name}; map it in {key}.{name}; found {', '.join(found)}"
+            )
     return origins
 
 

@@ -24,6 +24,7 @@ from pipelines.sources.base import (
     Kind,
     Mapping,
     choose_origins,
+    find_mapping,
     needed_columns,
 )
 from pipelines.sources.text import decode_bytes
@@ -104,7 +105,7 @@ class DatabaseSource:
             table = self._reflect(engine, name)
             untyped = _is_untyped(connection)
             schema = pa.schema([(c.name, _arrow_type(c.type, untyped)) for c in table.columns])
-            mapping = self._complete(kind, schema)
+            mapping, key = self._complete(kind, schema)
             mapping_connection = connect()
 
             @cache
@@ -112,7 +113,7 @@ class DatabaseSource:
                 """Return the mapper of chunks in which these columns are text."""
                 kinds = [pa.string() if f.name in names else f.type for f in schema]
                 given = pa.schema(list(zip(schema.names, kinds, strict=True)))
-                return Mapper(kind, mapping, name, given, mapping_connection, _SECTION)
+                return Mapper(kind, mapping, name, given, mapping_connection, key)
 
             columns = map_text().columns
             found = self._found.get(kind.value, {})
@@ -168,17 +169,22 @@ class DatabaseSource:
     def _needed(self, kind: Kind, table: Any) -> list[str]:
         """Return the columns that are read."""
         names = [column.name for column in table.columns]
-        mapping: Mapping = self._params.mapping if kind is Kind.EVENTS else {}
-        return needed_columns(choose_origins(kind, mapping, table.name, names, _SECTION))
+        mapping, key = self._find_mapping(kind)
+        return needed_columns(choose_origins(kind, mapping, table.name, names, key))
 
-    def _complete(self, kind: Kind, schema: pa.Schema) -> Mapping:
+    def _find_mapping(self, kind: Kind) -> tuple[Mapping, str]:
+        mapping, name = find_mapping(self._params, kind)
+        return mapping, f"{_SECTION}.{name}"
+
+    def _complete(self, kind: Kind, schema: pa.Schema) -> tuple[Mapping, str]:
         """Read an unmapped time that is a whole number as microseconds, as the service stores."""
-        mapping: Mapping = dict(self._params.mapping) if kind is Kind.EVENTS else {}
+        found, key = self._find_mapping(kind)
+        mapping = dict(found)
         for name in ("ts", "signup_ts"):
             whole = name in schema.names and pa.types.is_integer(schema.field(name).type)
             if name not in mapping and whole and (kind, name) != (Kind.ITEMS, name):
                 mapping[name] = ColumnMapping(column=name, unit="us")
-        return mapping
+        return mapping, key
 
     def _connect(self) -> Any:
         """Open a connection for a with block; errors of the database are told in one line."""

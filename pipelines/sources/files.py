@@ -31,7 +31,16 @@ import pyarrow.compute as pc
 
 from pipelines.config import FileFormat, Files
 from pipelines.errors import UserError
-from pipelines.sources.base import ROW, SCHEMAS, Batch, Kind, Mapping, quarantine
+from pipelines.sources.base import (
+    NESTED,
+    ROW,
+    SCHEMAS,
+    Batch,
+    Kind,
+    Mapping,
+    find_mapping,
+    quarantine,
+)
 from pipelines.sources.text import decode_bytes
 
 _ENDINGS: Final[dict[str, FileFormat]] = {
@@ -41,6 +50,11 @@ _ENDINGS: Final[dict[str, FileFormat]] = {
     ".ndjson": FileFormat.JSONL,
     ".parquet": FileFormat.PARQUET,
     ".pq": FileFormat.PARQUET,
+}
+# What is to be done to files of other kinds.
+_OTHER_ENDINGS: Final = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV"),
+    **dict.fromkeys((".zip", ".7z", ".rar", ".tar", ".tgz"), "unpack it"),
 }
 _COMPRESSIONS: Final[dict[str, str]] = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
@@ -143,6 +157,7 @@ class FilesSource:
         self._root = root
         self._skipped: dict[Kind, list[str]] = {}
         self._lacking: dict[Kind, list[str]] = {}
+        self._unused: dict[Kind, list[str]] = {}
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Source``: names with content hashes (local) or versions (remote)."""
@@ -161,7 +176,7 @@ class FilesSource:
             return
         from pipelines.sources.mapping import Mapper, connect
 
-        mapping: Mapping = self._params.mapping if kind is Kind.EVENTS else {}
+        mapping, key = find_mapping(self._params, kind)
         fs, files = self._find(kind)
         keys = _SeenKeys(kind, mapping, files)
         optional = _SeenColumns(kind, mapping)
@@ -183,7 +198,7 @@ class FilesSource:
                     file.name,
                     reader.columns,
                     connection,
-                    "ingest.files",
+                    f"ingest.files.{key}",
                     decimal=self._params.decimal if file.format is FileFormat.CSV else ".",
                 )
                 rows, given = 0, set[str]()
@@ -193,8 +208,12 @@ class FilesSource:
                     yield _add_refused(mapper.convert(chunk.table), file, chunk.refused)
                 if file.format is FileFormat.JSONL:
                     optional.note(file, given, complete=rows >= _TELLING_ROWS)
-                else:
-                    optional.note(file, set(reader.columns.names))
+                    continue
+                optional.note(file, set(reader.columns.names))
+                # Of events much is left out. Users and items are given for what they hold.
+                if kind is not Kind.EVENTS and file is files[0] and not mapper.complete:
+                    unused = [c for c in reader.columns.names if c not in mapper.columns]
+                    self._unused[kind] = [f"{', '.join(unused)} of {file.name}"] if unused else []
         keys.check()
 
     def fingerprint_read(self) -> dict[str, Any]:
@@ -203,8 +222,10 @@ class FilesSource:
 
     def tell_omissions(self) -> str:
         """See ``Source``: files left out for their endings, and columns that some lack."""
-        return _tell_some("not read for their endings", self._skipped) + _tell_some(
-            "columns that are not everywhere, null there", self._lacking
+        return (
+            _tell_some("not read for their endings", self._skipped)
+            + _tell_some("columns that are not everywhere, null there", self._lacking)
+            + _tell_some("columns that are not used", self._unused)
         )
 
     def _describe(self, fs: Any, file: _File) -> dict[str, Any]:
@@ -275,10 +296,9 @@ def _find_files(
         ending, compression = _split_name(name)
         file_format = given or ending
         if file_format is None:
-            raise UserError(
-                f"{key}: {name}: the ending tells no format; set ingest.files.format to"
-                f" {', '.join(FileFormat)}"
-            )
+            advice = f"set ingest.files.format to {', '.join(FileFormat)}"
+            advice = _OTHER_ENDINGS.get(PurePosixPath(name).suffix.lower(), advice)
+            raise UserError(f"{key}: {name}: the ending tells no format; {advice}")
         relative = _relative(name, fs._strip_protocol(base))
         files.append(_File(path=name, name=relative, format=file_format, compression=compression))
     return fs, files, skipped
@@ -537,7 +557,31 @@ class _JsonReader:
         items = ", ".join(f"found[{i}] AS c{i}" for i in range(1, len(columns) + 1))
         found = f"(SELECT {ROW}, json_extract_string(line, [{pointers}]) AS found FROM lines)"  # noqa: S608
         table = self._query(lines, f"SELECT {ROW}, {items} FROM {found}")  # noqa: S608
-        return _Chunk(table=table.rename_columns([ROW, *columns]), refused=refused)
+        table = table.rename_columns([ROW, *columns])
+        for name in columns:
+            table, lines, nested = self._split_nested(table, lines, name)
+            refused = refused + nested
+        return _Chunk(table=table, refused=refused)
+
+    def _split_nested(
+        self, table: pa.Table, lines: pa.Table, name: str
+    ) -> tuple[pa.Table, pa.Table, list[_Refused]]:
+        """Take out rows that hold a list or an object where one value belongs."""
+        alike = pc.match_substring_regex(table.column(name), r"^[\[{]")
+        rows = table.column(ROW).filter(pc.fill_null(alike, False))
+        if not len(rows):
+            return table, lines, []
+        # Text may begin like one, too.
+        found = self._query(
+            lines.filter(pc.is_in(lines.column(ROW), rows)),
+            f"SELECT * FROM lines WHERE json_type(line, {_pointer(name)}) IN ('ARRAY', 'OBJECT')",  # noqa: S608
+        )
+        pairs = zip(*(found.column(c).to_pylist() for c in (ROW, "line")), strict=True)
+        refused = [_Refused(row, f"{name} {NESTED}", line) for row, line in pairs]
+        kept = [
+            t.filter(pc.invert(pc.is_in(t.column(ROW), found.column(ROW)))) for t in (table, lines)
+        ]
+        return kept[0], kept[1], refused
 
     def _query(self, lines: pa.Table, query: str) -> pa.Table:
         self._connection.register("lines", lines)

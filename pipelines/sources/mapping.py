@@ -28,6 +28,8 @@ from pipelines.config import ColumnMapping
 from pipelines.errors import UserError
 from pipelines.events import EVENT_TYPES, MAX_ID_LENGTH, MAX_QUERY_LENGTH
 from pipelines.sources.base import (
+    NESTED,
+    NESTED_ADVICE,
     ROW,
     SCHEMAS,
     UNKNOWN_TYPE,
@@ -78,7 +80,7 @@ class Mapper:
         source: the file's name, for messages and the quarantine.
         columns: the file's columns with their types.
         connection: compiles and runs the mapping.
-        section: the settings that hold the mapping, for messages.
+        key: the setting that holds the mapping, for messages.
         decimal: what stands before the fraction of a number in text, a point or a comma.
 
     Raises:
@@ -92,7 +94,7 @@ class Mapper:
         source: str,
         columns: pa.Schema,
         connection: duckdb.DuckDBPyConnection,
-        section: str,
+        key: str,
         decimal: str = ".",
     ) -> None:
         """Compile the mapping."""
@@ -100,14 +102,17 @@ class Mapper:
         self._kind = kind
         self._source = source
         self._connection = connection
-        self._section = section
+        self._key = key
         self._decimal = decimal
-        self._origins = choose_origins(kind, mapping, source, columns.names, section)
+        self._origins = choose_origins(kind, mapping, source, columns.names, key)
         self.columns = needed_columns(self._origins)
         for name in self.columns:
             if columns.names.count(name) > 1:
                 raise UserError(f"{source}: there are two columns {name}")
         self._types = {name: columns.field(name).type for name in self.columns}
+        for name, kind_ in self._types.items():
+            if pa.types.is_nested(kind_):
+                raise UserError(f"{source}: column {name} {NESTED}; {NESTED_ADVICE}")
         self._query = self._compile()
         self._check_options()
 
@@ -170,10 +175,11 @@ class Mapper:
 
     def _check_options(self) -> None:
         """Try the options of time, so that a mistake shows before any row is read."""
-        origin = self._origins.get("ts")
-        if origin is None:
-            return
-        key = f"{self._section}.mapping.ts"
+        for name, origin in self._origins.items():
+            if pa.types.is_timestamp(self._schema.field(name).type):
+                self._check_time(f"{self._key}.{name}", origin)
+
+    def _check_time(self, key: str, origin: ColumnMapping) -> None:
         try:
             self._connection.execute(
                 "SELECT CAST(timezone($zone, TIMESTAMP '2000-01-01') AS VARCHAR)",
@@ -188,6 +194,11 @@ class Mapper:
                 ).fetchall()
             except duckdb.Error:
                 raise UserError(f"{key}.format: not a strptime format: {origin.format!r}") from None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every column of the schema has an origin."""
+        return len(self._origins) == len(self._schema)
 
     # -- compilation ---------------------------------------------------------------------
 
@@ -297,12 +308,9 @@ class Mapper:
             return _local_time(f"TRY_CAST({sql} AS TIMESTAMP)", origin.timezone)
         if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
             if origin.unit is None:
-                advice = (
-                    f"; say in {self._section}.mapping.{name}.unit whether they are s, ms or us"
-                )
                 raise UserError(
-                    f"{self._source}: column {origin.column} holds numbers, not times"
-                    + (advice if self._kind is Kind.EVENTS else "")
+                    f"{self._source}: column {origin.column} holds numbers, not times;"
+                    f" say in {self._key}.{name}.unit whether they are s, ms or us"
                 )
             return _epoch_time(f"TRY_CAST({sql} AS DOUBLE)", origin.unit)
         raise UserError(
@@ -317,7 +325,10 @@ class Mapper:
             parsed = f"try_strptime({text}, {_literal(origin.format)})"
             zoned = "%z" in origin.format or "%Z" in origin.format
             return parsed if zoned else _local_time(parsed, origin.timezone)
-        instant = f"TRY_CAST({text} AS TIMESTAMPTZ)"
+        # Some write a blank before the offset, which DuckDB does not read.
+        close = f"regexp_replace({text}, ' +([+-][0-9:]+)$', '\\1')"
+        apart = f"contains({text}, ' +') OR contains({text}, ' -')"
+        instant = f"TRY_CAST(CASE WHEN {apart} THEN {close} ELSE {text} END AS TIMESTAMPTZ)"
         if origin.timezone == "UTC":
             return instant
         local = _local_time(f"TRY_CAST({text} AS TIMESTAMP)", origin.timezone)

@@ -46,7 +46,15 @@ from pipelines.io import (
     write_table,
 )
 from pipelines.sources import base
-from pipelines.sources.base import QUARANTINE_SCHEMA, ROW, UNKNOWN_TYPE, Batch, Kind
+from pipelines.sources.base import (
+    NESTED,
+    NESTED_ADVICE,
+    QUARANTINE_SCHEMA,
+    ROW,
+    UNKNOWN_TYPE,
+    Batch,
+    Kind,
+)
 from pipelines.sources.catalog import open_source
 from pipelines.sources.files import NOT_UTF8, NOT_UTF8_ADVICE, OPEN_QUOTE, OPEN_QUOTE_ADVICE
 from pipelines.stages import fingerprint
@@ -67,8 +75,13 @@ _ANOTHER_EVENT: Final = "event_id of another event"
 _MOST_TYPES: Final = 1000
 # The start of a shown record, where its first value is a number with a decimal comma.
 _COMMA: Final = re.compile(r'[^{]*\{"[^"]*": "\s*[-+\d.]*\d,\d+\s*"')
+# Likewise a number beside something else, and one that is all digits.
+_UNIT: Final = re.compile(r'[^{]*\{"[^"]*": "[^"\d]*[-+\d.,]*\d[^"\d]*"')
+_DIGITS: Final = re.compile(r'[^{]*\{"[^"]*": "\d{9,}"')
+_FORMAT: Final = '"%d.%m.%Y %H:%M:%S"'
 _COMMA_ADVICE: Final = 'ingest.files.decimal: "," reads decimal commas'
 _ADVICE: Final = {
+    "missing event_type": "map it as {value: purchase} where all rows are of one type",
     UNKNOWN_TYPE: "say in mapping.event_type.values what they are; null leaves a type out",
     OPEN_QUOTE: OPEN_QUOTE_ADVICE,
     NOT_UTF8: NOT_UTF8_ADVICE,
@@ -216,8 +229,18 @@ class _Counts:
 
     def _advise(self, reason: str) -> str:
         advice = _ADVICE.get(reason)
-        if self.of_files and "not a number" in reason and _COMMA.match(self.examples[reason]):
+        name, example = reason.split(maxsplit=1)[0], self.examples[reason]
+        if self.of_files and "not a number" in reason and _COMMA.match(example):
             advice = _COMMA_ADVICE
+        elif "not a number" in reason and _UNIT.match(example):
+            advice = "leave out currencies and units"
+        elif "cannot be read" in reason:
+            key = f"{'mapping' if name == 'ts' else 'users_mapping'}.{name}"
+            advice = f"say in {key}.format how it is written, such as {_FORMAT}"
+            if _DIGITS.match(example):
+                advice = f"say in {key}.unit whether it is in s, ms or us"
+        elif NESTED in reason:
+            advice = NESTED_ADVICE
         return f": {advice}" if advice else ""
 
     def explain(self) -> str:
@@ -277,8 +300,9 @@ def run(params: Params, root: Path = Path()) -> str:
     found = read_json(root / fingerprint.OUTPUT)
     source = open_source(params.ingest, root, found)
     of_files = params.ingest.source is Source.FILES
-    counts = _Counts(of_files=of_files, origins=_list_origins(params))
-    entity_counts = _Counts(of_files=of_files)
+    counts = _Counts(of_files=of_files, origins=_list_origins(params, Kind.EVENTS))
+    of_entities = _list_origins(params, Kind.USERS) | _list_origins(params, Kind.ITEMS)
+    entity_counts = _Counts(of_files=of_files, origins=of_entities)
     with ExitStack() as stack:
         connection = _open_store(root, stack)
         with (
@@ -346,12 +370,14 @@ def run(params: Params, root: Path = Path()) -> str:
     return _tell(report, advice + _advise_end(report["last_ts"], params, datetime.now(UTC)))
 
 
-def _list_origins(params: Params) -> dict[str, str]:
-    """Return the source columns of the event columns that are mapped."""
+def _list_origins(params: Params, kind: Kind) -> dict[str, str]:
+    """Return the source columns of the columns that are mapped."""
     sections = {Source.FILES: params.ingest.files, Source.DATABASE: params.ingest.database}
     section = sections.get(params.ingest.source)
-    mapping = section.mapping.items() if section else []
-    return {name: o.column for name, o in mapping if o is not None and o.column is not None}
+    if section is None:
+        return {}
+    mapping, _ = base.find_mapping(section, kind)
+    return {name: o.column for name, o in mapping.items() if o is not None and o.column is not None}
 
 
 def _advise(repeats: _Repeats, counts: _Counts, params: Params) -> str:

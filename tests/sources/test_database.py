@@ -194,7 +194,7 @@ def test_tables_of_others_are_mapped(tmp_path: Path) -> None:
         connection.execute(
             text("CREATE TABLE log (who TEXT, at TIMESTAMP, what TEXT, cost NUMERIC(10, 2))")
         )
-        connection.execute(text("CREATE TABLE people (user_id TEXT PRIMARY KEY, age INTEGER)"))
+        connection.execute(text("CREATE TABLE people (who TEXT PRIMARY KEY, age INTEGER)"))
         connection.execute(text("INSERT INTO people VALUES ('ann', 33)"))
         connection.execute(
             text("INSERT INTO log VALUES ('ann', '2025-03-01 10:00:00.000000', 'transaction', 9.9)")
@@ -204,6 +204,7 @@ def test_tables_of_others_are_mapped(tmp_path: Path) -> None:
             "url": "sqlite:///shop.db",
             "events": "log",
             "users": "people",
+            "users_mapping": {"user_id": "who"},
             "mapping": {
                 "user_id": "who",
                 "ts": {"column": "at", "timezone": "Europe/Berlin"},

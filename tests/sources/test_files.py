@@ -158,12 +158,14 @@ def test_a_given_format_takes_files_without_an_ending(tmp_path: Path) -> None:
         ("empty", "empty: no event files in this folder"),
         ("*.nothing", r"\*.nothing: no file matches"),
         ("what.dat", "ending tells no format"),
+        ("book.xlsx", "ending tells no format; save the sheet as CSV"),
         ("nope://bucket/x.csv", "Protocol not known: nope"),
     ],
 )
 def test_nothing_to_read_names_the_path(tmp_path: Path, path: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "what.dat").touch()
+    (tmp_path / "book.xlsx").touch()
     source = FilesSource(Files(path=path), tmp_path)
     with pytest.raises(UserError, match=message):
         source.fingerprint()
@@ -306,6 +308,9 @@ def test_numbers_that_stand_for_null_can_be_named(tmp_path: Path, decimal: str) 
         ("2025-07-01 10:00:00 PST", {"timezone": "Europe/London"}, "2025-07-01T17:00:00"),
         ("2025-07-01 10:00 Asia/Tokyo", {"timezone": "Europe/London"}, "2025-07-01T01:00:00"),
         ("2025-07-01 10:00:00.5-05", {"timezone": "Europe/London"}, "2025-07-01T15:00:00.5"),
+        # As Shopify writes them.
+        ("2025-07-01 12:00:00 +0200", {}, "2025-07-01T10:00:00"),
+        ("2025-07-01 12:00:00  -03:30", {"timezone": "Asia/Tokyo"}, "2025-07-01T15:30:00"),
         # Clocks going back: the earlier of two.
         ("2024-11-03 01:30:00", {"timezone": "America/New_York"}, "2024-11-03T05:30:00"),
         ("2011-10-30 01:30:00", {"timezone": "Europe/London"}, "2011-10-30T00:30:00"),
@@ -444,7 +449,6 @@ def test_parquet_types(tmp_path: Path) -> None:
         (pa.array([b"i1", b"\xff\0\x01", None]), ["i1", "ff0001", None]),
         (pa.array([b"i1", b"\xff\x01", None]).dictionary_encode(), ["i1", "ff01", None]),
         (pa.array([b"\x01\xff", b"ab", None], pa.binary(2)), ["01ff", "ab", None]),
-        (pa.array([[1, 2], [3], None]), ["[1, 2]", "[3]", None]),
     ],
 )
 def test_bytes_of_parquet_are_text_or_their_digits(
@@ -463,6 +467,23 @@ def test_bytes_of_parquet_are_text_or_their_digits(
     rows = read(tmp_path, path="e.parquet")["rows"]
     assert [row["item_id"] for row in rows] == expected
     assert [row["price"] for row in rows] == [1.5, 2.0, 3.0]
+
+
+def test_nested_values_are_no_text(tmp_path: Path) -> None:
+    """Some exports keep the items of an order in one list: as text they would be an item's name."""
+    items = pa.array([[{"item_id": "i1"}, {"item_id": "i2"}]])
+    table = pa.table({"user_id": ["a"], "ts": ["2025-07-01"], "event_type": ["purchase"]})
+    pq.write_table(table.append_column("items", items), tmp_path / "e.parquet")
+    with pytest.raises(UserError, match=r"e.parquet: column items holds a list or an obj"):
+        read(tmp_path, path="e.parquet", mapping={"item_id": "items"})
+    rows = [{**_as_dicts()[0], "items": value} for value in (["i1"], {"a": 1}, "[i1", "{i}", None)]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = read(tmp_path, path="e.jsonl", mapping={"item_id": "items"})
+    assert reasons(result) == [
+        (1, "items holds a list or an object"),
+        (2, "items holds a list or an object"),
+    ]
+    assert [row["item_id"] for row in result["rows"]] == ["[i1", "{i}", None]
 
 
 def test_a_column_of_a_type_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -514,7 +535,9 @@ def test_a_column_that_differs_from_the_schema_by_case_is_told(tmp_path: Path) -
     assert read(tmp_path, path="e.csv", mapping={"price": "Price"})["rows"][0]["price"] == 1.5
     assert read(tmp_path, path="e.csv", mapping={"price": None})["rows"][0]["price"] is None
     write_csv(tmp_path / "i.csv", "i1,2", header="item_id,PRICE")
-    with pytest.raises(UserError, match=r"i\.csv: column PRICE .*; rename it to price"):
+    with pytest.raises(
+        UserError, match=r"i\.csv: column PRICE .*files\.items_mapping\.price: PRICE"
+    ):
         read(tmp_path, Kind.ITEMS, path="e.csv", items="i.csv")
 
 
@@ -567,6 +590,38 @@ def test_users_and_items(tmp_path: Path) -> None:
     ]
     assert reasons(result) == [(2, "age is not a number")]
     assert read(tmp_path, Kind.ITEMS, **files)["rows"] == []
+
+
+def test_users_and_items_have_mappings_of_their_own(tmp_path: Path) -> None:
+    write_csv(tmp_path / "e.csv", *LINES)
+    header = "Kunde;Alter;seit"
+    write_csv(tmp_path / "u.csv", "u1;unbekannt;20.01.2025 03:00", "u2;41;", header=header)
+    write_csv(tmp_path / "i.csv", "i1;9,90", header="Artikel;Preis")
+    files = {"path": "e.csv", "users": "u.csv", "items": "i.csv", "decimal": ","}
+    with pytest.raises(
+        UserError, match=r"u.csv: no column user_id; map it in ingest.files.users_mapping.user_id"
+    ):
+        read(tmp_path, Kind.USERS, **files)
+    since = {"column": "seit", "format": "%d.%m.%Y %H:%M", "timezone": "Europe/Berlin"}
+    files["users_mapping"] = {
+        "user_id": "Kunde",
+        "age": {"column": "Alter", "values": {"unbekannt": None}},
+        "signup_ts": since,
+        "region": {"value": "de"},
+    }
+    files["items_mapping"] = {"item_id": "Artikel", "price": "Preis"}
+    rows = read(tmp_path, Kind.USERS, **files)["rows"]
+    assert [(r["user_id"], r["age"], r["region"], r["signup_ts"]) for r in rows] == [
+        ("u1", None, "de", at("2025-01-20T02:00:00")),
+        ("u2", 41.0, "de", None),
+    ]
+    assert read(tmp_path, Kind.ITEMS, **files)["rows"][0]["price"] == 9.9
+    source = FilesSource(Files(**files | {"users_mapping": {"user_id": "Kunde"}}), tmp_path)
+    list(source.read(Kind.USERS))
+    assert source.tell_omissions() == "; columns that are not used: Alter, seit of u.csv"
+    since["timezone"] = "Nowhere"
+    with pytest.raises(UserError, match=r"ingest.files.users_mapping.signup_ts.timezone: no time"):
+        read(tmp_path, Kind.USERS, **files)
 
 
 # -- damage ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sqlite3
 from contextlib import closing
 from datetime import UTC, datetime
@@ -334,6 +335,36 @@ def test_rows_left_out_on_purpose_hide_no_bad_ones(tmp_path: Path) -> None:
     mapping = {"event_type": {"column": "event_type", "values": values}}
     with pytest.raises(UserError, match=r"30 of 40 rows \(75\.0%\)"):
         run(tmp_path, files={"mapping": mapping})
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        (
+            "u1,20.01.2025 01:09,view,i1,1",
+            'in mapping.ts.format how it is written, such as "%d.%m.',
+        ),
+        ("u1,1737335364123456,view,i1,1", "in mapping.ts.unit whether it is in s, ms or us"),
+        ("u1,2025-01-01,,i1,1", "map it as {value: purchase} where all rows are of one type"),
+        ('u1,2025-01-01,view,i1,"9,90"', 'ingest.files.decimal: "," reads decimal commas'),
+        ("u1,2025-01-01,view,i1,EUR 9.90", "leave out currencies and units"),
+        ("u1,2025-01-01,view,i1,9.90 \N{EURO SIGN}", "leave out currencies and units"),
+    ],
+)
+def test_what_to_do_is_told_with_the_reason(tmp_path: Path, line: str, advice: str) -> None:
+    write_csv(tmp_path / "e.csv", line, header="user_id,ts,event_type,item_id,price")
+    with pytest.raises(UserError, match=re.escape(advice)):
+        run(tmp_path)
+
+
+def test_what_to_do_is_told_of_users_too(tmp_path: Path) -> None:
+    write_csv(tmp_path / "e.csv", "u1,2025-01-01,view,i1,1,")
+    write_csv(tmp_path / "u.csv", "u1,20.01.2025", header="user_id,since")
+    files = {"users": "u.csv", "users_mapping": {"signup_ts": "since"}}
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, files=files)
+    assert 'u.csv row 1: {"since": "20.01.2025"' in str(caught.value)
+    assert "say in users_mapping.signup_ts.format how it is written" in str(caught.value)
 
 
 def test_too_many_unknown_event_types_are_named(tmp_path: Path) -> None:
