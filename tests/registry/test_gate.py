@@ -194,6 +194,44 @@ def test_too_little_or_strange_data_fails(key: str, value: float, names: list[st
     assert failed(judge(evaluation)) == names
 
 
+def test_what_is_exactly_at_its_limit_is_allowed() -> None:
+    evaluation = make_evaluation(champion=0.0)
+    target = evaluation["targets"]["purchase_14d"]
+    target |= {"users": POLICY.min_users, "positives": POLICY.min_positives}
+    target["models"]["ensemble"]["ece"] = target["models"]["champion"]["ece"] = POLICY.max_ece
+    for rival in ("ensemble-lightgbm", "ensemble-champion"):
+        target["paired"][rival]["roc_auc"]["low"] = -POLICY.margin
+    for rate in (POLICY.min_base_rate, POLICY.max_base_rate):
+        target["base_rate"] = rate
+        assert judge(evaluation)["passed"]
+        assert judge(evaluation, champion=CHAMPION)["passed"]
+
+
+def test_no_gain_at_all_does_not_beat_a_rule_of_thumb() -> None:
+    evaluation = make_evaluation()
+    evaluation["targets"]["purchase_14d"]["paired"]["ensemble-recency"]["roc_auc"]["low"] = 0.0
+    verdict = judge(evaluation)
+    assert failed(verdict) == ["beats_recency"]
+    assert "not more than chance" in verdict["checks"][8]["why"]
+
+
+def test_calibration_is_told_as_it_was_measured() -> None:
+    evaluation = make_evaluation(champion=0.0)
+    told = {c["name"]: c for c in judge(evaluation, champion=CHAMPION)["checks"]}
+    assert (told["calibration"]["value"], told["calibration"]["limit"]) == (0.02, 0.05)
+    assert "differ by 0.020 on average (ECE); 0.05 is allowed" in told["calibration"]["why"]
+    against = told["calibration_against_champion"]
+    assert (against["value"], against["limit"]) == (0.02, pytest.approx(0.03))
+    assert against["why"] == "the champion's ECE is 0.020; 0.01 more is allowed"
+    models = evaluation["targets"]["purchase_14d"]["models"]
+    del models["ensemble"]["ece"], models["champion"]["ece"]
+    verdict = judge(evaluation, champion=CHAMPION)
+    assert failed(verdict) == ["calibration", "calibration_against_champion"]
+    told = {c["name"]: c for c in verdict["checks"]}
+    assert "was not measured" in told["calibration"]["why"]
+    assert "cannot be compared" in told["calibration_against_champion"]["why"]
+
+
 @pytest.mark.parametrize(
     ("gain", "passed"), [(0.03, True), (0.0, True), (-0.006, False), (-0.05, False)]
 )
@@ -333,6 +371,7 @@ def test_a_group_that_surely_loses_fails(groups: dict[str, Any], passed: bool) -
     assert check["passed"] is passed
     assert verdict["passed"] is passed
     assert passed or "light (-0.030 at best)" in check["why"]
+    assert (check["value"], check["limit"]) == (None if passed else -0.03, -POLICY.slice_margin)
 
 
 def test_groups_that_were_not_compared_fail() -> None:
@@ -341,6 +380,38 @@ def test_groups_that_were_not_compared_fail() -> None:
     verdict = judge(evaluation)
     assert failed(verdict) == ["slices"]
     assert "not compared on purchase_14d" in verdict["checks"][5]["why"]
+    assert verdict["checks"][5]["limit"] == -POLICY.slice_margin
+
+
+def test_a_group_is_held_against_the_champion_where_there_is_one() -> None:
+    evaluation = make_evaluation(champion=0.0)
+    group = make_group(0.01)
+    group["paired"]["ensemble-champion"] = {"diff": -0.04, "low": -0.05, "high": -0.03}
+    evaluation["targets"]["purchase_14d"]["slices"] = {"new": group}
+    assert judge(evaluation)["passed"]
+    verdict = judge(evaluation, champion=CHAMPION)
+    assert failed(verdict) == ["slices"]
+    told = {c["name"]: c["why"] for c in verdict["checks"]}
+    assert "lose against champion: new (-0.030 at best)" in told["slices"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "positives", "high", "passed"),
+    [
+        (POLICY.min_users, POLICY.min_positives, -0.03, False),
+        (POLICY.min_users - 1, POLICY.min_positives, -0.03, True),
+        (POLICY.min_users, POLICY.min_positives - 1, -0.03, True),
+        (POLICY.min_users, POLICY.min_positives, -POLICY.slice_margin, True),
+    ],
+)
+def test_a_group_just_large_enough_is_judged(
+    rows: int, positives: int, high: float, passed: bool
+) -> None:
+    evaluation = make_evaluation()
+    group = make_group(high) | {"rows": rows, "positives": positives}
+    evaluation["targets"]["purchase_14d"]["slices"] = {"new": group}
+    verdict = judge(evaluation)
+    assert failed(verdict) == ([] if passed else ["slices"])
 
 
 @pytest.mark.parametrize(("share", "passed"), [(0.5, True), (0.51, False), (None, False)])
