@@ -155,10 +155,56 @@ def test_of_several_media_types_all_have_to_be_json(order: tuple[int, int]) -> N
     assert sent[0]["status"] == 415
 
 
+@pytest.mark.parametrize(
+    ("media_type", "status"),
+    [
+        ("Application/JSON; charset=utf-8", 200),
+        ("text/plain; application/json", 415),
+        ("application/jsonp", 415),
+        ("", 415),
+    ],
+)
+def test_a_media_type_may_be_written_as_standards_allow(media_type: str, status: int) -> None:
+    app = LimitBody(answer(200, b""), max_bytes=10)
+    found, _, body = call(app, [b"{}"], headers={"Content-Type": media_type})
+    assert found == status
+    assert status == 200 or json.loads(body)["error"]["code"] == "unsupported_media_type"
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_body_asks_nothing() -> None:
+    called: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        called.append(scope)
+
+    left = [{"type": "http.request", "body": b"12", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return left.pop(0)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/events", "headers": headers}
+    limit = LimitBody(app, max_bytes=10)
+    asyncio.run(limit(scope, receive, app))
+    assert called == []
+    assert left == []
+
+
 def test_reading_stops_at_the_limit() -> None:
-    chunks = [b"1" * 8] * 1000
-    status, _, _ = call(LimitBody(answer(200, b""), max_bytes=10), chunks)
-    assert status == 413
+    left = [b"1" * 8] * 1000
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": left.pop(), "more_body": bool(left)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/events", "headers": headers}
+    asyncio.run(LimitBody(answer(200, b""), max_bytes=10)(scope, receive, send))
+    assert sent[0]["status"] == 413
+    assert len(left) == 998
 
 
 def test_other_methods_pass_untouched() -> None:
@@ -176,6 +222,8 @@ def test_success_is_not_touched() -> None:
     [
         (400, {"detail": [{"type": "missing", "loc": ["a", 1], "msg": "m"}]}, 422, None, "a.1"),
         (400, {"detail": [{"type": "json_invalid", "loc": [], "msg": "m"}]}, 400, None, None),
+        (400, [{"error": {"code": "c", "message": "m", "field": "f"}}], 400, "c", "f"),
+        (422, {"error": {"code": "c", "message": "m", "field": None}}, 422, "c", None),
         (404, "Not Found", 404, "not_found", None),
         (500, {"error": "secret"}, 500, "internal_error", None),
         (503, "down", 503, "unavailable", None),
@@ -195,6 +243,17 @@ def test_errors_get_one_form(
     assert error["field"] == field
     assert code is None or error["code"] == code
     assert "secret" not in error["message"]
+
+
+def test_what_the_service_says_of_a_request_reaches_the_client() -> None:
+    def ask(status: int) -> dict[str, Any]:
+        _, _, body = call(ShapeErrors(answer(status, b'{"error": "no such user"}')), [b""])
+        error: dict[str, Any] = json.loads(body)["error"]
+        return error
+
+    assert ask(404) == {"code": "not_found", "message": "no such user", "field": None}
+    # Of an accident nothing is told.
+    assert ask(500)["message"] == "the service failed; see its log"
 
 
 def test_what_is_not_available_is_told_to_the_client() -> None:

@@ -9,9 +9,13 @@ from pydantic import ValidationError
 
 from pipelines.events import EVENT_SCHEMA
 from serving.collect import CollectRequest
-from serving.limits import MAX_CLOCK_SKEW
+from serving.limits import MAX_CLOCK_SKEW, MAX_EVENTS, MAX_ITEMS, MAX_USERS
 from serving.schema import (
+    EraseRequest,
     Event,
+    ExplainRequest,
+    ItemsQuestion,
+    PredictionQuestion,
     PredictRequest,
     Profile,
     StoredRequest,
@@ -20,6 +24,7 @@ from serving.schema import (
 )
 
 CLOCK = datetime(2025, 3, 1, tzinfo=UTC)
+VIEW = {"event_type": "view", "ts": "2025-01-01T00:00:00Z"}
 
 
 def make_request(*times: datetime, now: datetime | None = None) -> PredictRequest:
@@ -59,6 +64,14 @@ def test_events_of_the_future_are_refused_by_name(ts: datetime, now: datetime | 
     with pytest.raises(ValidationError) as caught:
         resolve_now(request, CLOCK)
     assert caught.value.errors()[0]["loc"] == ("users", 0, "events", 1, "ts")
+    assert f"before now ({(now or CLOCK).isoformat()})" in caught.value.errors()[0]["msg"]
+
+
+def test_a_refusal_names_the_time_that_was_asked_for() -> None:
+    hour_ago = CLOCK - timedelta(hours=1)
+    with pytest.raises(ValidationError) as caught:
+        resolve_now(make_request(hour_ago, now=hour_ago), CLOCK)
+    assert f"before now ({hour_ago.isoformat()})" in str(caught.value)
 
 
 @pytest.mark.parametrize("ts", ["1969-12-31T23:59:59Z", "2200-01-01T00:00:00Z"])
@@ -67,7 +80,89 @@ def test_times_outside_of_any_shop_are_refused(ts: str) -> None:
         Event.model_validate_json(json.dumps({"event_type": "view", "ts": ts}))
 
 
-VIEW = {"event_type": "view", "ts": "2025-01-01T00:00:00Z"}
+@pytest.mark.parametrize("user_id", ["", " ann", "ann ", "ann\n", "a\tnn", "a\0nn", "a\x7fnn"])
+@pytest.mark.parametrize("model", [StoredRequest, EraseRequest, ExplainRequest])
+def test_an_id_that_a_database_might_take_for_another_is_refused(
+    model: type[Strict], user_id: str
+) -> None:
+    def ask(name: str) -> Strict:
+        listed: dict[type[Strict], dict[str, Any]] = {
+            StoredRequest: {"user_ids": [name]},
+            EraseRequest: {"user_id": name},
+            ExplainRequest: {"user_id": name, "target": "purchase_14d"},
+        }
+        return model.model_validate_json(json.dumps(listed[model]))
+
+    with pytest.raises(ValidationError, match="user_id"):
+        ask(user_id)
+    ask("Зоя Ann-1 🛍")
+
+
+@pytest.mark.parametrize("field", ["item_id", "category", "brand", "query", "session_id"])
+def test_text_that_would_end_early_elsewhere_is_refused(field: str) -> None:
+    Event.model_validate_json(json.dumps(VIEW | {field: "red shoes"}))
+    with pytest.raises(ValidationError, match="NUL"):
+        Event.model_validate_json(json.dumps(VIEW | {field: "red\0shoes"}))
+
+
+def test_one_shopper_is_explained_sent_or_stored() -> None:
+    def ask(**told: Any) -> ExplainRequest:
+        body = {"target": "purchase_14d"} | told
+        return ExplainRequest.model_validate_json(json.dumps(body))
+
+    sent = {"user_id": "ann", "events": [VIEW]}
+    assert ask(user=sent).user_id is None
+    assert ask(user_id="ann").user is None
+    for told in ({}, {"user": sent, "user_id": "ann"}):
+        with pytest.raises(ValidationError, match="send either user or user_id"):
+            ask(**told)
+
+
+def test_a_call_holds_so_much_and_no_more() -> None:
+    def ask(users: int = 1, events: int = 1, **more: Any) -> PredictRequest:
+        listed = [{"user_id": f"u{i}", "events": [VIEW] * events} for i in range(users)]
+        return PredictRequest.model_validate_json(json.dumps({"users": listed} | more))
+
+    assert ask().next_items == 0
+    assert len(ask(users=MAX_USERS).users) == MAX_USERS
+    assert len(ask(events=MAX_EVENTS).users[0].events) == MAX_EVENTS
+    assert ask(next_items=MAX_ITEMS).next_items == MAX_ITEMS
+    wrong: tuple[dict[str, int], ...] = (
+        {"users": 0},
+        {"users": MAX_USERS + 1},
+        {"events": 0},
+        {"events": MAX_EVENTS + 1},
+        {"next_items": -1},
+        {"next_items": MAX_ITEMS + 1},
+    )
+    for sizes in wrong:
+        with pytest.raises(ValidationError, match=next(iter(sizes))):
+            ask(**sizes)
+    assert StoredRequest.model_validate_json('{"user_ids": ["ann"]}').next_items == 0
+    for count in (0, MAX_USERS + 1):
+        with pytest.raises(ValidationError, match="user_ids"):
+            StoredRequest.model_validate_json(json.dumps({"user_ids": ["ann"] * count}))
+
+
+def test_an_address_asks_for_no_more_items_than_there_are_told() -> None:
+    assert PredictionQuestion.model_validate({}).next_items == 0
+    assert ItemsQuestion.model_validate({}).count == 10
+    assert ItemsQuestion.model_validate({"count": str(MAX_ITEMS)}).count == MAX_ITEMS
+    for count in ("0", str(MAX_ITEMS + 1)):
+        with pytest.raises(ValidationError, match="count"):
+            ItemsQuestion.model_validate({"count": count})
+
+
+@pytest.mark.parametrize(("age", "taken"), [(0, True), (150, True), (-0.1, False), (150.1, False)])
+def test_an_age_is_that_of_somebody_alive(age: float, taken: bool) -> None:
+    text = json.dumps({"age": age})
+    if taken:
+        assert Profile.model_validate_json(text).age == age
+        return
+    with pytest.raises(ValidationError, match="age"):
+        Profile.model_validate_json(text)
+
+
 MANY: dict[str, Any] = {f"k{i}": 1 for i in range(1000)}
 
 
