@@ -5,6 +5,7 @@ import pytest
 from sklearn import metrics as sk
 
 from pipelines.evaluation.metrics import (
+    HIGHER_IS_BETTER,
     amount_metrics,
     binary_metrics,
     calibration_error,
@@ -12,6 +13,7 @@ from pipelines.evaluation.metrics import (
     draw_weights,
     interval,
     summarise,
+    summarise_all,
 )
 
 RANDOM = np.random.default_rng(0)
@@ -39,6 +41,44 @@ def test_binary_metrics_equal_scikit_learn(row: int) -> None:
     }
     for name, value in theirs.items():
         assert ours[name] == pytest.approx(value, abs=1e-9), name
+
+
+def test_many_samples_are_measured_as_each_by_itself() -> None:
+    weights = np.random.default_rng(4).integers(0, 3, (37, N)).astype(float)
+    together = binary_metrics(Y, P, weights, threshold=0.4) | amount_metrics(3 * Y, P, weights)
+    for row in (0, 15, 16, 36):
+        alone = weights[row : row + 1]
+        single = binary_metrics(Y, P, alone, threshold=0.4) | amount_metrics(3 * Y, P, alone)
+        for name, values in together.items():
+            assert values.shape == (37,)
+            assert values[row] == pytest.approx(single[name][0]), name
+
+
+def test_better_predictions_are_told_to_be_better_by_every_metric() -> None:
+    ones = np.ones((1, N))
+    good = binary_metrics(Y, np.clip(Y, 0.01, 0.99), ones, threshold=0.5)
+    bad = binary_metrics(Y, np.clip(1 - Y, 0.01, 0.99), ones, threshold=0.5)
+    amounts = np.random.default_rng(3).gamma(0.5, 40, N)
+    good |= amount_metrics(amounts, amounts, ones)
+    bad |= amount_metrics(amounts, amounts[::-1], ones)
+    assert good.keys() == HIGHER_IS_BETTER.keys()
+    del good["total_ratio"]  # best at 1
+    for name, value in good.items():
+        better, worse = (value, bad[name]) if HIGHER_IS_BETTER[name] else (bad[name], value)
+        assert better[0] > worse[0], name
+
+
+def test_calling_begins_at_the_threshold() -> None:
+    y, p, ones = np.array([1.0, 1.0, 0.0, 0.0]), np.array([0.9, 0.4, 0.4, 0.3]), np.ones((1, 4))
+    found = binary_metrics(y, p, ones, threshold=0.4)
+    assert (found["precision"][0], found["recall"][0]) == (pytest.approx(2 / 3), 1.0)
+    nobody = binary_metrics(y, p, ones, threshold=0.95)
+    assert (nobody["precision"][0], nobody["recall"][0], nobody["f1"][0]) == (0, 0, 0)
+
+
+def test_a_probability_of_one_that_is_wrong_has_a_finite_loss() -> None:
+    found = binary_metrics(np.array([0.0, 1.0]), np.array([1.0, 1.0]), np.ones((1, 2)), threshold=1)
+    assert found["log_loss"][0] == pytest.approx(-np.log(1e-7) / 2, rel=1e-6)
 
 
 def test_a_weight_is_a_repeated_row() -> None:
@@ -92,6 +132,18 @@ def test_lift_of_a_perfect_and_of_a_blind_order() -> None:
     assert binary_metrics(y, blind, ones, threshold=0.5)["lift_at_10pct"][0] == pytest.approx(1)
 
 
+def test_a_tenth_that_ends_within_a_row_takes_its_share_of_it() -> None:
+    y, p = np.zeros(25), np.linspace(1, 0, 25)
+    y[[0, 2]] = 1, 3  # two and a half rows are a tenth
+    ones = np.ones((1, 25))
+    assert amount_metrics(y, p, ones)["top_decile_capture"][0] == pytest.approx(2.5 / 4)
+    assert binary_metrics(y > 0, p, ones, threshold=0.5)["lift_at_10pct"][0] == pytest.approx(7.5)
+    p[1:4] = 0.9  # a tie of three: half of it is inside
+    assert amount_metrics(y, p, ones)["top_decile_capture"][0] == pytest.approx(2.5 / 4)
+    y[1], y[2] = 3, 0
+    assert amount_metrics(y, p, ones)["top_decile_capture"][0] == pytest.approx(2.5 / 4)
+
+
 def test_amount_metrics_at_their_ends() -> None:
     y = np.random.default_rng(3).gamma(0.5, 40, 2000)
     ones = np.ones((1, len(y)))
@@ -101,6 +153,8 @@ def test_amount_metrics_at_their_ends() -> None:
     assert perfect["total_ratio"][0] == pytest.approx(1)
     top = np.sort(y)[-200:].sum() / y.sum()
     assert perfect["top_decile_capture"][0] == pytest.approx(top, abs=1e-6)
+    above = np.where(np.arange(len(y)) % 2, y + 3, y - 1)
+    assert amount_metrics(y, above, ones)["mae"][0] == pytest.approx(2)
     blind = amount_metrics(y, np.full_like(y, 2 * y.mean()), ones)
     assert blind["gini"][0] == pytest.approx(0, abs=1e-9)
     assert blind["total_ratio"][0] == pytest.approx(2)
@@ -114,6 +168,18 @@ def test_bootstrap_weights_are_seeded_and_by_user() -> None:
     assert (weights.reshape(201, 50, 3).std(axis=2) == 0).all()
     assert (weights[1:].sum(axis=1) == 150).all()
     np.testing.assert_array_equal(weights, draw_weights(users, samples=200, seed=5))
+    assert (weights != draw_weights(users, samples=200, seed=6)).any()
+    # Users are drawn with replacement: a third of them is not in a sample.
+    assert (weights[1:] == 0).mean() == pytest.approx((1 - 1 / 50) ** 50, abs=0.02)
+    assert (weights[1:].std(axis=0) > 0).all()
+
+
+def test_samples_that_tell_nothing_are_left_out_and_the_value_itself_is_no_sample() -> None:
+    samples = np.array([50.0, np.nan, *range(1, 102), np.inf])
+    told = summarise(samples, 0.9)
+    assert told == {"value": 50.0, "low": 6.0, "high": 96.0}
+    both = summarise_all({"roc_auc": samples, "ece": samples}, 0.9)
+    assert both == {"roc_auc": told, "ece": {"value": 50.0, "low": None, "high": None}}
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:

@@ -167,7 +167,10 @@ def test_a_pair_may_be_written_either_way_round(metric: Any, gain: float, passed
 
 
 def test_failed_validation_fails() -> None:
-    assert failed(judge(make_evaluation(), validation={"passed": False})) == ["validation"]
+    verdict = judge(make_evaluation(), validation={"passed": False})
+    assert failed(verdict) == ["validation"]
+    assert "did not pass validation; see reports/data_docs" in verdict["checks"][0]["why"]
+    assert judge(make_evaluation())["checks"][0]["why"] == "the data passed validation"
     assert failed(judge(make_evaluation(), validation={})) == ["validation"]
 
 
@@ -191,7 +194,10 @@ def test_a_badly_calibrated_candidate_fails() -> None:
 def test_too_little_or_strange_data_fails(key: str, value: float, names: list[str]) -> None:
     evaluation = make_evaluation()
     evaluation["targets"]["purchase_14d"][key] = value
-    assert failed(judge(evaluation)) == names
+    verdict = judge(evaluation)
+    assert failed(verdict) == names
+    (rate,) = [c["why"] for c in verdict["checks"] if c["name"] == "base_rate"]
+    assert ("looks like damaged data" in rate) is ("base_rate" in names)
 
 
 def test_what_is_exactly_at_its_limit_is_allowed() -> None:
@@ -265,8 +271,12 @@ def test_a_champion_of_another_shop_does_not_excuse_the_candidate_from_the_basel
     fallen: float, names: list[str]
 ) -> None:
     evaluation = make_evaluation(champion=0.03, lightgbm=-0.05)
-    evaluation["targets"]["purchase_14d"]["paired"]["lightgbm-champion"] = pair(fallen)
+    paired = evaluation["targets"]["purchase_14d"]["paired"]
+    paired["lightgbm-champion"] = pair(fallen)
     assert failed(judge(evaluation, champion=CHAMPION)) == names
+    # Not surely by more than the margin.
+    paired["lightgbm-champion"]["roc_auc"]["low"] = POLICY.margin
+    assert judge(evaluation, champion=CHAMPION)["passed"]
 
 
 def test_a_champion_that_predicts_something_else_is_passed_over() -> None:
@@ -293,7 +303,8 @@ def test_a_champion_that_has_learnt_from_the_test_is_passed_over() -> None:
 
 
 def test_the_champion_itself_passes_again() -> None:
-    verdict = judge(make_evaluation(), champion=CANDIDATE)
+    # Also where a rule of thumb or a baseline has caught up with it.
+    verdict = judge(make_evaluation(recency=0.0, lightgbm=-0.05), champion=CANDIDATE)
     assert verdict["passed"]
     assert verdict["checks"][-3]["why"] == "the candidate is the champion"
 
@@ -305,8 +316,8 @@ def test_a_target_that_cannot_be_judged_fails_with_the_way_out(target: str) -> N
     verdict = judge(evaluation, policy=Gate(primary_target=target))
     assert failed(verdict) == ["primary_target"]
     assert "gate.primary_target" in verdict["checks"][-3]["why"]
-    if target == "search_14d":
-        assert "no search events" in verdict["checks"][-3]["why"]
+    told = "no search events" if target == "search_14d" else "spend_14d is an amount"
+    assert told in verdict["checks"][-3]["why"]
 
 
 @pytest.mark.parametrize("part", ["ensemble", "lightgbm", "pairs"])
@@ -371,6 +382,8 @@ def test_a_group_that_surely_loses_fails(groups: dict[str, Any], passed: bool) -
     assert check["passed"] is passed
     assert verdict["passed"] is passed
     assert passed or "light (-0.030 at best)" in check["why"]
+    judged = sum(group["rows"] >= POLICY.min_users for group in groups.values())
+    assert f"of {judged} groups" in check["why"]
     assert (check["value"], check["limit"]) == (None if passed else -0.03, -POLICY.slice_margin)
 
 
