@@ -23,6 +23,32 @@ def test_either_group_is_covered_whatever_the_calibration(level: float, power: f
     assert found["only_yes"] + found["only_no"] + found["both"] <= 1
 
 
+def test_the_bounds_of_ten_rows_by_hand() -> None:
+    y = np.repeat([1.0, 0.0], 9)
+    p = np.concatenate([np.arange(9, 0, -1), np.arange(9)]) / 10
+    # Of nine in a group the eighth covers the next one with a chance of .8.
+    sets = make_sets(y, p, np.array([0.19, 0.2, 0.7, 0.71]), level=0.8)
+    assert sets is not None
+    assert sets.yes.tolist() == [False, True, True, True]
+    assert sets.no.tolist() == [True, True, True, False]
+    found = sets.describe(np.array([0.0, 1.0, 1.0, 1.0]))
+    assert found == {
+        "level": 0.8,
+        "coverage": 1.0,
+        "coverage_of_positives": 1.0,
+        "coverage_of_negatives": 1.0,
+        "only_yes": 0.25,
+        "only_no": 0.25,
+        "both": 0.5,
+    }
+    missed = sets.describe(np.array([1.0, 0.0, 0.0, 0.0]))
+    assert missed["coverage"] == 0.5
+    assert missed["coverage_of_positives"] == 0.0
+    assert missed["coverage_of_negatives"] == pytest.approx(2 / 3, abs=1e-6)
+    nobody = sets.describe(np.zeros(4))
+    assert nobody["coverage_of_positives"] is None
+
+
 def test_few_rows_leave_everything_possible() -> None:
     sets = make_sets(np.array([0.0, 1.0]), np.array([0.1, 0.9]), np.array([0.5]), level=0.9)
     assert sets is not None

@@ -44,6 +44,8 @@ def test_the_newest_window_of_every_horizon_closes_when_it_may(
         for close in (calibration, first_test):
             closing = [c.ts + timedelta(days=days) for c in cuts if c.ts < close]
             assert max(ts for ts in closing if ts <= close) == close
+    assert [c.ts for c in cuts] == sorted(c.ts for c in cuts)
+    assert [c.index for c in cuts] == list(range(len(cuts)))
     between = [c.ts for c in cuts if c.split is Split.BETWEEN]
     assert all(ts + timedelta(days=min(horizons)) <= first_test for ts in between)
 
@@ -63,6 +65,12 @@ def test_short_data_get_fewer_training_cuts() -> None:
 def test_too_short_data_are_told_with_what_to_change() -> None:
     with pytest.raises(UserError, match=r"span 60\.0 days.*need 98\.0.*targets\.horizons_days"):
         plan_cuts(FIRST, FIRST + timedelta(days=60), horizons_days=[28], params=Cuts())
+    # As many as are asked for do, and a moment less does not.
+    enough = FIRST + timedelta(days=98)
+    cuts = plan_cuts(FIRST, enough, horizons_days=[28], params=Cuts())
+    assert [c.ts for c in cuts if c.split is Split.TRAIN] == [FIRST + timedelta(days=14)]
+    with pytest.raises(UserError, match="days"):
+        plan_cuts(FIRST, enough - timedelta(seconds=1), horizons_days=[28], params=Cuts())
 
 
 def test_the_end_is_the_day_after_or_until() -> None:
