@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.features.store import Sequences
-from pipelines.model.batches import cut_pieces, iterate, pack, sample_cuts
+from pipelines.features.store import Sequences, encode_events
+from pipelines.model.batches import cut_pieces, iterate, lay_out, pack, sample_cuts
 from pipelines.model.timeline import DAY, Cuts, Timeline
 from pipelines.model.tokens import Tokenizer, Vocabulary
 from tests.model.conftest import PERIODS
@@ -97,6 +97,43 @@ def test_pieces_hold_enough_history(shop: Sequences) -> None:
     assert (pieces.stop - pieces.start <= 10).all()
     seen = cuts.position - start
     assert (seen >= np.minimum(4, cuts.position - timeline.offsets[cuts.user])).all()
+
+
+def test_a_prediction_sees_the_newest_events_of_its_user() -> None:
+    users = [[{"ts": i, "event_type": "view"} for i in range(count)] for count in (3, 20, 0)]
+    timeline = Timeline(encode_events(users))
+    cuts = timeline.cuts(np.array([0, 1, 1, 2]), np.array([2, 10, 100, 100]))
+    pieces = cut_pieces(timeline, cuts, context=8, stride=6, shift=None)
+    # Each by itself; of the second user's 10 and 20 events the last 8.
+    assert pieces.start.tolist() == [0, 3 + 2, 3 + 12, 23]
+    assert pieces.stop.tolist() == [2, 3 + 10, 3 + 20, 23]
+    assert pieces.user.tolist() == [0, 1, 1, 2]
+    assert pieces.cut_start.tolist() == [0, 1, 2, 3, 4]
+    assert pieces.lengths.tolist() == [4, 10, 10, 2]
+
+
+def test_a_history_that_fits_is_one_piece_and_a_longer_one_several() -> None:
+    users = [[{"ts": i, "event_type": "view"} for i in range(count)] for count in (10, 11)]
+    timeline = Timeline(encode_events(users))
+    cuts = timeline.cuts(np.repeat([0, 1], 3), np.array([1, 7, 10, 1, 7, 11]))
+    shift = np.zeros(2, dtype=np.int64)
+    pieces = cut_pieces(timeline, cuts, context=10, stride=6, shift=shift)
+    assert pieces.user.tolist() == [0, 1, 1]
+    assert pieces.start.tolist() == [0, 10, 10 + 2]
+    assert pieces.stop.tolist() == [10, 10 + 1, 10 + 11]
+    assert pieces.cut_start.tolist() == [0, 3, 4, 6]
+
+
+def test_a_batch_holds_about_as_many_places_as_are_asked_for(shop: Sequences) -> None:
+    timeline = Timeline(shop)
+    pieces = cut_pieces(timeline, sample(timeline), context=10, stride=6, shift=None)
+    placements = lay_out(pieces, row=20, tokens_per_batch=100, rng=None)
+    assert [p.shape for p in placements[:-1]] == [(5, 20)] * (len(placements) - 1)
+    assert placements[-1].shape[0] <= 5
+    assert sorted(np.concatenate([p.chosen for p in placements])) == list(range(len(pieces.start)))
+    # A row grows to the longest piece, and a batch holds one row at least.
+    wide = lay_out(pieces, row=1, tokens_per_batch=1, rng=None)
+    assert {p.shape for p in wide} == {(1, int(pieces.lengths.max()))}
 
 
 @settings(max_examples=100, deadline=None)
