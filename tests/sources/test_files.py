@@ -494,6 +494,81 @@ def test_a_column_of_a_type_that_cannot_be_read_is_named(tmp_path: Path) -> None
         read(tmp_path, path="e.parquet")
 
 
+@pytest.mark.parametrize(
+    ("column", "unit"),
+    [
+        (pa.array([1735689600, None]), "s"),
+        (pa.array([1735689600123, None]), "ms"),
+        (pa.array([1735689600.5, float("nan")]), "s"),
+        (pa.array(["1735689600123456", None]).cast(pa.decimal128(16, 0)), "us"),
+    ],
+)
+def test_numbers_of_a_typed_column_are_times(tmp_path: Path, column: pa.Array, unit: str) -> None:
+    table = pa.table({"user_id": ["u1"] * 2, "ts": column, "event_type": ["view"] * 2})
+    pq.write_table(table, tmp_path / "e.parquet")
+    result = read(tmp_path, path="e.parquet", mapping={"ts": {"column": "ts", "unit": unit}})
+    fraction = {"s": ".5", "ms": ".123", "us": ".123456"}[unit]
+    if pa.types.is_integer(column.type) and unit == "s":
+        fraction = ""
+    assert [row["ts"] for row in result["rows"]] == [at(f"2025-01-01T00:00:00{fraction}")]
+    assert reasons(result) == [(2, "missing ts")]
+
+
+def test_a_time_with_a_zone_is_not_moved_to_another(tmp_path: Path) -> None:
+    times = pa.array([at("2025-07-01T12:00:00")], pa.timestamp("us", "America/New_York"))
+    table = pa.table({"user_id": ["u1"], "ts": times, "event_type": ["view"]})
+    pq.write_table(table, tmp_path / "e.parquet")
+    mapping = {"ts": {"column": "ts", "timezone": "Asia/Tokyo"}}
+    (row,) = read(tmp_path, path="e.parquet", mapping=mapping)["rows"]
+    assert row["ts"] == at("2025-07-01T12:00:00")
+
+
+def test_times_and_lengths_are_taken_up_to_their_limits(tmp_path: Path) -> None:
+    longest, words = "u" * 256, "w" * 1024
+    write_csv(
+        tmp_path / "e.csv",
+        f"{longest},1971-01-01T00:00:00Z,view,{'i' * 257},",
+        f"{longest},1971-01-01T00:00:00Z,view,{longest},",
+        f"{longest},2199-12-31T23:59:59.999999Z,view,,{words}",
+        "u1,1970-12-31T23:59:59.999999Z,view,,",
+        "u1,2200-01-01T00:00:00Z,view,,",
+        f"u1,2025-01-01T00:00:00Z,view,,{words}w",
+        header="user_id,ts,event_type,item_id,query",
+    )
+    result = read(tmp_path, path="e.csv")
+    assert [row["user_id"] for row in result["rows"]] == [longest] * 2
+    assert result["rows"][1]["query"] == words
+    assert reasons(result) == [
+        (1, "item_id is longer than 256 characters"),
+        (4, "ts is not between 1971 and 2199"),
+        (5, "ts is not between 1971 and 2199"),
+        (6, "query is longer than 1024 characters"),
+    ]
+
+
+def test_two_columns_of_one_name_are_told_where_they_are_wanted(tmp_path: Path) -> None:
+    write_csv(tmp_path / "e.csv", "u1,2025-01-01,view,a,b", header="user_id,ts,event_type,x,x")
+    (row,) = read(tmp_path, path="e.csv")["rows"]
+    assert row["user_id"] == "u1"
+    with pytest.raises(UserError, match=r"e\.csv: there are two columns x"):
+        read(tmp_path, path="e.csv", mapping={"item_id": "x"})
+
+
+def test_values_may_hold_quotation_marks_and_numbers(tmp_path: Path) -> None:
+    write_csv(tmp_path / "e.csv", "u1,2025-01-01,it's seen,7,", "u1,2025-01-02,it's seen,7.5,")
+    values = {"it's seen": "view"}
+    mapping = {
+        "event_type": {"column": "event_type", "values": values},
+        "brand": {"value": "o'clock"},
+        "category": {"value": 2.0},
+        "quantity": {"value": 1.5},
+        "item_id": {"column": "item_id", "values": {7: "seven's"}},
+    }
+    rows = read(tmp_path, path="e.csv", mapping=mapping)["rows"]
+    assert [(r["event_type"], r["item_id"]) for r in rows] == [("view", "seven's"), ("view", "7.5")]
+    assert {(r["brand"], r["category"], r["quantity"]) for r in rows} == {("o'clock", "2", 1.5)}
+
+
 def test_text_is_stripped_and_empty_text_is_null(tmp_path: Path) -> None:
     write_csv(
         tmp_path / "e.csv",
