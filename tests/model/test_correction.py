@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.model.correction import _between, _settle, doubt_level
+from pipelines.model.correction import _between, _deviance, _label, _settle, doubt_level
 from pipelines.model.heads import Heads
 from pipelines.model.predictor import Raw
-from pipelines.model.timeline import DAY
+from pipelines.model.timeline import DAY, Labels
 from tests.model.conftest import START, TARGETS
 
 
@@ -25,6 +25,36 @@ def test_belief_leaves_one_half_for_a_reason_only(good: int | None, expected: fl
     if good is not None:
         losses += 0.5 * np.abs(np.arange(21) - good)[:, None]
     assert _settle(losses, np.arange(400) // 2) == expected
+
+
+def test_belief_counts_shoppers_and_not_rows() -> None:
+    """Forty weeks of one shopper are no forty shoppers."""
+    gain = np.random.default_rng(2).normal(size=10)
+    gain = 0.1 - (gain - gain.mean()) / gain.std()
+    losses = np.repeat(gain, 40) * np.linspace(1.0, 0.0, 21)[:, None]
+    assert _settle(losses, np.arange(400)) == 1.0
+    assert _settle(losses, np.repeat(np.arange(10), 40)) == 0.5
+
+
+def test_an_amount_is_told_best_by_itself() -> None:
+    expected = np.linspace(0.5, 100, 200)
+    for actual in (0.5, 20.0, 60.0):
+        loss = _deviance(np.full(200, actual), expected)
+        assert expected[loss.argmin()] == pytest.approx(actual, abs=0.5)
+    # Who buys nothing is told best by the least.
+    assert (np.diff(_deviance(np.zeros(200), expected)) > 0).all()
+
+
+def test_who_leaves_does_nothing_within_the_horizon() -> None:
+    heads = Heads.for_targets(TARGETS)
+    delay = np.full((4, len(heads.events)), np.inf)
+    delay[:, heads.events.index("search")] = [6.9, 7.0, np.inf, 1.0]
+    delay[:, heads.events.index("any")] = [6.9, 7.0, np.inf, 0.5]
+    labels = Labels(delay=delay, observed_days=np.full(4, 7.0), amount=np.zeros((4, 1), np.float32))
+    told = {t.name: _label(t, heads, labels).tolist() for t in TARGETS if t.kind == "binary"}
+    assert told["search_7d"] == [True, False, False, True]
+    assert told["churn_7d"] == [False, True, True, False]
+    assert not any(told["purchase_7d"])
 
 
 def test_the_level_of_many_alike_windows_is_doubted_least() -> None:

@@ -263,6 +263,13 @@ def test_a_profile_replaces_the_one_before(store: Store) -> None:
     assert store.profiles(["Zoë"])["Zoë"] == {"user_id": "Zoë", "age": 34.0, **nothing}
 
 
+def test_a_profile_that_could_not_be_kept_is_not_acknowledged(store: Store) -> None:
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE profiles")
+    with pytest.raises(SQLAlchemyError, match="profiles"):
+        store.keep_profile("ann", {"age": 33.0})
+
+
 def test_profiles_of_one_user_told_side_by_side_leave_one(store: Store) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda age: store.keep_profile("ann", {"age": age}), range(1, 13)))
@@ -288,3 +295,22 @@ def test_a_wrong_address_is_told() -> None:
 )
 def test_an_address_without_a_driver_gets_the_one_that_is_installed(url: str, driver: str) -> None:
     assert Store(url).engine.driver == driver
+
+
+def test_the_name_of_a_database_on_a_server_is_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for url in ("postgresql://u:p@127.0.0.1/deep/events.db", "sqlite:///:memory:", "sqlite://"):
+        Store(url).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_users_and_many_events_go_into_several_queries(store: Store) -> None:
+    users = [f"u{n}" for n in range(1201)]
+    for user in users[::400]:
+        store.keep_profile(user, {"age": 40.0})
+    assert list(store.profiles(users)) == ["u0", "u400", "u800", "u1200"]
+    events = [make(f"e{n}") for n in range(1201)]
+    store.append(events[::400])
+    assert store.append(events) == [n % 400 > 0 for n in range(1201)]
