@@ -455,6 +455,44 @@ def test_an_event_type_that_is_predicted_is_counted_in_windows(tmp_path: Path) -
     assert "review_7d" in {t["name"] for t in schema["targets"]}
 
 
+def test_an_event_at_the_very_instant_is_on_the_right_side_of_it(tmp_path: Path) -> None:
+    cut = START + 33 * DAY  # a week before the end
+    bought = {"event_type": "purchase", "item_id": "i", "price": 8.0, "quantity": 1.0}
+    seen = {"event_type": "view", "item_id": "i"}
+    told = [
+        ("at", cut - DAY, seen),
+        ("at", cut, bought),
+        ("close", cut - DAY, seen),
+        ("close", cut + 3 * DAY, bought),
+        ("left", cut - ACTIVE, seen),
+        ("gone", cut - ACTIVE - timedelta(microseconds=1), seen),
+        ("week", cut - 7 * DAY, seen),
+        ("signed", cut - DAY, seen),
+    ]
+    rows = [
+        {"event_id": f"x{n}", "user_id": user, "ts": ts, **what}
+        for n, (user, ts, what) in enumerate(told)
+    ]
+    people = [{"user_id": "signed", "signup_ts": cut}]
+    write_log(tmp_path, make_log() + rows, people)
+    run(parse_params(SETTINGS | {"features": {"windows_days": [7, 28]}}), tmp_path)
+    folder = tmp_path / "data/features"
+    users = [p["user_id"] for p in pq.read_table(folder / "users.parquet").to_pylist()]
+    (test,) = (c for c in read_json(folder / "cuts.json")["cuts"] if c["split"] == "test")
+    assert datetime.fromisoformat(test["ts"]) == cut
+    table = pq.read_table(folder / "snapshots.parquet").to_pylist()
+    found = {users[row["user"]]: row for row in table if row["cut"] == test["index"]}
+    assert "gone" not in found
+    assert (found["left"]["f_recency"], found["left"]["f_events_28d"]) == (28, 1)
+    assert (found["week"]["f_events_7d"], found["week"]["f_events_28d"]) == (1, 1)
+    assert (found["at"]["f_purchase"], found["at"]["f_events"]) == (0, 1)
+    assert (found["at"]["y_purchase_3d"], found["at"]["y_churn_3d"]) == (1, 0)
+    assert (found["close"]["y_purchase_3d"], found["close"]["y_churn_3d"]) == (0, 1)
+    assert found["close"]["y_purchase_7d"] == 1
+    assert (found["at"]["y_spend_3d"], found["close"]["y_spend_3d"]) == (8, 0)
+    assert found["signed"]["f_days_since_signup"] == 0
+
+
 def test_everybody_seen_is_the_population_without_a_limit(tmp_path: Path) -> None:
     write_log(tmp_path, make_log())
     run(parse_params(SETTINGS | {"population": {"active_within_days": None}}), tmp_path)
