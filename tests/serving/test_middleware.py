@@ -9,7 +9,13 @@ import pytest
 from bentoml.exceptions import BentoMLException
 from pydantic import BaseModel, ValidationError
 
-from serving.middleware import DropValidationErrors, LimitBody, NotAvailable, ShapeErrors
+from serving.middleware import (
+    DropValidationErrors,
+    LimitBody,
+    NotAvailable,
+    ShapeErrors,
+    replay,
+)
 
 
 def call(
@@ -212,6 +218,55 @@ def test_other_methods_pass_untouched() -> None:
     assert call(app, [b"12345"], method="GET")[2] == b"pong"
 
 
+def test_what_is_no_request_passes_untouched() -> None:
+    passed: list[Any] = []
+
+    async def app(*parts: Any) -> None:
+        passed.append(parts)
+
+    parts = ({"type": "lifespan"}, app, app)
+    asyncio.run(LimitBody(app, max_bytes=1)(*parts))
+    asyncio.run(ShapeErrors(app)(*parts))
+    assert passed == [parts, parts]
+
+
+def test_a_length_that_is_no_number_is_left_to_the_body_itself() -> None:
+    app = LimitBody(answer(200, b""), max_bytes=10)
+    assert call(app, [b"{}"], headers={"Content-Length": "two"})[0] == 200
+    assert call(app, [b"1" * 11], headers={"Content-Length": "two"})[0] == 413
+
+
+def test_who_reads_on_after_the_body_is_told_that_the_client_has_left() -> None:
+    read: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        read.extend([await receive(), await receive()])
+        await answer(200, b"done")(scope, replay(b"", receive), send)
+
+    call(LimitBody(app, max_bytes=10), [b"12", b"34"])
+    assert read == [
+        {"type": "http.request", "body": b"1234", "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+
+
+def test_an_error_has_one_length_and_one_type() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    asyncio.run(ShapeErrors(answer(404, b"Not Found"))(scope, receive, send))
+    start, end = sent
+    names = sorted(name for name, _ in start["headers"])
+    assert names == [b"content-length", b"content-type", b"server"]
+    assert dict(start["headers"])[b"content-length"] == str(len(end["body"])).encode()
+
+
 def test_success_is_not_touched() -> None:
     status, head, body = call(ShapeErrors(answer(200, b'{"error": "no"}')), [b""])
     assert (status, head["server"], body) == (200, "test", b'{"error": "no"}')
@@ -220,8 +275,30 @@ def test_success_is_not_touched() -> None:
 @pytest.mark.parametrize(
     ("status", "body", "expected", "code", "field"),
     [
-        (400, {"detail": [{"type": "missing", "loc": ["a", 1], "msg": "m"}]}, 422, None, "a.1"),
-        (400, {"detail": [{"type": "json_invalid", "loc": [], "msg": "m"}]}, 400, None, None),
+        (400, "", 400, "bad_request", None),
+        (401, "", 401, "unauthorized", None),
+        (405, "", 405, "method_not_allowed", None),
+        (408, "", 408, "request_timeout", None),
+        (413, "", 413, "too_large", None),
+        (415, "", 415, "unsupported_media_type", None),
+        (429, "", 429, "too_many_requests", None),
+        (431, "", 431, "head_too_large", None),
+        (500, [], 500, "internal_error", None),
+        (504, "", 504, "timeout", None),
+        (
+            400,
+            {"detail": [{"type": "missing", "loc": ["a", 1], "msg": "m"}]},
+            422,
+            "invalid_request",
+            "a.1",
+        ),
+        (
+            400,
+            {"detail": [{"type": "json_invalid", "loc": [], "msg": "m"}]},
+            400,
+            "malformed_json",
+            None,
+        ),
         (400, [{"error": {"code": "c", "message": "m", "field": "f"}}], 400, "c", "f"),
         (422, {"error": {"code": "c", "message": "m", "field": None}}, 422, "c", None),
         (404, "Not Found", 404, "not_found", None),
@@ -231,7 +308,7 @@ def test_success_is_not_touched() -> None:
     ],
 )
 def test_errors_get_one_form(
-    status: int, body: Any, expected: int, code: str | None, field: str | None
+    status: int, body: Any, expected: int, code: str, field: str | None
 ) -> None:
     content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
     found, head, shaped = call(ShapeErrors(answer(status, content)), [b""])
@@ -241,7 +318,8 @@ def test_errors_get_one_form(
     assert head["server"] == "test"
     assert error.keys() == {"code", "message", "field"}
     assert error["field"] == field
-    assert code is None or error["code"] == code
+    assert error["code"] == code
+    assert error["message"]
     assert "secret" not in error["message"]
 
 
