@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from pipelines.registry.champion import (
     write_champion,
 )
 from pipelines.registry.connection import connect
+from pipelines.registry.promotion import HISTORY_TAG
 from pipelines.registry.tracking import EXPERIMENT, PASSED_TAG, attach, track
 
 DATA = "sha256:" + "d" * 64
@@ -149,6 +151,17 @@ def test_promote_needs_a_passing_verdict(root: Path) -> None:
     assert champion_of(root) == (None, None)
 
 
+@pytest.mark.parametrize("passed", [None, "yes", 1])
+def test_a_verdict_that_does_not_say_that_it_passed_promotes_nothing(
+    root: Path, passed: Any
+) -> None:
+    verdict = judge(root, train(root, "one", log=False))
+    write_json(root / "reports/verdict.json", verdict | {"passed": passed, "checks": []})
+    with pytest.raises(UserError, match="did not pass: no check is recorded"):
+        promotion.promote(root)
+    assert champion_of(root) == (None, None)
+
+
 def test_promote_needs_a_verdict_about_that_very_model(root: Path) -> None:
     judge(root, train(root, "one"))
     train(root, "two")
@@ -202,6 +215,18 @@ def test_a_champion_of_old_can_be_promoted_again_and_rolled_back(root: Path) -> 
     assert champion_of(root) == (one, 1)
     with pytest.raises(UserError, match="first champion"):
         promotion.rollback(root)
+
+
+def test_of_a_long_history_the_newest_champions_are_kept(root: Path) -> None:
+    one = install(root, "one")
+    two = install(root, "two", champion=one)
+    registry = connect(root)
+    registry.set_registered_model_tag("forecart", HISTORY_TAG, json.dumps([2, 1] * 70 + [2]))
+    install(root, "three", champion=two)
+    history = json.loads(registry.get_registered_model("forecart").tags[HISTORY_TAG])
+    assert history == [2, 1] * 49 + [2, 3]
+    promotion.rollback(root)
+    assert champion_of(root) == (two, 2)
 
 
 def test_rollback_needs_a_champion(root: Path) -> None:

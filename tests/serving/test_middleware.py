@@ -147,6 +147,22 @@ def test_a_body_without_a_media_type_is_refused(head: tuple[bytes, bytes]) -> No
     assert sent[0]["status"] == 415
 
 
+@pytest.mark.parametrize("length", [b"0", b"00", None])
+def test_no_body_needs_no_media_type(length: bytes | None) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [] if length is None else [(b"content-length", length)]
+    scope = {"type": "http", "method": "POST", "path": "/users/erase", "headers": headers}
+    asyncio.run(LimitBody(answer(200, b"done"), max_bytes=10)(scope, receive, send))
+    assert sent[0]["status"] == 200
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_of_several_media_types_all_have_to_be_json(order: tuple[int, int]) -> None:
     types = [b"application/json", b"multipart/form-data; boundary=x"]
