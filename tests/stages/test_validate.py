@@ -104,6 +104,38 @@ def test_rows_that_break_a_rule_are_set_aside_with_the_reason(tmp_path: Path) ->
     assert any("price" in warning and "-4.0" in warning for warning in report["warnings"])
 
 
+def test_days_that_are_checked_in_parts_are_judged_as_one_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.stages.validate.ROWS_AT_ONCE", 24)
+    rows = make_rows(5)
+    for number in (*range(16, 24), 26, 39):  # the third day whole
+        rows[number]["price"] = -1.0
+    write_events(tmp_path, rows)
+    # Exactly as many as may be.
+    report = validate(tmp_path, max_row_failure_share=0.25)
+    assert (report["rows"], report["quarantined"]) == (40, 10)
+    (rule,) = (e for e in report["expectations"] if not e["passed"])
+    assert (rule["column"], rule["failed_rows"], rule["share"]) == ("price", 10, 0.25)
+    kept = pq.read_table(tmp_path / "data/quarantine/validate").to_pylist()
+    found = [(row["source"].split("/")[2], row["row"]) for row in kept]
+    third = [("day=2025-03-05", row) for row in range(1, 9)]
+    assert found == [*third, ("day=2025-03-06", 3), ("day=2025-03-07", 8)]
+    valid = {
+        path.parent.name: pq.ParquetFile(path).read().column("event_id").to_pylist()
+        for path in (tmp_path / "data/valid").rglob("*.parquet")
+    }
+    assert {day: len(ids) for day, ids in sorted(valid.items())} == {
+        "day=2025-03-03": 8,
+        "day=2025-03-04": 8,
+        "day=2025-03-06": 7,
+        "day=2025-03-07": 7,
+    }
+    bad = {json.loads(row["record"])["event_id"] for row in kept}
+    ids = {row["event_id"] for row in rows}
+    assert {name for part in valid.values() for name in part} == ids - bad
+
+
 def test_too_many_bad_rows_stop_the_run_and_leave_nothing(tmp_path: Path) -> None:
     rows = make_rows()
     for row in rows[::10]:
