@@ -486,6 +486,7 @@ def test_an_event_at_the_very_instant_is_on_the_right_side_of_it(tmp_path: Path)
     assert (found["left"]["f_recency"], found["left"]["f_events_28d"]) == (28, 1)
     assert (found["week"]["f_events_7d"], found["week"]["f_events_28d"]) == (1, 1)
     assert (found["at"]["f_purchase"], found["at"]["f_events"]) == (0, 1)
+    assert found["at"]["f_view_since_purchase"] == 1
     assert (found["at"]["y_purchase_3d"], found["at"]["y_churn_3d"]) == (1, 0)
     assert (found["close"]["y_purchase_3d"], found["close"]["y_churn_3d"]) == (0, 1)
     assert found["close"]["y_purchase_7d"] == 1

@@ -121,12 +121,23 @@ def test_open_windows_do_not_count() -> None:
 
 def test_order_of_horizons_stays() -> None:
     calibration = Calibration(slope={"x": 1.2}, shift={"x": [0.5, -0.5]})
-    said = np.array([[[0.30, 0.31], [0.1, 0.9]]])
+    # The second one's shift alone would put the longer horizon of near equals below the shorter.
+    said = np.array([[[0.1, 0.9], [0.30, 0.31]], [[0.30, 0.31], [0.1, 0.9]]])
     result = calibration.probability(["other", "x"], said)
     assert (np.diff(result[:, 1]) >= 0).all()
-    assert result[0, 1, 0] != said[0, 1, 0]
+    assert result[0, 1, 0] == result[0, 1, 1] == pytest.approx(0.3737, abs=1e-3)
+    assert result[1, 1, 0] < result[1, 1, 1]
     # Of what no correction is known of, nothing changes.
     assert (result[:, 0] == said[:, 0]).all()
+
+
+def test_an_amount_gets_the_factor_of_its_own_horizon() -> None:
+    expected = np.array([0.0, 2.0])
+    written = Calibration(slope={"x": 2.0}, shift={"x": [1.0]}, factor={"7": 1.5}).to_json()
+    assert written == {"slope": {"x": 2.0}, "shift": {"x": [1.0]}, "factor": {"7": 1.5}}
+    calibration = Calibration(**written)
+    assert calibration.amount(7, expected).tolist() == [0.0, 3.0]
+    assert calibration.amount(14, expected).tolist() == [0.0, 2.0]
 
 
 @pytest.mark.parametrize("objective", ["f1", "youden", "break_even"])
@@ -153,6 +164,7 @@ def test_a_threshold_is_best_by_its_objective(objective: Objective) -> None:
     if objective == "f1":
         assert choose_threshold(np.full(300, 0.3), label, objective) == pytest.approx(0.15)
     assert choose_threshold(p, np.zeros(300, dtype=bool), objective) == 0.5
+    assert choose_threshold(p, np.ones(300, dtype=bool), objective) == 0.5
 
 
 def test_objectives_differ() -> None:
