@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -202,9 +203,30 @@ def test_the_test_cut_chooses_nothing() -> None:
     test_rows = other.rows_of(Split.TEST)
     for values in other.labels.values():
         values[test_rows] = 0
-    a = collect_test_rows(table, predictions, CONFIG)[0].thresholds
-    b = collect_test_rows(other, same, CONFIG)[0].thresholds
-    assert a == b
+    a = collect_test_rows(table, predictions, CONFIG)[0]
+    b = collect_test_rows(other, same, CONFIG)[0]
+    assert a.thresholds == b.thresholds
+    assert a.sets is not None
+    assert b.sets is not None
+    assert (a.sets.yes == b.sets.yes).all()
+    assert (a.sets.no == b.sets.no).all()
+
+
+def test_a_shopper_of_several_test_cuts_is_counted_once() -> None:
+    """The gate wants so many shoppers and so many who did it."""
+    table, predictions = make_table(users=50)
+    splits = {0: Split.CALIBRATION, 1: Split.TEST, 2: Split.TEST}
+    table = replace(table, splits=splits)
+    rng = np.random.default_rng(6)
+    for told in predictions.values():
+        told |= {name: rng.random(150) for name in told}
+    test = collect_test_rows(table, predictions, CONFIG)
+    target = compare(table, test, CONFIG, data=DATA)["targets"]["purchase_14d"]
+    assert (target["users"], target["rows"]) == (50, 100)
+    assert target["positives"] == table.labels["purchase_14d"][50:].sum()
+    # Each pair is told once, the one that is compared with the others first.
+    pairs = [frozenset(pair.split("-")) for pair in target["paired"]]
+    assert len(pairs) == len(set(pairs)) == 4 + 3 + 2
 
 
 def test_a_model_is_judged_by_the_threshold_that_it_ships_with() -> None:
