@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,14 +31,15 @@ def sample(
     )
 
 
-def test_cuts_lie_in_the_population_and_in_bounds(shop: Sequences) -> None:
+@pytest.mark.parametrize("days", [14, 1])  # few are silent for two weeks, most for a day
+def test_cuts_lie_in_the_population_and_in_bounds(shop: Sequences, days: int) -> None:
     timeline = Timeline(shop)
-    cuts = sample(timeline)
+    cuts = sample(timeline, active_days=float(days))
     assert len(cuts) == 500
     assert ((cuts.ts > PERIODS.first) & (cuts.ts <= PERIODS.calibration)).all()
     last = timeline.ts[cuts.position - 1]
     assert (cuts.position > timeline.offsets[cuts.user]).all()
-    assert ((last < cuts.ts) & (last >= cuts.ts - 14 * DAY)).all()
+    assert ((last < cuts.ts) & (last >= cuts.ts - days * DAY)).all()
     order = np.lexsort((cuts.ts, cuts.user))
     assert (order == np.arange(len(cuts))).all()
 
