@@ -10,8 +10,11 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, Final
 
-from bentoml.exceptions import ServiceUnavailable
+from bentoml.exceptions import BentoMLException, ServiceUnavailable
 from pydantic import ValidationError
+
+# The first status of an error that is the service's own.
+_OURS: Final = HTTPStatus.INTERNAL_SERVER_ERROR
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -285,9 +288,17 @@ async def _send_error(send: Send, start: Message, error: tuple[int, dict[str, An
     await send({"type": "http.response.body", "body": body})
 
 
-class DropValidationErrors(logging.Filter):
-    """Keeps refused requests out of the log: their text quotes what shoppers did."""
+class DropClientErrors(logging.Filter):
+    """Keeps refused requests out of the log: their text quotes what shoppers did.
+
+    They are the clients' mistakes, which the metrics count; what the service cannot do now is told
+    in a line, without where it happened.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record is to be written."""
-        return not (record.exc_info and isinstance(record.exc_info[1], ValidationError))
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, NotAvailable):
+            record.msg, record.args, record.exc_info = f"{record.getMessage()}: {error}", (), None
+        refused = isinstance(error, BentoMLException) and error.error_code < _OURS
+        return not (refused or isinstance(error, ValidationError))

@@ -46,7 +46,7 @@ from serving.keeping import AnswerOnce
 from serving.keys import RequireKey
 from serving.limits import MAX_EVENTS
 from serving.metrics import Metrics, forget_dead
-from serving.middleware import DropValidationErrors, LimitBody, NotAvailable, ShapeErrors
+from serving.middleware import DropClientErrors, LimitBody, NotAvailable, ShapeErrors
 from serving.reads import make_reads
 from serving.schema import (
     MAX_BODY_BYTES,
@@ -119,7 +119,7 @@ class Forecart:
 
     def __init__(self) -> None:
         # BentoML logs every refused request with its text.
-        logging.getLogger("bentoml._internal.server.http_app").addFilter(DropValidationErrors())
+        logging.getLogger("bentoml._internal.server.http_app").addFilter(DropClientErrors())
         forget_dead()
         self.metrics = Metrics()
         self.engine = Engine(find_count())

@@ -6,11 +6,11 @@ import logging
 from typing import Any
 
 import pytest
-from bentoml.exceptions import BentoMLException
+from bentoml.exceptions import BadInput, BentoMLException, InternalServerError
 from pydantic import BaseModel, ValidationError
 
 from serving.middleware import (
-    DropValidationErrors,
+    DropClientErrors,
     LimitBody,
     NotAvailable,
     ShapeErrors,
@@ -363,17 +363,21 @@ def test_what_is_not_available_is_told_to_the_client() -> None:
     assert json.loads(body)["error"]["message"] == "erase again"
 
 
-def test_validation_errors_are_not_logged_and_others_are() -> None:
+def test_mistakes_of_clients_are_not_logged_and_others_are() -> None:
     class Model(BaseModel):
         x: int
 
-    def log(error: Exception) -> bool:
+    def log(error: Exception) -> str | None:
         record = logging.LogRecord(
-            "n", logging.ERROR, "p", 1, "m", None, (type(error), error, None)
+            "n", logging.ERROR, "p", 1, "on %s", ("/x",), (type(error), error, None)
         )
-        return DropValidationErrors().filter(record)
+        written = DropClientErrors().filter(record)
+        return logging.Formatter().format(record) if written else None
 
     with pytest.raises(ValidationError) as caught:
         Model.model_validate({"x": "secret"})
-    assert not log(caught.value)
-    assert log(ValueError("broken"))
+    assert log(caught.value) is None
+    assert log(BadInput("spend cannot be explained")) is None
+    assert log(NotAvailable("erase again")) == "on /x: erase again"
+    assert "ValueError: broken" in str(log(ValueError("broken")))
+    assert "InternalServerError: broken" in str(log(InternalServerError("broken")))
