@@ -57,7 +57,12 @@ class Fusion(nn.Module):
         """Join the codes."""
         x = codes[:, :, 0]
         crossed = x * self.cross_up(self.cross_down(x))
-        inner = functional.relu(self.inner(torch.cat([crossed, codes.flatten(1)], dim=1)))
+        # In two parts: nothing is laid side by side, and no gradient of the codes is computed.
+        by_cross, by_code = torch.split(
+            self.inner.weight, [x.shape[1], self.inner.in_features - x.shape[1]], dim=1
+        )
+        inner = functional.linear(codes.flatten(1), by_code, self.inner.bias)
+        inner = functional.relu(torch.addmm(inner, crossed, by_cross.t()))
         return functional.relu(self.outer(inner))
 
     @torch.no_grad()
