@@ -147,6 +147,22 @@ def test_the_slider_changes_the_numbers_and_the_download(
         assert len(list(csv.DictReader(file))) == contacted
 
 
+def test_a_step_back_finds_the_numbers_of_what_was_entered(browser: Any, address: str) -> None:
+    told = ("contacted", "hits", "misses", "profit", "lowest")
+    browser.get(f"{address}/?scope=all&share=20")
+    _slide(browser, 60)
+    browser.find_element("id", "cost").send_keys("1")
+    browser.find_element("id", "margin").send_keys("5")
+    before = [browser.find_element("id", name).text for name in told]
+    browser.find_element("link text", "Model").click()
+    assert browser.find_element("tag name", "h1").text == "The model"
+    browser.back()
+    assert browser.find_element("id", "share").get_attribute("value") == "60"
+    assert browser.find_element("id", "share-out").text == "60"
+    assert [browser.find_element("id", name).text for name in told] == before
+    assert "share=60" in browser.find_element("id", "download").get_attribute("href")
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_every_page_fits_and_obeys_its_policy(

@@ -52,6 +52,8 @@ function start(form) {
   });
   document.documentElement.classList.add("script");
   update();
+  // Browsers put back what was entered, after a step back say, once scripts like this have run.
+  addEventListener("pageshow", update);
 }
 
 // A line through the chart at the chosen share; the figure names the plot's borders.
