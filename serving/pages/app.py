@@ -130,6 +130,8 @@ class Pages:
             raise _Empty("No probabilities", f"The model predicts none for {days} days.", "/")
         names = [t.name for t in binary]
         target = binary[names.index(_choose(request.query_params.get("target"), names, names[0]))]
+        # The same question at every horizon that has it.
+        asked = [t for t in board.targets if (t.kind, t.event) == ("binary", target.event)]
         by = _choose(request.query_params.get("by"), list(SEGMENTS), next(iter(SEGMENTS)))
         spend = next((t for t in targets if t.kind == "amount"), None)
         reach = board.reach(target.name)
@@ -165,6 +167,7 @@ class Pages:
             sums={t.name: float(board.values(t.name).sum()) for t in targets},
             binary=binary,
             target=target,
+            elsewhere={t.horizon_days: t.name for t in asked},
             noun=_NOUNS.get(target.event, f"shoppers with {target.event}"),
             spend=spend,
             by=by,

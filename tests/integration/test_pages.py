@@ -99,6 +99,10 @@ def _number(browser: Any, name: str) -> float:
     return float(browser.find_element("id", name).text.replace(",", "").replace("\u2212", "-"))
 
 
+def _number_in(browser: Any, name: str) -> float:
+    return float(browser.find_element("id", name).get_attribute("value"))
+
+
 def _slide(browser: Any, value: int) -> None:
     browser.execute_script(
         "const s = document.getElementById('share'); s.value = arguments[0];"
@@ -161,6 +165,25 @@ def test_a_step_back_finds_the_numbers_of_what_was_entered(browser: Any, address
     assert browser.find_element("id", "share-out").text == "60"
     assert [browser.find_element("id", name).text for name in told] == before
     assert "share=60" in browser.find_element("id", "download").get_attribute("href")
+
+
+def test_links_take_along_what_was_entered(browser: Any, address: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(f"{address}/?days=14&target=churn_14d&margin=3")
+    _slide(browser, 35)
+    browser.find_element("id", "cost").send_keys("0.5")
+    for link in ("28 days", "age", "Show all", "Only active shoppers", "7 days"):
+        browser.find_element("link text", link).click()
+        assert "most likely to leave" in browser.find_element("id", "reach").text
+        found = {n: _number_in(browser, n) for n in ("share", "cost", "margin")}
+        assert found == {"share": 35, "cost": 0.5, "margin": 3}
+    browser.find_element("id", "margin").send_keys(Keys.CONTROL, "a")
+    browser.find_element("id", "margin").send_keys(Keys.DELETE)
+    browser.find_element("css selector", ".card").click()
+    assert "most likely to buy" in browser.find_element("id", "reach").text
+    assert browser.find_element("id", "margin").get_attribute("value") == ""
+    assert _number_in(browser, "cost") == 0.5
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

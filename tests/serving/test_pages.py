@@ -7,9 +7,10 @@ import io
 import re
 import socket
 from datetime import UTC, datetime, timedelta
+from html import unescape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, urlencode
 
 import numpy as np
 import pyarrow as pa
@@ -163,6 +164,37 @@ def test_the_form_works_without_a_script(root: Path) -> None:
     expected = Board.load(root).reach("purchase_14d").profit(cost=1, margin=3)[10]
     assert '<dd id="contacted">20</dd>' in page
     assert f'<dd id="profit">{expected:,.2f}</dd>' in page
+
+
+def find_links(page: str) -> list[dict[str, str]]:
+    """Parameters of the overview's links to itself, in the page's order."""
+    found = [unescape(query).partition("#")[0] for query in re.findall(r'href="\?([^"]*)"', page)]
+    return [dict(parse_qsl(query, keep_blank_values=True)) for query in found]
+
+
+def test_links_keep_what_was_entered(root: Path) -> None:
+    entered = {"share": "30", "cost": "1.5", "margin": "4.0"}
+    for page in ("/?days=7&", "/?days=7&scope=all&"):
+        links = find_links(ask(root, page + urlencode(entered)).text)
+        assert len(links) == 1 + 2 + 2 + 3  # scope, horizons, questions, segments
+        assert all(entered.items() <= link.items() for link in links)
+    for link in find_links(ask(root, "/").text):
+        assert link["share"] == "20"
+        assert "cost" not in link
+        assert "margin" not in link
+
+
+def test_another_horizon_keeps_the_question_where_it_has_it(root: Path) -> None:
+    plan = read_json(root / "data/scores/_scores.json")
+    asked = "/?days=7&target=churn_7d"
+    links = {link["days"]: link["target"] for link in find_links(ask(root, asked).text)[1:3]}
+    assert links == {"7": "churn_7d", "14": ""}  # nobody's leaving in 14 days was scored
+    for target in plan["targets"]:
+        if target["name"] == "purchase_14d":
+            target["event"] = None
+    write_json(root / "data/scores/_scores.json", plan)
+    links = {link["days"]: link["target"] for link in find_links(ask(root, asked).text)[1:3]}
+    assert links == {"7": "churn_7d", "14": "purchase_14d"}
 
 
 def test_the_histogram_colours_as_many_as_are_reached(root: Path) -> None:

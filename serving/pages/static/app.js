@@ -12,6 +12,8 @@ function start(form) {
   const small = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
   const best = field("best");
   const marker = addMarker(field("gains"));
+  // Other horizons, questions and segments of this page; what was entered goes with them.
+  const links = document.querySelectorAll('main a[href^="?"]');
 
   // Only the shop knows cost and margin: until both are entered there is no profit to tell.
   const known = () => cost.value !== "" && margin.value !== "";
@@ -31,6 +33,7 @@ function start(form) {
     const link = new URL(field("download").href);
     link.searchParams.set("share", k);
     field("download").href = link;
+    links.forEach(carry);
     let left = reach.contacted[k];
     for (const bar of [...document.querySelectorAll("#histogram .reached")].reverse()) {
       const n = Number(bar.dataset.n);
@@ -41,6 +44,15 @@ function start(form) {
       bar.setAttribute("height", height);
     }
     marker(k / 100);
+  }
+
+  function carry(link) {
+    const url = new URL(link.href);
+    for (const { name, value } of [share, cost, margin]) {
+      if (value === "") url.searchParams.delete(name);
+      else url.searchParams.set(name, value);
+    }
+    link.href = url;
   }
 
   for (const input of [share, cost, margin]) input.addEventListener("input", update);
