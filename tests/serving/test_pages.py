@@ -88,10 +88,13 @@ def test_a_shopper_is_told_what_comes_next(root: Path) -> None:
     page = ask(root, f"/shopper?id={quote(EVIL)}").text
     assert 'by <time datetime="2025-03-04T00:00:00+00:00">2025-03-04 00:00</time>' in page
     assert "sku-7 <small>12.5 %</small>" in page
+    said = "chance that the next item viewed, carted or bought is this one"
+    assert said in page
     assert EVIL not in page
     page = ask(root, "/shopper?id=u1").text
     assert "not to be expected within 14 days" in page
     assert "the model tells no items" in page
+    assert said not in page
 
 
 def test_events_are_told_where_their_texts_are_not_known(tmp_path: Path) -> None:
