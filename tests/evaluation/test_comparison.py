@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -259,6 +260,7 @@ def test_the_page_and_the_table_show_everything(compared: tuple[dict[str, Any], 
     page = render_report(evaluation, curves, settings=settings)
     assert page.count("<svg") == 5
     assert "search_14d" in page
+    assert re.search(r"on average they spent [\d.]+, before returns", page)
     assert "http" not in page.replace("http-equiv", "")
     assert render_report(evaluation, curves, settings=settings) == page
     text = format_summary(evaluation, {"passed": False, "checks": []})

@@ -162,6 +162,16 @@ def test_one_is_told_as_one(root: Path) -> None:
     assert "1 event since" in ask(root, "/shopper?id=u7").text
 
 
+def test_sales_are_told_as_before_returns(root: Path) -> None:
+    page = ask(root, "/?days=7").text
+    assert "revenue" not in page
+    assert '<span class="label">expected sales</span>' in page
+    assert " each, before returns</span>" in page
+    assert '<th scope="col">sales <small>before returns</small></th>' in page
+    page = ask(root, "/shopper?id=u1").text
+    assert '<th scope="row">spend <small>before returns</small></th>' in page
+
+
 def test_the_form_works_without_a_script(root: Path) -> None:
     page = ask(root, "/?scope=all&days=14&target=purchase_14d&share=10&cost=1&margin=3").text
     expected = Board.load(root).reach("purchase_14d").profit(cost=1, margin=3)[10]
