@@ -73,8 +73,8 @@ _STYLE: Final = """
 :root { color-scheme: light dark; }
 body { max-width: 50rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1rem; margin: 1.6rem 0 0; } p { margin: .2rem 0 .5rem; }
-code, pre { font: .86rem/1.45 ui-monospace, monospace; } h2 code { font-size: 1rem; overflow-wrap: anywhere; }
-pre { margin: 0; padding: .6rem .8rem; border: 1px solid #8884; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
+code, pre { font: .86rem/1.45 ui-monospace, monospace; overflow-wrap: anywhere; } h2 code { font-size: 1rem; }
+pre { margin: 0; padding: .6rem .8rem; border: 1px solid #8884; border-radius: 6px; white-space: pre-wrap; }
 """  # noqa: E501
 _STYLE_HASH: Final = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 

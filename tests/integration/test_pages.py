@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from serving.welcome import render
 from tests.integration.conftest import Project
 
 FLAGS = (
@@ -210,6 +211,39 @@ def test_every_page_fits_and_obeys_its_policy(
             "return getComputedStyle(document.body).backgroundColor"
         )
         assert (max(map(int, background[4:-1].split(","))) < 60) == (theme == "dark")
+
+
+def _narrow(browser: Any) -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True},
+    )
+
+
+def test_the_page_of_the_service_fits_on_a_phone(browser: Any, tmp_path: Path) -> None:
+    _narrow(browser)
+    page = tmp_path / "welcome.html"
+    page.write_text(render("sha256:" + 64 * "8"), encoding="utf-8")
+    browser.get(page.as_uri())
+    assert browser.find_element("tag name", "code").text.startswith("sha256:8")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+
+
+def test_names_leave_room_for_numbers_on_a_phone(
+    browser: Any, address: str, project: Project
+) -> None:
+    _narrow(browser)
+    report = (project.path / "reports/index.html").as_uri()
+    for url in (f"{address}/", f"{address}/model", report):
+        browser.get(url)
+        shares = browser.execute_script(
+            "return [...document.querySelectorAll('.scroll')].map(box => {"
+            " const name = [...box.querySelectorAll('tr')].at(-1).firstElementChild;"
+            " name.textContent = 'ensemble (champion, version 12) ' + 'x'.repeat(80);"
+            " return name.offsetWidth / box.clientWidth; }).filter(share => share);"
+        )
+        assert shares, url
+        assert max(shares) < 0.5, url
 
 
 def test_a_shopper_is_explained(browser: Any, address: str) -> None:
