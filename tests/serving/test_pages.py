@@ -304,6 +304,35 @@ def test_every_answer_is_fenced(root: Path) -> None:
     assert rebound.status_code == 400
 
 
+def measure_contrast(one: str, other: str) -> float:
+    """WCAG's contrast of two colours."""
+
+    def shine(colour: str) -> float:
+        digits = colour if len(colour) == 6 else "".join(2 * c for c in colour)
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+    dark, light = sorted((shine(one), shine(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize(
+    "file", ["serving/pages/static/style.css", "pipelines/evaluation/templates/report.html"]
+)
+def test_text_can_be_told_from_what_is_behind_it(file: str) -> None:
+    text = (Path(__file__).parents[2] / file).read_text(encoding="utf-8")
+    themes = re.findall(r":root \{([^}]*)\}", text)
+    assert len(themes) == 2
+    for theme in themes:
+        colours = dict(re.findall(r"--(\w+): #(\w+)", theme))
+        for name in ("ink", "soft", "s0", "good", "bad"):
+            for behind in ("page", "card"):
+                assert measure_contrast(colours[name], colours[behind]) >= 4.5, (name, behind)
+        if "on" in colours:
+            assert measure_contrast(colours["on"], colours["s0"]) >= 4.5
+
+
 def test_paths_lead_nowhere_else(root: Path) -> None:
     for path in ("/static/../app.py", "/static/%2e%2e/app.py", "/static//etc/passwd", "/static/"):
         assert ask(root, path).status_code in (404, 405)
