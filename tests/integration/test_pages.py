@@ -246,6 +246,36 @@ def test_names_leave_room_for_numbers_on_a_phone(
         assert max(shares) < 0.5, url
 
 
+def test_wide_tables_are_reached_and_moved_with_the_keyboard(
+    browser: Any, address: str, project: Project
+) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    _narrow(browser)
+    for url in (f"{address}/", f"{address}/model", (project.path / "reports/index.html").as_uri()):
+        browser.get(url)
+        body = browser.find_element("tag name", "body")
+        for _ in range(60):
+            body.send_keys(Keys.TAB)
+            active = browser.switch_to.active_element
+            if active.get_attribute("class") == "scroll":
+                break
+        assert active.get_attribute("role") == "region", url
+        assert active.accessible_name, url
+        active.send_keys(Keys.ARROW_RIGHT)
+        for _ in range(50):
+            if browser.execute_script("return arguments[0].scrollLeft", active):
+                break
+            time.sleep(0.1)
+        assert browser.execute_script("return arguments[0].scrollLeft", active) > 0, url
+        labels = [
+            box.get_attribute("aria-label")
+            for box in browser.find_elements("css selector", ".scroll[tabindex='0'][role=region]")
+        ]
+        assert len(labels) == len(browser.find_elements("class name", "scroll"))
+        assert len(labels) == len(set(labels)), url
+
+
 def test_a_shopper_is_explained(browser: Any, address: str) -> None:
     browser.get(f"{address}/shopper")
     browser.find_element("css selector", "tbody a").click()
