@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.model.backbones import Layout, Rotary, make_backbone
+from pipelines.model.backbones import Layout, Rotary, draw_kept, make_backbone
 
 ROWS, PLACES, WIDTH = 2, 12, 16
 
@@ -44,3 +44,29 @@ def test_heads_turn_by_time_and_by_position() -> None:
     np.testing.assert_allclose(turn[:, :, 0, 0].numpy(), by_time, atol=2e-4)
     for head in (1, 2):
         np.testing.assert_allclose(turn[:, :, 0, head].numpy(), by_place, atol=2e-5)
+
+
+def test_dropout_keeps_its_share_and_what_is_expected() -> None:
+    torch.manual_seed(5)
+    like = torch.empty(3, 1001, 33)  # no multiple of the four numbers that are drawn at once
+    for share in (0.1, 0.5):
+        kept = draw_kept(like, share)
+        assert kept.shape == like.shape
+        assert kept.dtype == like.dtype
+        values = kept.unique().tolist()
+        assert values == pytest.approx([0.0, 1 / (1 - share)], abs=1e-4)
+        # Within four standard errors, overall and in every fourth place alike.
+        for place in range(4):
+            some = kept.flatten()[place::4]
+            error = 4 * (share * (1 - share) / some.numel()) ** 0.5
+            assert (some == 0).float().mean().item() == pytest.approx(share, abs=error)
+        assert kept.mean().item() == pytest.approx(1.0, abs=5e-3 / (1 - share))
+        # Neighbours know nothing of each other.
+        flat = (kept.flatten() == 0).float() - share
+        for step in (1, 2, 3, 4):
+            product = (flat[step:] * flat[:-step]).mean().item()
+            assert abs(product) < 4 * share * (1 - share) / flat.numel() ** 0.5
+    torch.manual_seed(6)
+    again = draw_kept(like, 0.1)
+    torch.manual_seed(6)
+    assert torch.equal(again, draw_kept(like, 0.1))
