@@ -366,8 +366,10 @@ def _find_processes(state: Path) -> Iterator[psutil.Process]:
         with suppress(psutil.Error, ProcessLookupError):
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            started = sessions.get(os.getsid(process.pid))
-            in_session = started is not None and process.create_time() >= started
+            number = os.getsid(process.pid)
+            # A session whose first process has ended keeps its number: the kernel gives it to no
+            # other process before the last one of the session has ended.
+            in_session = number in sessions and _read_start(number) in (None, sessions[number])
             if in_session or _is_marked(process, state):
                 yield process
 
@@ -381,19 +383,48 @@ def _is_marked(process: psutil.Process, state: Path) -> bool:
 
 def _record_session(state: Path, process: subprocess.Popen[bytes]) -> None:
     """Note a program's session with its start, which tells it from a later one of that number."""
-    known = _read_sessions(state) | {process.pid: psutil.Process(process.pid).create_time()}
-    content = {"boot": psutil.boot_time(), "sessions": {str(k): v for k, v in known.items()}}
+    known = _read_sessions(state) | {process.pid: _read_start(process.pid)}
+    content = {"origin": _find_origin(), "sessions": {str(k): v for k, v in known.items()}}
     write_json(state / _SESSIONS, content)
 
 
-def _read_sessions(state: Path) -> dict[int, float]:
+def _read_sessions(state: Path) -> dict[int, float | None]:
     if not (state / _SESSIONS).exists():
         return {}
     content = read_json(state / _SESSIONS)
-    # The clock may be set a little; a restart of the machine is further away than that.
-    if abs(content["boot"] - psutil.boot_time()) > 60:
+    if content.get("origin") != _find_origin():
         return {}
     return {int(pid): started for pid, started in content["sessions"].items()}
+
+
+def _find_origin() -> dict[str, Any]:
+    """Return what tells the numbers of processes from those after a restart.
+
+    A restarted container has the machine's boot id as before, and often the number of its
+    namespace, too: the kernel gives it anew. But its first process began later.
+    """
+    origin: dict[str, Any] = {"first": _read_start(1)}
+    # There is neither without /proc.
+    with suppress(OSError):
+        origin["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with suppress(OSError):
+        origin["namespace"] = Path("/proc/self/ns/pid").stat().st_ino
+    return origin
+
+
+def _read_start(pid: int) -> float | None:
+    """Return when a process began; None where there is none of that number.
+
+    In ticks since the machine's start, which setting the clock does not move; on systems without
+    /proc in seconds.
+    """
+    try:
+        if psutil.LINUX:
+            # The second field, a name in brackets, may hold spaces and brackets.
+            return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+        return psutil.Process(pid).create_time()
+    except (OSError, psutil.Error):
+        return None
 
 
 def _ignore_gone(act: Callable[[], None]) -> None:

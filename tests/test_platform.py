@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import json
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from pipelines.errors import UserError
@@ -10,9 +15,11 @@ from pipelines.platform import (
     PORTS,
     USER,
     _airflow_environment,
+    _find_processes,
     _make_login,
     _plan_programs,
     _read_port,
+    _record_session,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,3 +82,64 @@ def test_a_server_of_mlflow_takes_the_place_of_our_own(
     programs = {program.name: program for program in _plan_programs(tmp_path)}
     assert ("mlflow" in programs) == store.startswith("sqlite")
     assert programs["airflow"].environment["FORECART_MLFLOW"] == pages
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A recorded session of two processes, of which neither carries the marker."""
+    command = ["sh", "-c", "sleep 300 & echo $!; wait"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    child = psutil.Process(int(process.stdout.readline()))
+    _record_session(tmp_path, process)
+    yield process
+    child.kill()
+    process.communicate()
+
+
+def count_found(state: Path) -> int:
+    return len(list(_find_processes(state)))
+
+
+def change_record(state: Path, part: str, values: dict[str, Any]) -> None:
+    file = state / "sessions.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {part: content[part] | values}))
+
+
+def test_a_session_is_found_while_one_of_its_processes_lives(
+    tmp_path: Path, program: subprocess.Popen[bytes]
+) -> None:
+    assert count_found(tmp_path) == 2
+    program.kill()
+    program.wait()
+    assert count_found(tmp_path) == 1
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="elsewhere the clock tells when a process began")
+@pytest.mark.parametrize("step", [-30, -90, 30, 90])
+def test_a_clock_that_is_set_loses_no_session(
+    tmp_path: Path, program: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, step: float
+) -> None:
+    booted = psutil.boot_time() + step
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted)
+    psutil.process_iter.cache_clear()
+    assert count_found(tmp_path) == 2
+
+
+def test_a_later_session_of_the_same_number_is_somebody_elses(
+    tmp_path: Path, program: subprocess.Popen[bytes]
+) -> None:
+    change_record(tmp_path, "sessions", {str(program.pid): 1})
+    assert count_found(tmp_path) == 0
+
+
+@pytest.mark.parametrize("part", ["first", "boot", "namespace"])
+def test_after_a_restart_no_number_is_ours(
+    tmp_path: Path, program: subprocess.Popen[bytes], part: str
+) -> None:
+    """Not even that of a session whose first process has ended, which nothing else would tell."""
+    program.kill()
+    program.wait()
+    change_record(tmp_path, "origin", {part: 1})
+    assert count_found(tmp_path) == 0
