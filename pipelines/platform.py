@@ -384,7 +384,7 @@ def _is_marked(process: psutil.Process, state: Path) -> bool:
 def _record_session(state: Path, process: subprocess.Popen[bytes]) -> None:
     """Note a program's session with its start, which tells it from a later one of that number."""
     known = _read_sessions(state) | {process.pid: _read_start(process.pid)}
-    content = {"origin": _find_origin(), "sessions": {str(k): v for k, v in known.items()}}
+    content = {"origin": _find_origin(state), "sessions": {str(k): v for k, v in known.items()}}
     write_json(state / _SESSIONS, content)
 
 
@@ -392,18 +392,19 @@ def _read_sessions(state: Path) -> dict[int, float | None]:
     if not (state / _SESSIONS).exists():
         return {}
     content = read_json(state / _SESSIONS)
-    if content.get("origin") != _find_origin():
+    if content.get("origin") != _find_origin(state):
         return {}
     return {int(pid): started for pid, started in content["sessions"].items()}
 
 
-def _find_origin() -> dict[str, Any]:
-    """Return what tells the numbers of processes from those after a restart.
+def _find_origin(state: Path) -> dict[str, Any]:
+    """Return what tells this platform's numbers of processes from others.
 
-    A restarted container has the machine's boot id as before, and often the number of its
-    namespace, too: the kernel gives it anew. But its first process began later.
+    A copy of the project has a copy of the record, too. And numbers begin anew with the machine and
+    with the container: a restarted one has the machine's boot id as before, and often the number of
+    its namespace, which the kernel gives anew, but its first process began later.
     """
-    origin: dict[str, Any] = {"first": _read_start(1)}
+    origin: dict[str, Any] = {"project": str(state.parent), "first": _read_start(1)}
     # There is neither without /proc.
     with suppress(OSError):
         origin["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from pipelines.errors import UserError
 from pipelines.graph import load_graph
 from pipelines.platform import (
     PORTS,
+    STATE,
     USER,
     _airflow_environment,
     _find_processes,
@@ -20,6 +23,7 @@ from pipelines.platform import (
     _plan_programs,
     _read_port,
     _record_session,
+    stop,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,22 +91,24 @@ def test_a_server_of_mlflow_takes_the_place_of_our_own(
 @pytest.fixture
 def program(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A recorded session of two processes, of which neither carries the marker."""
+    (tmp_path / STATE).mkdir()
     command = ["sh", "-c", "sleep 300 & echo $!; wait"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None
     child = psutil.Process(int(process.stdout.readline()))
-    _record_session(tmp_path, process)
+    _record_session(tmp_path / STATE, process)
     yield process
-    child.kill()
+    with suppress(psutil.NoSuchProcess):
+        child.kill()
     process.communicate()
 
 
-def count_found(state: Path) -> int:
-    return len(list(_find_processes(state)))
+def count_found(project: Path) -> int:
+    return len(list(_find_processes(project / STATE)))
 
 
-def change_record(state: Path, part: str, values: dict[str, Any]) -> None:
-    file = state / "sessions.json"
+def change_record(project: Path, part: str, values: dict[str, Any]) -> None:
+    file = project / STATE / "sessions.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {part: content[part] | values}))
 
@@ -143,3 +149,13 @@ def test_after_a_restart_no_number_is_ours(
     program.wait()
     change_record(tmp_path, "origin", {part: 1})
     assert count_found(tmp_path) == 0
+
+
+def test_a_copy_of_the_project_stops_nothing_of_the_original(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, program: subprocess.Popen[bytes]
+) -> None:
+    copy = tmp_path_factory.mktemp("copy") / "project"
+    shutil.copytree(tmp_path, copy)
+    assert stop(copy) == "nothing was running"
+    assert count_found(tmp_path) == 2
+    assert stop(tmp_path) == "stopped 2 processes"
