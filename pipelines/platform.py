@@ -30,7 +30,7 @@ import psutil
 from pipelines.address import hide_login
 from pipelines.errors import UserError, require
 from pipelines.graph import load_graph
-from pipelines.io import read_json, replace_file, write_json
+from pipelines.io import read_json, replace_file, take_lock, write_json
 
 HOST = "127.0.0.1"
 STATE = Path(".forecart")
@@ -76,10 +76,19 @@ def start(root: Path, *, wait_seconds: float = 180) -> str:
         Addresses and login, for people.
 
     Raises:
-        UserError: it runs already, Airflow is not installed, a port is in use, or a part does not
-            become healthy.
+        UserError: it runs already or is being started, Airflow is not installed, a port is in use,
+            or a part does not become healthy or does not do what it is asked for.
     """
     root = root.resolve()
+    (root / STATE).mkdir(parents=True, exist_ok=True)
+    # Of two starts one would not get its ports, and end the other's programs with its own.
+    with (root / STATE / "up.lock").open("wb") as lock:
+        if not take_lock(lock.fileno()):
+            raise UserError("the platform is being started already; wait until that is done")
+        return _start(root, wait_seconds)
+
+
+def _start(root: Path, wait_seconds: float) -> str:
     state = root / STATE
     if next(_find_processes(state), None) is not None:
         raise UserError("the platform is running already; stop it with: make down")
@@ -95,11 +104,11 @@ def start(root: Path, *, wait_seconds: float = 180) -> str:
         running = [(program, _launch(program, state)) for program in programs]
         for program, process in running:
             _await_health(program, process, state, wait_seconds)
+        _create_pools(root, programs[0].address, login)
+        write_json(state / "platform.json", {p.name: p.address for p in pages})
     except BaseException:
         stop(root)
         raise
-    _create_pools(root, programs[0].address, login)
-    write_json(state / "platform.json", {p.name: p.address for p in pages})
     lines = [f"{p.name:<8} {p.address}" for p in pages]
     if all(p.name != "mlflow" for p in programs):
         lines.append(f"mlflow   {programs[0].environment['FORECART_MLFLOW']} (not started here)")
@@ -340,14 +349,18 @@ def _list_pools(root: Path) -> list[str]:
 def _create_pools(root: Path, airflow: str, login: dict[str, str]) -> None:
     """Create the pools that stages name; a task whose pool is missing would wait for ever."""
     account = {"username": USER, "password": login[USER]}
-    token = _post(f"{airflow}/auth/token", account, {})["access_token"]
-    for pool in _list_pools(root):
-        body = {"name": pool, "slots": 1, "description": "created by forecart up"}
-        try:
-            _post(f"{airflow}/api/v2/pools", body, {"Authorization": f"Bearer {token}"})
-        except urllib.error.HTTPError as error:
-            if error.code != 409:  # it exists
-                raise
+    try:
+        token = _post(f"{airflow}/auth/token", account, {})["access_token"]
+        for pool in _list_pools(root):
+            body = {"name": pool, "slots": 1, "description": "created by forecart up"}
+            try:
+                _post(f"{airflow}/api/v2/pools", body, {"Authorization": f"Bearer {token}"})
+            except urllib.error.HTTPError as error:
+                if error.code != 409:  # it exists
+                    raise
+    except OSError as error:
+        log = root / STATE / "logs" / "airflow.log"
+        raise UserError(f"Airflow did not create its pools: {error}; see {log}") from None
 
 
 def _post(url: str, body: dict[str, Any], headers: dict[str, str]) -> Any:

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,39 @@ from pipelines.platform import (
     _plan_programs,
     _read_port,
     _record_session,
+    start,
     stop,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# In the project's folder it takes the place of Airflow, whose start takes a minute.
+AIRFLOW = """
+import http.server, json, os, pathlib, sys, time
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        parts = ("metadatabase", "scheduler", "dag_processor", "triggerer")
+        self.answer(200, {part: {"status": "healthy"} for part in parts})
+
+    def do_POST(self):
+        self.answer(500 if pathlib.Path("broken").exists() else 201, {"access_token": "x"})
+
+    def answer(self, status, content):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+if sys.argv[1] == "db":
+    pathlib.Path("migrating").touch()
+    while not pathlib.Path("go").exists():
+        time.sleep(0.02)
+elif sys.argv[1] == "api-server":
+    port = int(os.environ["AIRFLOW__API__PORT"])
+    http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+else:
+    time.sleep(300)
+"""
 
 
 @pytest.mark.parametrize("text", ["many", "²", "", "0", "65536", "-1", "9" * 5000])
@@ -159,3 +191,46 @@ def test_a_copy_of_the_project_stops_nothing_of_the_original(
     assert stop(copy) == "nothing was running"
     assert count_found(tmp_path) == 2
     assert stop(tmp_path) == "stopped 2 processes"
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A project whose Airflow is quick, and whose MLflow runs elsewhere."""
+    (tmp_path / "airflow.py").write_text(AIRFLOW)
+    (tmp_path / "dvc.yaml").write_text(
+        "stages: {a: {cmd: x, outs: [a], meta: {airflow: {pool: gpu}}}}"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("FORECART_AIRFLOW_PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setattr("pipelines.platform.require", lambda package: None)
+    yield tmp_path
+    stop(tmp_path)
+
+
+def test_a_second_start_leaves_the_first_alone(shop: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(start, shop)
+        try:
+            while not (shop / "migrating").exists():
+                assert not first.done()
+                time.sleep(0.02)
+            with pytest.raises(UserError, match="being started already"):
+                start(shop)
+        finally:
+            (shop / "go").touch()
+        assert "make down" in first.result()
+    assert count_found(shop) == 4
+    with pytest.raises(UserError, match="running already"):
+        start(shop)
+    assert stop(shop) == "stopped 4 processes"
+
+
+def test_an_airflow_without_its_pools_is_told_in_a_line_and_stopped(shop: Path) -> None:
+    (shop / "go").touch()
+    (shop / "broken").touch()
+    with pytest.raises(UserError, match=r"its pools: HTTP Error 500: [^\n]*airflow\.log$"):
+        start(shop)
+    assert count_found(shop) == 0
+    assert not (shop / STATE / "platform.json").exists()
