@@ -126,6 +126,9 @@ def stop(root: Path, *, grace_seconds: float = 15) -> str:
     Args:
         root: the project's folder.
         grace_seconds: between asking a process to end and killing it.
+
+    Raises:
+        UserError: a process is another user's.
     """
     state = root.resolve() / STATE
     count = 0
@@ -133,10 +136,10 @@ def stop(root: Path, *, grace_seconds: float = 15) -> str:
     while processes := list(_find_processes(state)):
         count += len(processes)
         for process in processes:
-            _ignore_gone(process.terminate)
+            _send(process.terminate)
         _, alive = psutil.wait_procs(processes, timeout=grace_seconds)
         for process in alive:
-            _ignore_gone(process.kill)
+            _send(process.kill)
         psutil.wait_procs(alive, timeout=grace_seconds)
     for file in ("platform.json", _SESSIONS):
         (state / file).unlink(missing_ok=True)
@@ -441,6 +444,17 @@ def _read_start(pid: int) -> float | None:
         return None
 
 
-def _ignore_gone(act: Callable[[], None]) -> None:
-    with suppress(psutil.NoSuchProcess):
-        act()
+def _send(signal: Callable[[], None]) -> None:
+    """Send a signal to a process, which may be gone.
+
+    Raises:
+        UserError: it is another user's.
+    """
+    try:
+        signal()
+    except psutil.NoSuchProcess:
+        return
+    except psutil.AccessDenied as error:
+        owner = psutil.Process(error.pid).username()
+        what = f"process {error.pid} of the platform belongs to {owner}"
+        raise UserError(f"{what}; run make down as that user") from None

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -234,3 +237,25 @@ def test_an_airflow_without_its_pools_is_told_in_a_line_and_stopped(shop: Path) 
         start(shop)
     assert count_found(shop) == 0
     assert not (shop / STATE / "platform.json").exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="no other user's process at hand")
+def test_a_platform_of_another_user_is_told_in_a_line() -> None:
+    # The folders of pytest are for their owner alone.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        project = Path(folder)
+        project.chmod(0o755)
+        (project / STATE).mkdir()
+        process = subprocess.Popen(["sleep", "300"], user="nobody", start_new_session=True)
+        _record_session(project / STATE, process)
+        os.seteuid(pwd.getpwnam("daemon").pw_uid)
+        try:
+            with pytest.raises(UserError, match=f"{process.pid} of the platform belongs to nobody"):
+                stop(project)
+        finally:
+            os.seteuid(0)
+            running = process.poll() is None
+            process.kill()
+            process.wait()
+        assert running
+        assert (project / STATE / "sessions.json").exists()
