@@ -14,8 +14,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 # Set for a command and inherited by all that it starts, so that what outlives its task is found.
 MARKER: Final = "FORECART_STAGE"
@@ -85,12 +86,14 @@ def end_leftovers(mark: str) -> None:
 
 
 def mend_lock(folder: Path) -> None:
-    """Remove DVC's table of who reads and writes what, where a kill has torn it.
+    """Clear DVC's table of who reads and writes what of what a kill has left in it.
 
-    DVC writes it in place, and refuses all work in a project where it cannot be read.
+    DVC writes it in place, and refuses all work in a project where it cannot be read. Entries of
+    processes that are gone it drops where they are in the way, but not once another process has
+    the number, as happens soon in a restarted container: that one it would wait for in vain.
     """
     table = folder / ".dvc/tmp/rwlock"
-    if not _is_torn(table):
+    if not _is_torn(table) and not _find_mistaken(table):
         return
     from dvc.lock import LockError, make_lock
 
@@ -100,6 +103,10 @@ def mend_lock(folder: Path) -> None:
         if _is_torn(table):
             print(f"removing {table}, which a killed process left half written", flush=True)
             table.unlink()
+        elif mistaken := _find_mistaken(table):
+            numbers = ", ".join(str(entry["pid"]) for entry in mistaken)
+            print(f"removing {numbers} from {table}: other processes by now", flush=True)
+            _drop(table, mistaken)
 
 
 def _is_torn(table: Path) -> bool:
@@ -110,6 +117,52 @@ def _is_torn(table: Path) -> bool:
     except ValueError:
         return True
     return False
+
+
+def _find_mistaken(table: Path) -> list[dict[str, Any]]:
+    """Return a table's entries whose number is another process's by now.
+
+    That one began after the table was last written, and has other arguments: where the clock was
+    set, the one that is entered seems to have begun later, too, and it fails at its end where its
+    entry is gone. An entry of no process here may be of another machine that shares the folder.
+    """
+    try:
+        written = table.stat().st_mtime
+        content = json.loads(table.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return []
+    found: list[dict[str, Any]] = []
+    for entry in chain(content.get("write", {}).values(), *content.get("read", {}).values()):
+        if entry not in found and _is_another(entry, written):
+            found.append(entry)
+    return found
+
+
+def _is_another(entry: dict[str, Any], written: float) -> bool:
+    import psutil
+
+    # They follow on a path, which need not be what the process was started by.
+    arguments = entry["cmd"].partition(" ")[2]
+    with suppress(psutil.Error):
+        process = psutil.Process(entry["pid"])
+        begun_later = process.create_time() > written
+        return begun_later and not " ".join(process.cmdline()).endswith(arguments)
+    return False
+
+
+def _drop(table: Path, entries: list[dict[str, Any]]) -> None:
+    """Write a table without some entries; the caller holds its guard."""
+    from pipelines.io import write_json
+
+    content = json.loads(table.read_bytes())
+    writes = content.get("write", {}).items()
+    reads = content.get("read", {}).items()
+    left = {path: [one for one in readers if one not in entries] for path, readers in reads}
+    content = {
+        "write": {path: writer for path, writer in writes if writer not in entries},
+        "read": {path: readers for path, readers in left.items() if readers},
+    }
+    write_json(table, content)
 
 
 def command_environment() -> dict[str, str]:

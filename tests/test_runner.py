@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,61 @@ def test_a_lock_torn_by_a_kill_is_mended(project: Path) -> None:
         run(project)
         assert (project / "a").exists()
         json.loads(table.read_text())
+
+
+@pytest.fixture
+def bystander() -> Iterator[int]:
+    process = subprocess.Popen(["sleep", "300"])
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+def enter(project: Path, pid: int, command: str, minutes_ago: float) -> Path:
+    """Write DVC's table as the command does when it reads and makes a."""
+    table = project / ".dvc/tmp/rwlock"
+    entry = {"pid": pid, "cmd": command}
+    path = str(project / "a")
+    table.write_text(json.dumps({"write": {path: entry}, "read": {path: [entry]}}))
+    written = time.time() - 60 * minutes_ago
+    os.utime(table, (written, written))
+    return table
+
+
+def test_a_lock_of_a_process_whose_number_another_has_is_not_waited_for(
+    project: Path, bystander: int
+) -> None:
+    make(project, {"a": {"cmd": "touch a", "outs": ["a"]}})
+    enter(project, bystander, "dvc repro a", 5)
+    run(project)
+    assert (project / "a").exists()
+
+
+def test_only_what_is_certainly_another_process_loses_its_lock(
+    project: Path, bystander: int
+) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for pid, command, minutes_ago in (
+        (bystander, "dvc repro a", -5),  # it began before
+        (bystander, "/bin/sleep 300", 5),  # the clock was set
+        (gone.pid, "dvc repro a", 5),  # of another machine
+    ):
+        table = enter(project, pid, command, minutes_ago)
+        before = table.read_text()
+        mend_lock(project)
+        assert table.read_text() == before
+    entered = enter(project, bystander, "dvc repro a", 5)
+    content = json.loads(entered.read_text())
+    other = {"pid": os.getpid(), "cmd": "dvc repro b"}
+    content["read"][str(project / "a")].append(other)
+    content["write"]["b"] = other
+    table.write_text(json.dumps(content))
+    written = (psutil.Process().create_time() + psutil.Process(bystander).create_time()) / 2
+    os.utime(table, (written, written))
+    mend_lock(project)
+    left = {"write": {"b": other}, "read": {str(project / "a"): [other]}}
+    assert json.loads(table.read_text()) == left
 
 
 @pytest.mark.integration
