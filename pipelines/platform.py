@@ -92,6 +92,8 @@ def _start(root: Path, wait_seconds: float) -> str:
     state = root / STATE
     if next(_find_processes(state), None) is not None:
         raise UserError("the platform is running already; stop it with: make down")
+    # Of an earlier start nothing lives, so that a number of its sessions may become another's.
+    (state / _SESSIONS).unlink(missing_ok=True)
     require("airflow")
     programs = _plan_programs(root)
     pages = [p for p in programs if p.port is not None]

@@ -230,6 +230,18 @@ def test_a_second_start_leaves_the_first_alone(shop: Path) -> None:
     assert stop(shop) == "stopped 4 processes"
 
 
+def test_sessions_of_a_killed_platform_are_not_kept(shop: Path) -> None:
+    (shop / "go").touch()
+    (shop / STATE).mkdir()
+    killed = subprocess.Popen(["true"], start_new_session=True)
+    _record_session(shop / STATE, killed)
+    killed.wait()
+    start(shop)
+    sessions = json.loads((shop / STATE / "sessions.json").read_text())["sessions"]
+    assert len(sessions) == 4
+    assert str(killed.pid) not in sessions
+
+
 def test_an_airflow_without_its_pools_is_told_in_a_line_and_stopped(shop: Path) -> None:
     (shop / "go").touch()
     (shop / "broken").touch()
