@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -9,6 +10,10 @@ from typing import Any, Final
 # Where the service keeps what it collects, and ingest finds it.
 STORE_VARIABLE: Final = "FORECART_STORE"
 DEFAULT_STORE: Final = "sqlite:///.forecart/events.db"
+
+# Where MLflow keeps runs and models; the project has a file of its own for them.
+REGISTRY_VARIABLE: Final = "MLFLOW_TRACKING_URI"
+REGISTRY: Final = Path("mlflow.db")
 
 # The drivers that this project installs, of the names that say none.
 _DRIVERS: Final = {
@@ -48,6 +53,25 @@ def anchor_address(text: str, folder: Path) -> str:
     """
     relative = re.fullmatch(r"(sqlite(?:\+\w+)?:///)((?!file:)[^/:].*)", text)
     return f"{relative[1]}{folder / relative[2]}" if relative else text
+
+
+def find_registry(home: Path) -> str:
+    """Return the address of MLflow: the one that is set, where none or an empty one is the default.
+
+    Args:
+        home: the project's folder. A run's workspace is to find what the project finds, not a
+            file of its own, which goes with it.
+    """
+    given = os.environ.get(REGISTRY_VARIABLE) or f"sqlite:///{REGISTRY}"
+    return anchor_address(given, home.resolve())
+
+
+def lacks_registry(home: Path) -> bool:
+    """Tell whether the project's own file is to be used and is not there.
+
+    MLflow makes one where it finds none, so that a wrong folder would get one.
+    """
+    return not os.environ.get(REGISTRY_VARIABLE) and not (home / REGISTRY).exists()
 
 
 def hide_login(text: str) -> str:

@@ -19,7 +19,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from pipelines.address import DEFAULT_STORE, STORE_VARIABLE, anchor_address
+from pipelines.address import (
+    DEFAULT_STORE,
+    REGISTRY_VARIABLE,
+    STORE_VARIABLE,
+    anchor_address,
+    find_registry,
+)
 from pipelines.errors import UserError
 
 RUNS: Final = Path(".forecart/runs")
@@ -109,9 +115,7 @@ def environment(home: Path, folder: Path) -> dict[str, str]:
     return {
         STORE_VARIABLE: anchor_address(store, home.resolve()),
         "PYTHONPATH": os.pathsep.join(path),
-        "MLFLOW_TRACKING_URI": os.environ.get(
-            "MLFLOW_TRACKING_URI", f"sqlite:///{home.resolve() / 'mlflow.db'}"
-        ),
+        REGISTRY_VARIABLE: find_registry(home),
     }
 
 

@@ -109,6 +109,7 @@ def test_a_stop_and_a_start_do_not_end_a_long_stage() -> None:
         ("https://me:secret@mlflow/", "", "https://mlflow/"),
         ("http://mlflow:5000", "https://pages.shop/mlflow", "https://pages.shop/mlflow"),
         ("sqlite:///elsewhere.db", "https://pages.shop", "http://127.0.0.1:5000"),
+        ("", "", "http://127.0.0.1:5000"),
     ],
 )
 def test_a_server_of_mlflow_takes_the_place_of_our_own(
@@ -119,7 +120,10 @@ def test_a_server_of_mlflow_takes_the_place_of_our_own(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.setenv("FORECART_MLFLOW", named)
     programs = {program.name: program for program in _plan_programs(tmp_path)}
-    assert ("mlflow" in programs) == store.startswith("sqlite")
+    assert ("mlflow" in programs) != store.startswith("http")
+    if "mlflow" in programs:
+        place = store.removeprefix("sqlite:///") or "mlflow.db"
+        assert f"sqlite:///{tmp_path / place}" in programs["mlflow"].command
     assert programs["airflow"].environment["FORECART_MLFLOW"] == pages
 
 

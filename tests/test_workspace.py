@@ -132,6 +132,28 @@ def test_a_database_beside_the_checkout_is_found_from_a_workspace(
     assert workspace.environment(home, folder)["FORECART_STORE"] == meant
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (None, "sqlite:///{home}/mlflow.db"),
+        ("", "sqlite:///{home}/mlflow.db"),
+        ("sqlite:///mlflow.db", "sqlite:///{home}/mlflow.db"),
+        ("sqlite:///shop/runs.db", "sqlite:///{home}/shop/runs.db"),
+        ("sqlite:////shop/runs.db", "sqlite:////shop/runs.db"),
+        ("http://mlflow:5000", "http://mlflow:5000"),
+    ],
+)
+def test_a_run_promotes_into_the_registry_of_the_checkout(
+    home: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, meant: str
+) -> None:
+    """Its workspace goes, and a registry in it would go with it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if given is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    found = workspace.environment(home, locate(home, "one"))["MLFLOW_TRACKING_URI"]
+    assert found == meant.format(home=home)
+
+
 def test_the_cache_is_the_checkouts_and_so_are_other_local_settings(home: Path) -> None:
     from dvc.config import Config
 

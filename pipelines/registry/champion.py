@@ -7,7 +7,6 @@ derived from the registry's alias, which is what decides.
 from __future__ import annotations
 
 import fcntl
-import os
 import re
 import shutil
 import tempfile
@@ -17,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from pipelines.address import REGISTRY, lacks_registry
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, read_json, replace_directory, write_json
-from pipelines.registry.connection import REGISTRY, connect, name_registry, read_name, tell
+from pipelines.registry.connection import connect, name_registry, read_name, tell
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -110,8 +110,7 @@ def fetch_champion(root: Path) -> Path | None:
         return target
     if _holds(root / MODEL, champion.digest):
         return _take_trained(root, champion.digest)
-    # MLflow makes a registry where it finds none, so that a wrong folder would get one.
-    if "MLFLOW_TRACKING_URI" not in os.environ and not (root / REGISTRY).exists():
+    if lacks_registry(root):
         raise UserError(
             f"{root / CHAMPION_FILE}: its registry, {REGISTRY}, is not here; run in the project's "
             "folder, or set MLFLOW_TRACKING_URI to the registry that holds the model; to begin "

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import sqlite3
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pipelines.address import hide_login
+from pipelines.address import find_registry, hide_login
 from pipelines.config import PARAMS_FILE, load_params
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-# The project's own, where MLFLOW_TRACKING_URI names no other.
-REGISTRY: Final = Path("mlflow.db")
 
 # Times that a server is called again, after 0, 4 and 8 seconds.
 _CALLS: Final = 3
@@ -43,7 +39,7 @@ def connect(root: Path) -> MlflowClient:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     # What ails the database is raised, too.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    uri = _find_address(root)
+    uri = find_registry(root)
     try:
         registry = MlflowClient(tracking_uri=uri, registry_uri=uri)
     except (MlflowException, SQLAlchemyError) as error:
@@ -51,10 +47,6 @@ def connect(root: Path) -> MlflowClient:
     if uri.startswith(("http://", "https://")):
         _call(uri)
     return registry
-
-
-def _find_address(root: Path) -> str:
-    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root.resolve() / REGISTRY}")
 
 
 def _call(uri: str) -> None:
@@ -114,7 +106,7 @@ def explain(error: Exception, root: Path) -> str | None:
         raised and any(name.startswith("mlflow.") for name in modules)
     ):
         return None
-    return f"MLflow at {hide_login(_find_address(root))}: {_tell_cause(error)}"
+    return f"MLflow at {hide_login(find_registry(root))}: {_tell_cause(error)}"
 
 
 def _tell_cause(error: BaseException) -> str:

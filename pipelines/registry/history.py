@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pipelines.address import lacks_registry
 from pipelines.registry.champion import VERDICT_TAG, read_digest
 from pipelines.registry.connection import open_registry
 from pipelines.registry.promotion import CHAMPION_ALIAS, HISTORY_TAG
@@ -41,8 +41,7 @@ def list_champions(root: Path) -> list[Reign]:
         UserError: a champion was not made by forecart.
         Exception: the registry cannot be reached; MLflow's own.
     """
-    # Connecting to a database that is not there would create it.
-    if "MLFLOW_TRACKING_URI" not in os.environ and not (root / "mlflow.db").exists():
+    if lacks_registry(root):
         return []
     registry, name = open_registry(root)
     found = [m for m in registry.search_registered_models(f"name = '{name}'") if m.name == name]

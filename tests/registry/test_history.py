@@ -21,7 +21,12 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_where_nothing_is_registered_nothing_is_made(root: Path) -> None:
+@pytest.mark.parametrize("empty", [False, True])
+def test_where_nothing_is_registered_nothing_is_made(
+    root: Path, monkeypatch: pytest.MonkeyPatch, empty: bool
+) -> None:
+    if empty:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     assert list_champions(root) == []
     assert not (root / "mlflow.db").exists()
 
