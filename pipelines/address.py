@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
+from pipelines.errors import UserError
+
 # Where the service keeps what it collects, and ingest finds it.
 STORE_VARIABLE: Final = "FORECART_STORE"
 DEFAULT_STORE: Final = "sqlite:///.forecart/events.db"
@@ -14,6 +16,9 @@ DEFAULT_STORE: Final = "sqlite:///.forecart/events.db"
 # Where MLflow keeps runs and models; the project has a file of its own for them.
 REGISTRY_VARIABLE: Final = "MLFLOW_TRACKING_URI"
 REGISTRY: Final = Path("mlflow.db")
+
+# In a folder's name, what an address takes for its end or for another character.
+_NOT_IN_ADDRESSES: Final = re.compile(r"\?|%[0-9A-Fa-f]{2}")
 
 # The drivers that this project installs, of the names that say none.
 _DRIVERS: Final = {
@@ -50,9 +55,19 @@ def anchor_address(text: str, folder: Path) -> str:
     Args:
         text: as for ``parse_address``.
         folder: that a relative file is in; any other address stays as it is.
+
+    Raises:
+        UserError: no address can name a file in the folder.
     """
     relative = re.fullmatch(r"(sqlite(?:\+\w+)?:///)((?!file:)[^/:].*)", text)
-    return f"{relative[1]}{folder / relative[2]}" if relative else text
+    if relative is None:
+        return text
+    # Encoded they would do for SQLAlchemy, but MLflow makes a folder of the encoded name.
+    if wrong := _NOT_IN_ADDRESSES.search(str(folder)):
+        raise UserError(
+            f"{folder}: the address of a database cannot hold {wrong[0]!r}; rename the folder"
+        )
+    return f"{relative[1]}{folder / relative[2]}"
 
 
 def find_registry(home: Path) -> str:
@@ -61,6 +76,9 @@ def find_registry(home: Path) -> str:
     Args:
         home: the project's folder. A run's workspace is to find what the project finds, not a
             file of its own, which goes with it.
+
+    Raises:
+        UserError: no address can name a file in the project's folder.
     """
     given = os.environ.get(REGISTRY_VARIABLE) or f"sqlite:///{REGISTRY}"
     return anchor_address(given, home.resolve())

@@ -572,6 +572,22 @@ def test_a_registry_that_cannot_be_opened_is_told_in_one_line(
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize(("name", "wrong"), [("what?/shop", "'?'"), ("my%20shop", "'%20'")])
+def test_a_folder_that_no_address_can_name_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str, wrong: str
+) -> None:
+    """MLflow would make its database elsewhere, or try in vain for two minutes."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"rename the folder$") as told:
+        connect(folder)
+    assert str(told.value).startswith(f"{folder}: the address of a database cannot hold {wrong}")
+    assert not list(folder.iterdir())
+    assert not (root / "what").exists()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    assert connect(folder).search_experiments()
+
+
 @pytest.mark.parametrize("answer", [None, 503])
 def test_a_server_that_does_not_answer_is_told_in_one_line(
     root: Path, monkeypatch: pytest.MonkeyPatch, answer: int | None
