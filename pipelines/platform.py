@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from pipelines.address import find_registry, hide_login
+from pipelines.address import hide_login
 from pipelines.errors import UserError, require
 from pipelines.graph import load_graph
 from pipelines.io import read_json, replace_file, take_lock, write_json
@@ -150,11 +150,12 @@ def stop(root: Path, *, grace_seconds: float = 15) -> str:
 
 def _plan_programs(root: Path) -> list[Program]:
     from pipelines.registry.champion import fetch_champion
+    from pipelines.registry.connection import prepare_registry
 
     ports = {name: _read_port(name, default) for name, default in PORTS.items()}
     binaries = Path(sys.executable).parent
     path = {"PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"}
-    store = find_registry(root)
+    store = prepare_registry(root)
     pages = _find_pages(store)
     airflow = path | _airflow_environment(root, ports)
     if pages is not None:

@@ -6,7 +6,6 @@ derived from the registry's alias, which is what decides.
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 import tempfile
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from pipelines.address import REGISTRY, lacks_registry
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, read_json, replace_directory, write_json
-from pipelines.registry.connection import connect, name_registry, read_name, tell
+from pipelines.registry.connection import connect, hold_alone, name_registry, read_name, tell
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -139,7 +138,7 @@ def fetch_version(registry: MlflowClient, version: ModelVersion, root: Path) -> 
     target = locate_fetched(root, digest)
     if _holds(target, digest):
         return target
-    with _hold_alone(target.with_name(f"{target.name}.lock")):
+    with hold_alone(target.with_name(f"{target.name}.lock")):
         if _holds(target, digest):
             return target
         golden = locate_golden(root, digest)
@@ -159,7 +158,7 @@ def fetch_version(registry: MlflowClient, version: ModelVersion, root: Path) -> 
 def _take_trained(root: Path, digest: str) -> Path:
     """Keep the trained model as the champion that it is, with what it has to reproduce."""
     target = locate_fetched(root, digest)
-    with _hold_alone(target.with_name(f"{target.name}.lock")):
+    with hold_alone(target.with_name(f"{target.name}.lock")):
         if not _holds(target, digest):
             keep_golden(root, digest)
             with replace_directory(target) as partial:
@@ -177,15 +176,6 @@ def locate_fetched(root: Path, digest: str) -> Path:
 
 def _holds(folder: Path, digest: str) -> bool:
     return folder.is_dir() and digest_directory(folder) == digest
-
-
-@contextmanager
-def _hold_alone(path: Path) -> Iterator[None]:
-    """Hold a lock on a file; it ends with its holder, also with a killed one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def locate_golden(root: Path, digest: str) -> Path:

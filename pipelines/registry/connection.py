@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import sqlite3
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pipelines.address import find_registry, hide_login
+from pipelines.address import REGISTRY, REGISTRY_VARIABLE, find_registry, hide_login
 from pipelines.config import PARAMS_FILE, load_params
 from pipelines.errors import UserError
+from pipelines.io import spill_to
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,21 +37,86 @@ def connect(root: Path) -> MlflowClient:
         UserError: MLflow cannot open it, or its server does not answer.
     """
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
+
+    uri = prepare_registry(root)
+    with _telling(root):
+        registry = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if uri.startswith(("http://", "https://")):
+        _call(uri)
+    return registry
+
+
+def prepare_registry(root: Path) -> str:
+    """Return MLflow's address; a local file of SQLite that is not there is made first.
+
+    MLflow makes its tables in place, one by one. One that was killed meanwhile, or two at once,
+    would leave a file with which no later one could go on.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    from sqlalchemy import make_url
 
     # A command says what it did; that MLflow creates its tables is not news.
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     # What ails the database is raised, too.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     uri = find_registry(root)
+    if not uri.startswith("sqlite"):
+        return uri
+    with _telling(root):
+        url = make_url(uri)
+        # One in memory has no name, and one that begins so has SQLite's own form.
+        if not url.database or url.database.startswith((":memory:", "file:")):
+            return uri
+        # A link leads to where the file is to be.
+        path = Path(url.database).resolve()
+        if not _is_made(path):
+            with hold_alone(path.with_name(f"{path.name}.lock")):
+                if not _is_made(path):
+                    _make_database(url.drivername, path)
+    return uri
+
+
+def _is_made(path: Path) -> bool:
+    # SQLite makes an empty file before it writes to it.
+    return path.exists() and path.stat().st_size > 0
+
+
+def _make_database(driver: str, path: Path) -> None:
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    # What SQLite keeps beside a file is in the folder, too, and goes with it after a kill.
+    with spill_to(path.with_name(f"{path.name}.partial")) as folder:
+        partial = f"{driver}:///{folder / path.name}"
+        store = SqlAlchemyStore(partial, DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
+        # Whoever opened it by this name would look for it there.
+        store.engine.dispose()
+        (folder / path.name).replace(path)
+
+
+@contextmanager
+def _telling(root: Path) -> Iterator[None]:
+    """Tell in one line what MLflow or its database says against an address."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
-        registry = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        yield
     except (MlflowException, SQLAlchemyError) as error:
-        raise UserError(f"MLFLOW_TRACKING_URI: {tell(error)}") from None
-    if uri.startswith(("http://", "https://")):
-        _call(uri)
-    return registry
+        given = os.environ.get(REGISTRY_VARIABLE)
+        where = REGISTRY_VARIABLE if given else root.resolve() / REGISTRY
+        raise UserError(f"{where}: {tell(error)}") from None
+
+
+@contextmanager
+def hold_alone(path: Path) -> Iterator[None]:
+    """Hold a lock on a file; it ends with its holder, also with a killed one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _call(uri: str) -> None:

@@ -572,6 +572,28 @@ def test_a_registry_that_cannot_be_opened_is_told_in_one_line(
     assert "\n" not in str(told.value)
 
 
+def test_of_the_projects_own_registry_the_file_is_named(root: Path) -> None:
+    with sqlite3.connect(root / "mlflow.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = 'older'")
+    with pytest.raises(UserError, match="out-of-date database schema") as told:
+        connect(root)
+    assert str(told.value).startswith(f"{root / 'mlflow.db'}: ")
+    assert "\n" not in str(told.value)
+
+
+def test_a_registry_is_made_where_a_link_leads_in_a_folder_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    home, there = tmp_path / "Bücher & Co", tmp_path / "there"
+    home.mkdir()
+    (home / "mlflow.db").symlink_to(there / "runs.db")
+    assert connect(home).search_experiments()
+    assert (home / "mlflow.db").is_symlink()
+    assert {file.name for file in there.iterdir()} == {"runs.db", "runs.db.lock"}
+    assert {file.name for file in tmp_path.iterdir()} == {home.name, "there"}
+
+
 @pytest.mark.parametrize(("name", "wrong"), [("what?/shop", "'?'"), ("my%20shop", "'%20'")])
 def test_a_folder_that_no_address_can_name_is_refused(
     root: Path, monkeypatch: pytest.MonkeyPatch, name: str, wrong: str

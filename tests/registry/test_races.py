@@ -20,6 +20,10 @@ from pipelines.registry.lock import hold_lock
 from pipelines.registry.tracking import track
 
 DATA = "sha256:" + "d" * 64
+CONNECT = (
+    "from pathlib import Path; from pipelines.registry.connection import connect; "
+    "import mlflow.store.tracking.sqlalchemy_store; "
+)
 PROMOTE = "from pathlib import Path; from pipelines.registry import promotion; "
 
 
@@ -89,6 +93,28 @@ def test_of_two_promoters_one_wins_and_the_other_says_so(shared: Path) -> None:
     (loser,) = set(both) - set(winners)
     assert "serves by now" in told[loser][1]
     assert champion(shared) == digest_directory(shared / winners[0] / "models/gpt")
+
+
+@pytest.mark.integration
+def test_of_several_first_commands_each_finds_a_whole_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after one that was killed while it made the registry."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    killed = run(f"{CONNECT}connect(Path())", tmp_path)
+    until = time.monotonic() + 120
+    while not any(file.stat().st_size for file in tmp_path.rglob("mlflow.db")):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    start = time.time() + 8
+    code = f"{CONNECT}import time; time.sleep(max(0, {start} - time.time())); connect(Path())"
+    for process in [run(code, tmp_path) for _ in range(3)]:
+        assert process.communicate(timeout=120)[1].count("Error") == 0
+        assert process.returncode == 0
+    assert [found.name for found in connect(tmp_path).search_experiments()] == ["Default"]
+    assert {file.name for file in tmp_path.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
 
 
 def test_behind_a_server_the_promoters_of_all_worktrees_wait_for_each_other(
