@@ -8,7 +8,8 @@ that were computed before.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -17,13 +18,14 @@ from pipelines import workspace
 from pipelines.config import PARAMS_FILE, load_params
 from pipelines.errors import UserError
 from pipelines.features.cuts import plan_cuts
-from pipelines.io import read_json, write_json
+from pipelines.io import read_json, take_lock, write_json
 from pipelines.processes import Command
 
 RESULT: Final = Path("reports/backtest.json")
 CANDIDATE: Final = "ensemble"
 RIVAL: Final = "lightgbm"
 _FOLD: Final = "backtest-"
+_LOCK: Final = workspace.RUNS / "backtest.lock"
 _CUTS: Final = Path("data/features/cuts.json")
 _METRICS: Final = {"binary": ("roc_auc", "ece"), "amount": ("gini", "total_ratio")}
 
@@ -76,17 +78,18 @@ def run_folds(home: Path, days: Sequence[str]) -> dict[str, Any]:
         The content of reports/backtest.json.
 
     Raises:
-        UserError: a fold failed; it says how many are finished.
+        UserError: a fold failed, and it says how many are finished; or another backtest runs.
     """
     result: dict[str, Any] = {}
     found: list[dict[str, Any]] = []
-    for until in days:
-        try:
-            found.append(run_fold(home, until))
-        except UserError as error:
-            kept = f"; {RESULT} holds the {len(found)} before it" if found else ""
-            raise UserError(f"{error}{kept}") from None
-        result = gather(home, found)
+    with _run_alone(home):
+        for until in days:
+            try:
+                found.append(_run_fold(home, until))
+            except UserError as error:
+                kept = f"; {RESULT} holds the {len(found)} before it" if found else ""
+                raise UserError(f"{error}{kept}") from None
+            result = gather(home, found)
     return result
 
 
@@ -102,8 +105,28 @@ def run_fold(home: Path, until: str, changes: Mapping[str, Any] | None = None) -
         ``{"until": ..., "targets": {name: {metric: {model: value}}}}``.
 
     Raises:
-        UserError: a stage failed; what it printed says why.
+        UserError: a stage failed, and what it printed says why; or another backtest runs.
     """
+    with _run_alone(home):
+        return _run_fold(home, until, changes)
+
+
+@contextmanager
+def _run_alone(home: Path) -> Iterator[None]:
+    """Keep out another backtest: it would take this one's processes for those of a killed attempt.
+
+    Raises:
+        UserError: another one runs. The lock of a killed one has gone with it.
+    """
+    path = home / _LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        if not take_lock(file.fileno()):
+            raise UserError(f"a backtest runs already in {home}; wait until it has ended")
+        yield
+
+
+def _run_fold(home: Path, until: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     run_id = _FOLD + until
     # The code may have changed since the fold was made; what has not is in the cache.
     workspace.remove(home, workspace.locate(home, run_id))

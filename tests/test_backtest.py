@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ def test_finished_folds_are_kept_when_one_fails(
             raise UserError("backtest: the fold until a ended with code 1")
         return backtest.summarise_fold(until, make_evaluation(0.8, 0.7))
 
-    monkeypatch.setattr(backtest, "run_fold", run_fold)
+    monkeypatch.setattr(backtest, "_run_fold", run_fold)
     with pytest.raises(UserError, match=r"fold until a .* holds the 2 before it"):
         backtest.run_folds(tmp_path, ["c", "b", "a"])
     kept = read_json(tmp_path / "reports/backtest.json")
@@ -81,6 +83,28 @@ def test_finished_folds_are_kept_when_one_fails(
     assert kept["targets"]["purchase_14d"]["folds"] == 2
     with pytest.raises(UserError, match=r"code 1$"):
         backtest.run_folds(tmp_path, ["a"])
+
+
+def test_a_second_backtest_leaves_the_first_alone(home: Path) -> None:
+    """Also one whose process was killed leaves the way free."""
+    code = (
+        "import time; from pathlib import Path; from pipelines import backtest\n"
+        "def fold(*_): print('began', flush=True); time.sleep(60)\n"
+        "backtest._run_fold = fold; backtest.run_folds(Path(), ['2025-01-01'])"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=home, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline() == "began\n"
+    for start in (lambda: backtest.run_folds(home, ["a"]), lambda: backtest.run_fold(home, "a")):
+        with pytest.raises(UserError, match=r"^a backtest runs already in .*; wait until it has"):
+            start()
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    with pytest.raises(UserError, match="git"):
+        backtest.run_fold(home, "a")
 
 
 def test_the_folds_are_averaged_where_both_models_are(tmp_path: Path) -> None:
