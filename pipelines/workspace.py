@@ -185,8 +185,10 @@ def finish(home: Path, run_id: str, *, keep: int) -> list[str]:
 
 def remove(home: Path, folder: Path) -> None:
     """Remove a workspace, whatever state it is in."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    while folder.exists():
+        # Another may be removing it, too: of what it took first, the rest is to go.
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
     run_git(home, "worktree", "prune")
 
 

@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import yaml
@@ -304,6 +306,23 @@ def test_a_workspace_that_another_removes_meanwhile_is_passed_over(
 
     monkeypatch.setattr(workspace, "_touched", look)
     assert workspace.finish(home, "ended", keep=5) == []
+
+
+def test_two_that_remove_a_workspace_at_once_both_succeed(home: Path) -> None:
+    for _ in range(5):
+        folder = prepare(home, "ended", {})
+        for number in range(300):
+            (folder / f"{number}/a").mkdir(parents=True)
+        start = Barrier(2)
+
+        def act(start: Barrier = start, folder: Path = folder) -> None:
+            start.wait()
+            workspace.remove(home, folder)
+
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            for done in [pool.submit(act) for _ in range(2)]:
+                done.result()
+        assert not folder.exists()
 
 
 def test_a_machine_without_workspaces_has_none_to_remove(home: Path) -> None:
