@@ -76,7 +76,8 @@ def prepare(home: Path, run_id: str, changes: Mapping[str, Any]) -> Path:
         The workspace's folder.
 
     Raises:
-        UserError: the folder is no checkout with a commit, or a key or value is not valid.
+        UserError: the folder is no checkout with a commit, or a part of one, or a key or value is
+            not valid.
     """
     home = home.resolve()
     folder = locate(home, run_id)
@@ -304,6 +305,10 @@ def _find_error(text: str) -> str:
 def _add(home: Path, folder: Path, commit: str) -> None:
     """Make a workspace; a half-made one is made anew. The caller marks it as ready."""
     remove(home, folder)
+    top = Path(run_git(home, "rev-parse", "--show-toplevel").rstrip("\n"))
+    # Its settings would be written to the repository's top, where no stage looks for them.
+    if top.resolve() != home:
+        raise UserError(f"{home}: runs need a git repository of their own; this one is {top}'s")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Forced twice, it takes the place of one that was killed while git was making it.
     options = ("--quiet", "--detach", "--force", "--force")

@@ -14,7 +14,7 @@ import yaml
 from pipelines import workspace
 from pipelines.config import load_params
 from pipelines.errors import UserError
-from pipelines.workspace import RUNS, locate, name_run, prepare
+from pipelines.workspace import RUNS, check_out, locate, name_run, prepare
 
 ROOT = Path(__file__).parent.parent
 
@@ -332,6 +332,21 @@ def test_a_machine_without_workspaces_has_none_to_remove(home: Path) -> None:
 def test_without_git_history_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="git worktree"):
         prepare(tmp_path, "one", {})
+
+
+def test_a_folder_within_a_repository_is_refused(home: Path, tmp_path: Path) -> None:
+    shop = home / "shop"
+    shop.mkdir()
+    (shop / "params.yaml").write_text((home / "params.yaml").read_text())
+    git(home, "add", "--all")
+    git(home, "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "shop")
+    for act in (lambda: prepare(shop, "one", {}), lambda: check_out(shop, shop / "run", "HEAD")):
+        with pytest.raises(UserError, match=rf"^{shop}: .* of their own; this one is {home}'s$"):
+            act()
+    assert [path.name for path in shop.iterdir()] == ["params.yaml"]
+    assert len(git(home, "worktree", "list").splitlines()) == 1
+    (tmp_path / "link").symlink_to(home)
+    assert (prepare(tmp_path / "link", "one", {}) / "code.py").exists()
 
 
 def test_the_params_are_as_they_were_but_for_the_change(home: Path) -> None:
