@@ -431,7 +431,8 @@ class Gate(Section):
 class Package(Section):
     """The package stage."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = "forecart"
+    # BentoML takes no longer one.
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=63)] = "forecart"
     golden_users: Positive = 32
 
 

@@ -19,6 +19,7 @@ def test_the_shipped_file_equals_the_defaults() -> None:
     ("raw", "named"),
     [
         ({"train": {"epocs": 3}}, "unknown key train.epocs"),
+        ({"package": {"name": "a" * 64}}, "package.name: String should have at most 63 characters"),
         ({"trian": {}}, "unknown key trian"),
         ({"train": {"epochs": "many"}}, "train.epochs"),
         ({"train": {"epochs": 0}}, "train.epochs"),
