@@ -412,19 +412,36 @@ def _read_verdict(root: Path, digest: str) -> dict[str, Any]:
     """Return the verdict about a model.
 
     Raises:
-        UserError: it is about another model, or it did not pass.
+        UserError: it is about another model, or it did not pass, or it is not as the gate wrote it.
     """
     path = root / VERDICT
     verdict: dict[str, Any] = read_json(path)
-    if verdict.get("candidate") != digest:
+    if not _is_whole(verdict):
+        raise UserError(f"{path}: not as the gate wrote it; run: dvc repro")
+    if verdict["candidate"] != digest:
         raise UserError(
-            f"{path}: is about model {_short(verdict.get('candidate'))}, not about "
+            f"{path}: is about model {_short(verdict['candidate'])}, not about "
             f"{_short(digest)} in {root / MODEL}; run: dvc repro"
         )
-    if verdict.get("passed") is not True:
-        failed = "; ".join(c["why"] for c in verdict.get("checks", []) if not c["passed"])
+    if verdict["passed"] is not True:
+        failed = "; ".join(c["why"] for c in verdict["checks"] if not c["passed"])
         raise UserError(f"{path}: the candidate did not pass: {failed or 'no check is recorded'}")
     return verdict
+
+
+def _is_whole(verdict: Any) -> bool:
+    """Tell whether a verdict, which anybody can edit, holds what is read of it."""
+    if not isinstance(verdict, dict) or not isinstance(verdict.get("checks"), list):
+        return False
+    digests = [verdict.get(key, 0) for key in ("candidate", "champion")]
+    return (
+        "passed" in verdict
+        and all(digest is None or isinstance(digest, str) for digest in digests)
+        and all(
+            isinstance(check, dict) and isinstance(check.get("why"), str) and "passed" in check
+            for check in verdict["checks"]
+        )
+    )
 
 
 def _name(version: ModelVersion) -> str:

@@ -541,6 +541,27 @@ def test_a_champion_deleted_in_the_registry_can_be_given_back_or_up(
     assert champion_of(root) == (one, 1)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"passed": False, "checks": None},
+        {"passed": False, "checks": [None]},
+        {"passed": False, "checks": [{"passed": False}]},
+        {"passed": ...},
+        {"champion": ...},
+        {"candidate": 5},
+        None,
+    ],
+)
+def test_a_verdict_that_was_edited_is_named(root: Path, edit: dict[str, Any] | None) -> None:
+    whole = judge(root, train(root, "one"))
+    file = root / "reports/verdict.json"
+    write_json(file, edit and {k: v for k, v in (whole | edit).items() if v is not ...})
+    with pytest.raises(UserError, match=rf"^{file}: not as the gate wrote it; run: dvc repro$"):
+        promotion.promote(root)
+    assert champion_of(root) == (None, None)
+
+
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"{}", b"none"])
 def test_a_damaged_file_is_written_anew_as_it_says(root: Path, content: bytes) -> None:
     one = install(root, "one")
