@@ -135,17 +135,28 @@ def _run_block(root: Path, chains: Sequence[Chain]) -> None:
 
 def _list_left(root: Path, chain: Chain) -> Chain:
     """Return the stages of a chain from the first one on that DVC does not know as finished."""
-    command = [sys.executable, "-m", "dvc", "status", "--json", *chain]
+    done = _ask_done(root, chain)
+    if done is None:
+        # Of what another run holds DVC tells nothing, nor of what is asked with it.
+        for place, stage in enumerate(chain):
+            if _ask_done(root, (stage,)) != [True]:
+                return chain[place:]
+    elif not all(done):
+        return chain[done.index(False) :]
+    return chain
+
+
+def _ask_done(root: Path, stages: Chain) -> list[bool] | None:
+    """Ask DVC which stages it knows as finished; None where it does not tell."""
+    command = [sys.executable, "-m", "dvc", "status", "--json", *stages]
     asked = subprocess.run(
         command, cwd=root, env=command_environment(), capture_output=True, text=True, check=False
     )
     with suppress(ValueError):
         status = json.loads(asked.stdout)
         # Some stages run whatever has changed.
-        done = [status.get(stage, _ALWAYS) == _ALWAYS for stage in chain]
-        if not all(done):
-            return chain[done.index(False) :]
-    return chain
+        return [status.get(stage, _ALWAYS) == _ALWAYS for stage in stages]
+    return None
 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:

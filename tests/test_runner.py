@@ -215,6 +215,34 @@ def test_of_a_chain_only_what_is_left_is_told(project: Path) -> None:
 
 
 @pytest.mark.integration
+def test_what_another_run_holds_is_told_and_not_what_is_done(project: Path) -> None:
+    wait = "touch began; while [ ! -e go ]; do sleep 0.1; done; touch c"
+    make(
+        project,
+        {
+            "a": {"cmd": "touch a", "outs": ["a"]},
+            "b": {"cmd": "touch b", "deps": ["a"], "outs": ["b"]},
+            "c": {"cmd": wait, "deps": ["b"], "outs": ["c"]},
+        },
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "run"],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    until = time.monotonic() + 60
+    while not (project / "began").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    try:
+        with pytest.raises(UserError, match="not done: c; see above"):
+            run(project)
+    finally:
+        (project / "go").touch()
+    assert first.wait(60) == 0
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("number", "to_all", "code", "before"),
     [
