@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 from scipy.linalg import LinAlgWarning
 from scipy.special import expit
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, PoissonRegressor
 
 from pipelines.features.cuts import Split
@@ -133,7 +134,10 @@ def _fit(model: Any, x: Floats, y: Any, alpha: float) -> None:
         warnings.simplefilter("ignore", LinAlgWarning)
         # Nor is what single precision cannot hold, which leaves coefficients that are none.
         warnings.simplefilter("ignore", RuntimeWarning)
-        model.fit(_narrow(x), y)
+        with warnings.catch_warnings():
+            # That L-BFGS stops short is measured next.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(_narrow(x), y)
         if not _measure_rest(model, x, y, alpha) <= _REST:
             model.fit(x, y)
 
