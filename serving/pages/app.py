@@ -174,8 +174,8 @@ class Pages:
             kinds=list(SEGMENTS),
             segments=board.segments(by),
             share=share,
-            cost=cost,
-            margin=margin,
+            cost=_enter(cost),
+            margin=_enter(margin),
             contacted=int(reach.contacted[share]),
             hits=float(reach.hits[share]),
             total=total,
@@ -470,6 +470,11 @@ def _name_models(quality: Quality) -> dict[str, str]:
 def _integer(request: Request, name: str, otherwise: int) -> int:
     text = request.query_params.get(name, "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else otherwise
+
+
+def _enter(amount: float | None) -> str:
+    """Return an amount as it was entered."""
+    return "" if amount is None else f"{amount:.12g}"
 
 
 def _amount(request: Request, name: str) -> float | None:
