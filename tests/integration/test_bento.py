@@ -149,9 +149,15 @@ class Service:
     log: Path
 
     def ask(
-        self, method: str, path: str, body: Any = None, *, kind: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        kind: str = "application/json",
+        seconds: float = 60,
     ) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
         try:
             content = body if body is None or isinstance(body, bytes) else json.dumps(body)
             headers = {"Content-Type": kind} if body is not None else {}
@@ -163,7 +169,8 @@ class Service:
 
     def is_ready(self) -> bool:
         try:
-            return self.ask("GET", "/readyz")[0] == 200
+            # The port is open before, and after, a process is there that answers.
+            return self.ask("GET", "/readyz", seconds=5)[0] == 200
         except OSError:
             return False
 
