@@ -29,6 +29,7 @@ from pipelines.platform import (
     _plan_programs,
     _read_port,
     _record_session,
+    _send,
     start,
     stop,
 )
@@ -255,7 +256,17 @@ def test_an_airflow_without_its_pools_is_told_in_a_line_and_stopped(shop: Path) 
     assert not (shop / STATE / "platform.json").exists()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="no other user's process at hand")
+def test_a_signal_that_is_refused_is_told_in_a_line() -> None:
+    def refuse() -> None:
+        raise psutil.AccessDenied(os.getpid())
+
+    owner = psutil.Process().username()
+    with pytest.raises(UserError, match=f"process {os.getpid()} .* belongs to {owner}; run make"):
+        _send(refuse)
+
+
+# Who is not root has no other user's process at hand.
+@pytest.mark.skipif(os.getuid() != 0, reason="wants to be root, to be another user than it was")
 def test_a_platform_of_another_user_is_told_in_a_line() -> None:
     # The folders of pytest are for their owner alone.
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
