@@ -94,6 +94,13 @@ class FileFormat(StrEnum):
     PARQUET = "parquet"
 
 
+_MAPPED_SCHEMAS: Final = {
+    "mapping": EVENT_SCHEMA,
+    "users_mapping": USER_SCHEMA,
+    "items_mapping": ITEM_SCHEMA,
+}
+
+
 class Mapped(Section):
     """A source whose columns have names of their own."""
 
@@ -110,34 +117,22 @@ class Mapped(Section):
             return value
         return {k: {"column": v} if isinstance(v, str) else v for k, v in value.items()}
 
-    @field_validator("mapping")
+    @field_validator("mapping", "users_mapping", "items_mapping")
     @classmethod
     def _check_targets(
-        cls, value: dict[str, ColumnMapping | None]
-    ) -> dict[str, ColumnMapping | None]:
-        for column, mapping in value.items():
-            if column not in EVENT_SCHEMA.names:
-                raise ValueError(f"no such event column: {column}")
-            needed = column != "event_id" and not EVENT_SCHEMA.field(column).nullable
-            if needed and (mapping is None or mapping.only is not None):
-                raise ValueError(f"{column} is needed by every event: neither null nor `only`")
-            if column == "event_type" and mapping is not None:
-                _check_event_types(mapping)
-        return value
-
-    @field_validator("users_mapping", "items_mapping")
-    @classmethod
-    def _check_columns(
         cls, value: dict[str, ColumnMapping | None], info: ValidationInfo
     ) -> dict[str, ColumnMapping | None]:
-        schema = USER_SCHEMA if info.field_name == "users_mapping" else ITEM_SCHEMA
+        schema = _MAPPED_SCHEMAS[str(info.field_name)]
         for column, mapping in value.items():
             if column not in schema.names:
                 raise ValueError(f"no such column: {column}; there are {', '.join(schema.names)}")
-            if mapping is None and not schema.field(column).nullable:
-                raise ValueError(f"{column} is needed: not null")
-            if mapping is not None and mapping.only is not None:
+            needed = column != "event_id" and not schema.field(column).nullable
+            if needed and (mapping is None or mapping.only is not None):
+                raise ValueError(f"{column} is needed by every row: neither null nor `only`")
+            if mapping is not None and mapping.only is not None and schema is not EVENT_SCHEMA:
                 raise ValueError(f"{column}: `only` is for events")
+            if mapping is not None and column == "event_type":
+                _check_event_types(mapping)
         return value
 
 

@@ -23,10 +23,10 @@ from pipelines.config import Builder
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, read_json
 from pipelines.registry.champion import read_champion
+from pipelines.registry.tracking import VERDICT
 
 BENTO: Final = Path("build/bento")
 RECIPE: Final = Path("deploy/container")
-VERDICT: Final = Path("reports/verdict.json")
 MODEL_LABEL: Final = "forecart.model"
 
 # pip options that reach an index, and that therefore have to reach the build.
@@ -138,7 +138,7 @@ def tell_standing(root: Path, model: str) -> str:
     verdict = read_json(path) if path.exists() else {}
     if verdict.get("candidate") != model:
         return "; not the champion, and not judged: dvc repro"
-    if not verdict["passed"]:
+    if verdict.get("passed") is not True:
         return f"; not the champion: the gate refused it ({VERDICT})"
     return "; not the champion: forecart promote makes it that"
 

@@ -31,7 +31,7 @@ def test_the_shipped_file_equals_the_defaults() -> None:
         ({"ingest": {"source": "files"}}, "files.path"),
         ({"ingest": {"source": "ftp"}}, "ingest.source"),
         ({"ingest": {"simulator": {"start": "soon"}}}, "ingest.simulator.start"),
-        ({"ingest": {"files": {"mapping": {"user": "u"}}}}, "no such event column: user"),
+        ({"ingest": {"files": {"mapping": {"user": "u"}}}}, "no such column: user"),
         (
             {"ingest": {"files": {"users_mapping": {"user": "u"}}}},
             "no such column: user",

@@ -958,11 +958,17 @@ def promote(root: Path, predictor: Predictor) -> str:
     return digest
 
 
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project, still without a champion, which services look at."""
+    folder = tmp_path / "shop"
+    monkeypatch.setenv("FORECART_CHAMPION", str(folder / "champion.json"))
+    return folder
+
+
 def test_a_new_champion_is_taken_without_dropping_a_request(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shop = tmp_path / "shop"
-    monkeypatch.setenv("FORECART_CHAMPION", str(shop / "champion.json"))
     monkeypatch.setenv("FORECART_CHAMPION_SECONDS", "0.1")
     answers: list[tuple[int, str | None]] = []
     stop = threading.Event()
@@ -1016,11 +1022,9 @@ def test_a_new_champion_is_taken_without_dropping_a_request(
 
 
 def test_a_process_that_is_killed_comes_back_with_the_champion(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not with the model that the service was started with, which was replaced since."""
-    shop = tmp_path / "shop"
-    monkeypatch.setenv("FORECART_CHAMPION", str(shop / "champion.json"))
     # Looked for so rarely that nothing but the start can take it.
     monkeypatch.setenv("FORECART_CHAMPION_SECONDS", "3600")
     with start(project / "models/gpt", tmp_path) as service:

@@ -21,12 +21,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("empty", [False, True])
-def test_where_nothing_is_registered_nothing_is_made(
-    root: Path, monkeypatch: pytest.MonkeyPatch, empty: bool
-) -> None:
-    if empty:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+@pytest.mark.usefixtures("no_address")
+def test_where_nothing_is_registered_nothing_is_made(root: Path) -> None:
     assert list_champions(root) == []
     assert not (root / "mlflow.db").exists()
 

@@ -782,12 +782,8 @@ def test_what_the_packaged_model_reproduces_is_kept_with_the_champion(root: Path
         hidden.rename(left)
 
 
-@pytest.mark.parametrize("empty", [False, True])
-def test_a_clone_without_the_registry_takes_the_model_that_it_made_itself(
-    root: Path, monkeypatch: pytest.MonkeyPatch, empty: bool
-) -> None:
-    if empty:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+@pytest.mark.usefixtures("no_address")
+def test_a_clone_without_the_registry_takes_the_model_that_it_made_itself(root: Path) -> None:
     digest = install(root, "one")
     shutil.rmtree(root / CACHE)
     (root / "mlflow.db").unlink()

@@ -520,9 +520,9 @@ def test_ingest_wants_the_fingerprint_first(tmp_path: Path) -> None:
     [
         ({"event_type": {"value": "buy"}}, "no event type 'buy'"),
         ({"event_type": {"column": "e", "values": {"a": "buy"}}}, "no event type 'buy'"),
-        ({"user_id": None}, "user_id is needed by every event"),
-        ({"ts": {"column": "t", "only": ["view"]}}, "ts is needed by every event"),
-        ({"colour": "c"}, "no such event column: colour"),
+        ({"user_id": None}, "user_id is needed by every row"),
+        ({"ts": {"column": "t", "only": ["view"]}}, "ts is needed by every row"),
+        ({"colour": "c"}, "no such column: colour"),
         ({"ts": {"column": "t", "zone": "UTC"}}, r"unknown key ingest\.files\.mapping\.ts\.zone"),
     ],
 )
