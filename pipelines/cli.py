@@ -94,9 +94,10 @@ def summary() -> None:
     from pipelines.evaluation.summary import format_summary, tell_next
     from pipelines.io import read_json
     from pipelines.registry.champion import read_champion
+    from pipelines.registry.verdict import VERDICT, read_verdict
 
     reports = Path("reports")
-    verdict = read_json(reports / "verdict.json")
+    verdict = read_verdict(VERDICT)
     typer.echo(format_summary(read_json(reports / "evaluation.json"), verdict))
     typer.echo(f"\nReport: {(reports / 'index.html').resolve()}")
     typer.echo(f"Next:   {tell_next(verdict, read_champion(Path()).digest)}")

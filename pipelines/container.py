@@ -21,9 +21,9 @@ import yaml
 
 from pipelines.config import Builder
 from pipelines.errors import UserError
-from pipelines.io import digest_directory, read_json
+from pipelines.io import digest_directory
 from pipelines.registry.champion import read_champion
-from pipelines.registry.tracking import VERDICT
+from pipelines.registry.verdict import VERDICT, read_verdict
 
 BENTO: Final = Path("build/bento")
 RECIPE: Final = Path("deploy/container")
@@ -131,14 +131,17 @@ def tell_standing(root: Path, model: str) -> str:
     Args:
         root: the project's folder.
         model: its digest.
+
+    Raises:
+        UserError: the verdict is not as the gate wrote it, or champion.json is damaged.
     """
     if read_champion(root).digest == model:
         return ""
     path = root / VERDICT
-    verdict = read_json(path) if path.exists() else {}
-    if verdict.get("candidate") != model:
+    verdict = read_verdict(path) if path.exists() else None
+    if verdict is None or verdict["candidate"] != model:
         return "; not the champion, and not judged: dvc repro"
-    if verdict.get("passed") is not True:
+    if not verdict["passed"]:
         return f"; not the champion: the gate refused it ({VERDICT})"
     return "; not the champion: forecart promote makes it that"
 

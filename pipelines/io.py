@@ -125,7 +125,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: the file is missing or not JSON.
+        UserError: the file is missing, not UTF-8 or not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -133,6 +133,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file; run the stage that writes it") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deep") from None
 

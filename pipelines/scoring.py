@@ -49,7 +49,7 @@ from pipelines.registry.champion import (
     fetch_champion,
     read_champion,
 )
-from pipelines.registry.tracking import VERDICT
+from pipelines.registry.verdict import VERDICT, find_verdict
 
 if TYPE_CHECKING:
     from pipelines.model.predictor import Predictor
@@ -142,15 +142,6 @@ def _warn(root: Path, at: datetime) -> str:
     )
 
 
-def read_verdict(root: Path) -> dict[str, Any] | None:
-    """Return the content of reports/verdict.json; None where there is none that can be read."""
-    try:
-        verdict = read_json(root / VERDICT)
-    except UserError:
-        return None
-    return verdict if isinstance(verdict, dict) else None
-
-
 def find_doubt(root: Path, model: str) -> str | None:
     """Say what a model is that scores without being champion.
 
@@ -166,7 +157,7 @@ def find_doubt(root: Path, model: str) -> str | None:
     """
     if read_champion(root).digest == model:
         return None
-    verdict = read_verdict(root) or {}
+    verdict = find_verdict(root) or {}
     if verdict.get("champion") == model:
         return "a former champion"
     if verdict.get("candidate") != model:

@@ -185,7 +185,9 @@ class Prediction(BaseModel):
 
     user_id: str
     probabilities: dict[str, float]
-    expected_spend: dict[str, float]
+    expected_spend: dict[str, float] = Field(
+        description="Price times quantity of purchases, before returns, in the log's currency."
+    )
     next_purchase: datetime | None = Field(
         default=None,
         description="Until when a purchase is as likely as not; null: not within the longest "

@@ -37,6 +37,16 @@ def test_a_mistake_is_one_line_and_code_2(tmp_path: Path) -> None:
     assert result.stdout == ""
 
 
+def test_a_verdict_that_was_edited_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports/verdict.json").write_text('{"passed": true}')
+    result = forecart("summary", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "forecart: reports/verdict.json: not as the gate wrote it; run: dvc repro\n"
+    )
+
+
 def test_a_library_that_the_system_lacks_is_one_line_with_its_package(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("{}\n")
     (tmp_path / "lightgbm.py").write_text(

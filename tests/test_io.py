@@ -31,6 +31,13 @@ def test_a_number_that_json_lacks_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_json_in_another_encoding_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes('{"a": "ü"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"^{file}: not UTF-8$"):
+        read_json(file)
+
+
 def test_json_that_is_nested_too_deep_is_a_damaged_file(tmp_path: Path) -> None:
     file = tmp_path / "champion.json"
     file.write_text("[" * 100_000)

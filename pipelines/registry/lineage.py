@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from pipelines.errors import UserError
-from pipelines.io import digest_directory, digest_file, read_json
+from pipelines.io import digest_directory, digest_file
 from pipelines.registry.champion import (
     DIGEST_TAG,
     EVIDENCE,
@@ -26,6 +26,7 @@ from pipelines.registry.champion import (
 )
 from pipelines.registry.connection import open_registry
 from pipelines.registry.tracking import DATA_TAG
+from pipelines.registry.verdict import read_verdict
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -152,14 +153,7 @@ def _check_links(registry: MlflowClient, version: ModelVersion, root: Path) -> I
             found = digest_file(file) if file.exists() else None
             yield _compare(name.removesuffix(".json"), version.tags.get(tag), found)
         if (evidence / "verdict.json").exists():
-            verdict = read_json(evidence / "verdict.json")
-            yield _compare("judged", digest, verdict.get("candidate"))
-            passed = verdict.get("passed") is True
-            yield Link(
-                name="passed",
-                state=State.OK if passed else State.WRONG,
-                detail="the gate passed it" if passed else "the gate did not pass it",
-            )
+            yield from _check_verdict(evidence / "verdict.json", digest)
     bento = _read_bento(root)
     if _label(bento) == digest:
         packed = root / _BENTO / "src/model"
@@ -175,6 +169,21 @@ def _digest_data(root: Path, model: str) -> str | None:
     if not features.is_dir() or not trained.is_dir() or digest_directory(trained) != model:
         return None
     return digest_directory(features)
+
+
+def _check_verdict(file: Path, digest: str) -> Iterator[Link]:
+    try:
+        verdict = read_verdict(file)
+    except UserError:
+        yield Link(name="judged", state=State.WRONG, detail="not as the gate wrote it")
+        return
+    yield _compare("judged", digest, verdict["candidate"])
+    passed = verdict["passed"]
+    yield Link(
+        name="passed",
+        state=State.OK if passed else State.WRONG,
+        detail="the gate passed it" if passed else "the gate did not pass it",
+    )
 
 
 def _compare(name: str, expected: str | None, found: str | None) -> Link:

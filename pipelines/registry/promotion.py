@@ -37,7 +37,8 @@ from pipelines.registry.champion import (
 )
 from pipelines.registry.connection import name_registry, open_registry, read_name
 from pipelines.registry.lock import hold_lock
-from pipelines.registry.tracking import VERDICT, log_quality, track, upload_model
+from pipelines.registry.tracking import log_quality, track, upload_model
+from pipelines.registry.verdict import VERDICT, read_verdict
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -100,7 +101,7 @@ def _promote(registry: MlflowClient, root: Path) -> str:
         _secure(registry, present, root)
         write_champion(root, describe(present))
         return f"{_name(present)} is champion already ({_short(digest)})"
-    verdict = _read_verdict(root, digest)
+    verdict = _find_verdict(root, digest)
     serving = None if present is None else read_digest(present)
     if verdict["champion"] != serving:
         raise UserError(
@@ -408,40 +409,23 @@ def _digest_model(root: Path) -> str:
     return digest_directory(folder)
 
 
-def _read_verdict(root: Path, digest: str) -> dict[str, Any]:
+def _find_verdict(root: Path, digest: str) -> dict[str, Any]:
     """Return the verdict about a model.
 
     Raises:
         UserError: it is about another model, or it did not pass, or it is not as the gate wrote it.
     """
     path = root / VERDICT
-    verdict: dict[str, Any] = read_json(path)
-    if not _is_whole(verdict):
-        raise UserError(f"{path}: not as the gate wrote it; run: dvc repro")
+    verdict = read_verdict(path)
     if verdict["candidate"] != digest:
         raise UserError(
             f"{path}: is about model {_short(verdict['candidate'])}, not about "
             f"{_short(digest)} in {root / MODEL}; run: dvc repro"
         )
-    if verdict["passed"] is not True:
+    if not verdict["passed"]:
         failed = "; ".join(c["why"] for c in verdict["checks"] if not c["passed"])
         raise UserError(f"{path}: the candidate did not pass: {failed or 'no check is recorded'}")
     return verdict
-
-
-def _is_whole(verdict: Any) -> bool:
-    """Tell whether a verdict, which anybody can edit, holds what is read of it."""
-    if not isinstance(verdict, dict) or not isinstance(verdict.get("checks"), list):
-        return False
-    digests = [verdict.get(key, 0) for key in ("candidate", "champion")]
-    return (
-        "passed" in verdict
-        and all(digest is None or isinstance(digest, str) for digest in digests)
-        and all(
-            isinstance(check, dict) and isinstance(check.get("why"), str) and "passed" in check
-            for check in verdict["checks"]
-        )
-    )
 
 
 def _name(version: ModelVersion) -> str:

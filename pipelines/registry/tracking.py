@@ -20,6 +20,7 @@ from pipelines.evaluation.rivals import CANDIDATE
 from pipelines.io import read_json
 from pipelines.registry.champion import DIGEST_TAG, check_files
 from pipelines.registry.connection import connect
+from pipelines.registry.verdict import VERDICT, read_verdict
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,7 +35,6 @@ HOST_TAG: Final = "forecart.host"
 PROCESS_TAG: Final = "forecart.process"  # its number and when it started
 ARTIFACTS: Final = "mlartifacts"
 
-VERDICT: Final = Path("reports/verdict.json")
 EVALUATION: Final = Path("reports/evaluation.json")
 # Of the candidate, by the kind of target: how well it ranks, and how well its level is met.
 _METRICS: Final[Mapping[str, Sequence[str]]] = {
@@ -276,8 +276,8 @@ def _log_quality(store: MlflowClient, run: MlflowRun, root: Path, digest: str) -
     verdict_file, evaluation_file = root / VERDICT, root / EVALUATION
     if not verdict_file.exists() or not evaluation_file.exists():
         return
-    verdict = read_json(verdict_file)
-    if verdict.get("candidate") != digest:
+    verdict = read_verdict(verdict_file)
+    if verdict["candidate"] != digest:
         return
     found = {}
     for name, target in read_json(evaluation_file)["targets"].items():
@@ -289,7 +289,7 @@ def _log_quality(store: MlflowClient, run: MlflowRun, root: Path, digest: str) -
     now = int(time.time() * 1000)
     known = run.data.metrics
     metrics = [Metric(k, v, now, 0) for k, v in found.items() if known.get(k) != v]
-    passed = str(verdict.get("passed") is True).lower()
+    passed = str(verdict["passed"]).lower()
     tags = [RunTag(PASSED_TAG, passed)] if run.data.tags.get(PASSED_TAG) != passed else []
     if metrics or tags:
         store.log_batch(run.info.run_id, metrics=metrics, tags=tags)

@@ -41,6 +41,7 @@ from pipelines.io import (
     progress,
     read_json,
     replace_directory,
+    say_count,
     spill_to,
     write_json,
     write_table,
@@ -392,7 +393,8 @@ def _advise_ids(twice: int, example: str | None) -> str:
     """Return what to do where the same shoppers seem to go by two ids."""
     if not twice:
         return ""
-    return f"; {twice:,} shoppers have a second id that ends in .0, such as {example}: write one"
+    have = f"{say_count(twice, 'shopper')} {'has' if twice == 1 else 'have'}"
+    return f"; {have} a second id that ends in .0, such as {example}: write both alike"
 
 
 def _advise_end(last_ts: str, params: Params, now: datetime) -> str:

@@ -31,7 +31,8 @@ from pipelines.evaluation.report import METRIC_NAMES, format_days
 from pipelines.evaluation.rivals import CANDIDATE
 from pipelines.io import say_count
 from pipelines.model.heads import Target
-from pipelines.scoring import DESCRIPTION, SCORES, find_doubt, read_verdict
+from pipelines.registry.verdict import find_verdict
+from pipelines.scoring import DESCRIPTION, SCORES, find_doubt
 from serving.pages.board import BINS, SEGMENTS, STEPS, Board
 from serving.pages.quality import Quality, find_row, read_curve, read_quality
 from serving.pages.shopper import REASONS, Storyteller, name_event
@@ -142,7 +143,7 @@ class Pages:
         profit = reach.profit(cost=cost or 0.0, margin=margin or 0.0) if known else None
         share = min(max(_integer(request, "share", 20), 0), STEPS)
         # The curve of the model that made the scores, which need not be the newest candidate.
-        row = find_row(board.plan["model"], read_verdict(self.root))
+        row = find_row(board.plan["model"], find_verdict(self.root))
         observed = read_curve(self.root, "lift", target.name).get(row or "", [])
         # It was tested on the shoppers of late, and says nothing of all others.
         scope = request.query_params.get("scope", "active")

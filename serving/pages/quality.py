@@ -14,7 +14,7 @@ from pipelines.evaluation.summary import order_models
 from pipelines.io import read_json
 from pipelines.registry.champion import read_champion
 from pipelines.registry.history import Reign, list_champions
-from pipelines.scoring import read_verdict
+from pipelines.registry.verdict import find_verdict
 
 REPORTS: Final = Path("reports")
 
@@ -56,7 +56,7 @@ def read_quality(root: Path) -> Quality:
     """
     champion = read_champion(root)
     evaluation = _read(root / REPORTS / "evaluation.json")
-    verdict = read_verdict(root)
+    verdict = find_verdict(root)
     history: list[Reign] = []
     trouble = None
     try:

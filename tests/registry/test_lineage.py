@@ -74,6 +74,14 @@ def test_a_changed_model_in_the_registry_is_told(promoted: Path) -> None:
         lineage.verify(promoted, None)
 
 
+def test_a_verdict_that_was_edited_in_the_registry_is_told(promoted: Path) -> None:
+    (kept,) = (promoted / "mlartifacts").rglob("verdict.json")
+    kept.write_text('{"passed": true}')
+    with pytest.raises(UserError, match="WRONG     verdict") as told:
+        lineage.verify(promoted, None)
+    assert "WRONG     judged    not as the gate wrote it" in str(told.value)
+
+
 def test_what_is_not_on_this_machine_does_not_count(promoted: Path) -> None:
     (promoted / "data/features/schema.json").unlink()
     (promoted / "data/features").rmdir()

@@ -131,7 +131,7 @@ def test_shoppers_with_two_spellings_of_an_id_and_those_without_profile_are_told
     fingerprint.run(params, tmp_path)
     told = ingest.run(params, tmp_path)
     assert "5 users (1 with a profile)" in told
-    assert "; 2 shoppers have a second id that ends in .0, such as 7.0: write one" in told
+    assert "; 2 shoppers have a second id that ends in .0, such as 7.0: write both alike" in told
 
 
 @pytest.mark.parametrize("source", ["files", "database"])
