@@ -11,6 +11,7 @@ import logging
 import threading
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import urlencode
 
 import uvicorn
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -122,7 +123,8 @@ class Pages:
         """Who will buy, search and leave; whom to reach."""
         board, whole = self._choose_board(request)
         if not len(board):
-            raise _Empty("Nobody to show", "No shopper was active lately.", "?scope=all")
+            asked = urlencode(dict(request.query_params) | {"scope": "all"})
+            raise _Empty("Nobody to show", "No shopper was active lately.", f"?{asked}")
         first = _choose(self._find_days(), board.horizons, board.horizons[0])
         days = _choose(_integer(request, "days", first), board.horizons, first)
         targets = board.targets_at(days)

@@ -152,6 +152,19 @@ def test_a_single_day_and_a_population_of_everyone_are_told_as_such(root: Path, 
     assert "1 days" not in found.text
 
 
+def test_where_nobody_is_active_the_way_on_keeps_what_was_entered(root: Path) -> None:
+    file = root / "data/scores/part-000000.parquet"
+    table = pq.read_table(file)
+    nobody = pa.array([False] * len(table))
+    pq.write_table(table.set_column(table.column_names.index("active"), "active", nobody), file)
+    answer = ask(root, '/?days=14&share=10&cost=1.5&margin=3&by="><b>&scope=active')
+    assert "Nobody to show" in answer.text
+    assert "<b>" not in answer.text
+    (link,) = find_links(answer.text)
+    entered = {"days": "14", "share": "10", "cost": "1.5", "margin": "3", "by": '"><b>'}
+    assert link == entered | {"scope": "all"}
+
+
 def test_one_is_told_as_one(root: Path) -> None:
     plan = read_json(root / "data/scores/_scores.json")
     file = root / "data/scores/part-000000.parquet"
