@@ -55,6 +55,9 @@ NOT_OF_A_RESULT = {
     ("pretrain", "pipelines.evaluation.rivals"): "whose results are recorded, by a promotion",
     ("train", "pipelines.evaluation.rivals"): "whose results are recorded, by a promotion",
     ("baselines", "pipelines.evaluation.rivals"): "as for train",
+    ("pretrain", "pipelines.registry.verdict"): "read where results are recorded, by a promotion",
+    ("train", "pipelines.registry.verdict"): "read where results are recorded, by a promotion",
+    ("baselines", "pipelines.registry.verdict"): "as for train",
 }
 
 
