@@ -3,6 +3,9 @@
 One model for every event and horizon that is asked about (does the event happen until its end?),
 and one for every amount. Rows are everyone in the population at equally spaced times of the past,
 as in production; windows that close late count for the horizons that they allow alone.
+
+They start from the level of each period (``levels`` says why), see when it was, so that they learn
+what has changed, and ship as of the last time that they saw.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -20,9 +24,12 @@ from numpy.typing import NDArray
 from pipelines.config import EnsembleTrees, TreeSettings
 from pipelines.model.calibration import sigmoid
 from pipelines.model.heads import Heads
-from pipelines.model.timeline import DAY, Cuts, Labels, Timeline
+from pipelines.model.levels import measure_odds, shrink, weigh
+from pipelines.model.timeline import DAY, Cuts, Ints, Labels, Timeline
 from pipelines.model.tokens import encode_calendar
-from pipelines.model.trees import Trees
+from pipelines.model.trees import Doubles, Trees
+
+Kind = Literal["binary", "amount"]
 
 # Between Poisson (1) and gamma (2): many zeros and a long tail.
 TWEEDIE_POWER: Final = 1.4
@@ -32,9 +39,7 @@ _MOVE_ROWS: Final = 50_000  # that tell how much levels move
 _MAX_DEPTH: Final = 6  # every walk takes as many steps as the longest
 
 
-def tree_parameters(
-    kind: Literal["binary", "amount"], setting: TreeSettings, seed: int
-) -> dict[str, Any]:
+def tree_parameters(kind: Kind, setting: TreeSettings, seed: int) -> dict[str, Any]:
     """Return LightGBM's parameters for one thread and equal results every time."""
     return {
         "objective": "binary" if kind == "binary" else "tweedie",
@@ -112,6 +117,8 @@ def grow_trees(
     wanted: NDArray[np.bool_],
     config: EnsembleTrees,
     learning_rate: float,
+    period: int,
+    half_life: float | None,
     seed: int,
 ) -> tuple[Trees, Trees]:
     """Grow the trees of some outputs, as many rounds as the later rows bear.
@@ -124,6 +131,9 @@ def grow_trees(
         wanted: (O,), which outputs are to have trees.
         config: settings.
         learning_rate: of the trees.
+        period: microseconds; the level of everyone within one is taken for one.
+        half_life: days after which the level of a period counts half for that which they ship with;
+            None = all alike.
         seed: of the rows and features that each tree sees.
 
     Returns:
@@ -139,28 +149,35 @@ def grow_trees(
         min_child_samples=config.min_child_samples,
     )
     # Binned once; every output takes the rows of which it knows.
-    fit_data = lgb.Dataset(fit.x, params=shared).construct()
-    stop_data = fit_data.create_valid(stop.x, params=shared).construct()
-    refit_data = lgb.Dataset(refit.x, params=shared).construct()
+    fit_data = lgb.Dataset(_tell_time(fit), params=shared).construct()
+    stop_data = fit_data.create_valid(_tell_time(stop), params=shared).construct()
+    refit_data = lgb.Dataset(_tell_time(refit), params=shared).construct()
+    latest = partial(_take_latest, time=fit.x.shape[1])
 
-    def grow(output: int) -> tuple[list[Any], list[Any]]:
-        kind: Literal["binary", "amount"] = "binary" if output < outputs - amounts else "amount"
+    def grow(output: int) -> tuple[list[Any], ...]:
+        kind: Kind = "binary" if output < outputs - amounts else "amount"
         known = all(_tells(rows.y[:, output]) for rows in (fit, stop, refit))
         if not (wanted[output] and known):
             return [], []
         parameters = tree_parameters(kind, setting, seed) | {"max_depth": _MAX_DEPTH}
         first = lgb.train(
             parameters,
-            _choose(fit_data, fit, output),
+            _choose(fit_data, fit, output, kind, period),
             num_boost_round=config.rounds,
-            valid_sets=[_choose(stop_data, stop, output)],
+            valid_sets=[_choose(stop_data, stop, output, kind, period)],
             callbacks=[lgb.early_stopping(config.early_stopping, verbose=False)],
         )
         rounds = max(first.best_iteration, 1)
-        second = lgb.train(parameters, _choose(refit_data, refit, output), num_boost_round=rounds)
-        return (
-            first.dump_model(num_iteration=rounds)["tree_info"],
-            second.dump_model(num_iteration=rounds)["tree_info"],
+        second = lgb.train(
+            parameters, _choose(refit_data, refit, output, kind, period), num_boost_round=rounds
+        )
+        grown = (
+            [tree["tree_structure"] for tree in model.dump_model(num_iteration=rounds)["tree_info"]]
+            for model in (first, second)
+        )
+        return tuple(
+            [_start(rows, output, kind, period, half_life), *map(latest, trees)]
+            for rows, trees in zip((fit, refit), grown, strict=True)
         )
 
     # Trees of small data gain little from threads of their own; outputs side by side do.
@@ -217,10 +234,62 @@ def _tells(y: NDArray[np.float64]) -> bool:
     return min(positives, int((y == 0).sum())) >= _FEWEST
 
 
-def _choose(data: Any, rows: Rows, output: int) -> Any:
-    """Return the part of a LightGBM data set of which one outcome is known."""
+def _measure_levels(
+    rows: Rows, output: int, kind: Kind, period: int
+) -> tuple[Doubles, Doubles, Ints, Ints]:
+    """Return the level of an outcome, log odds or the log of an amount, in every period.
+
+    Returns:
+        (T,) levels; (T,) inverse variances of chance, for amounts as many as the buyers would be if
+        all spent alike (Kish, "Survey sampling", 1965); (T,) how many periods ago; and for the rows
+        of which the outcome is known the place of theirs, (R,).
+    """
+    known = np.isfinite(rows.y[:, output])
+    y = rows.y[known, output]
+    when = rows.ts[known]
+    ago, place = np.unique((when.max() - when) // period, return_inverse=True)
+    n, total = np.bincount(place), np.bincount(place, y)
+    if kind == "binary":
+        return *measure_odds(total, n), ago, place
+    square = np.bincount(place, np.square(y))
+    information = np.divide(np.square(total), square, out=np.zeros(len(n)), where=square > 0)
+    return np.log(np.where(total > 0, total, 1.0) / n), information, ago, place
+
+
+def _tell_time(rows: Rows) -> NDArray[np.float32]:
+    """Return the features with the time beside them, in days, (M, F + 1)."""
+    return np.concatenate([rows.x, (rows.ts / DAY)[:, None].astype(np.float32)], axis=1)
+
+
+def _take_latest(node: dict[str, Any], time: int) -> dict[str, Any]:
+    """Return a tree as it is after all times that it knows: without the splits by time."""
+    while node.get("split_feature") == time:
+        node = node["right_child"]
+    if "left_child" not in node:
+        return node
+    below = {key: _take_latest(node[key], time) for key in ("left_child", "right_child")}
+    return node | below
+
+
+def _choose(data: Any, rows: Rows, output: int, kind: Kind, period: int) -> Any:
+    """Return the part of a LightGBM data set of which one outcome is known.
+
+    Trees start from the level of each period.
+    """
     known = np.flatnonzero(np.isfinite(rows.y[:, output]))
-    return label_part(data, known, rows.y[known, output])
+    part = label_part(data, known, rows.y[known, output])
+    level, information, _, place = _measure_levels(rows, output, kind, period)
+    part.set_init_score(shrink(level, information)[place])
+    return part
+
+
+def _start(
+    rows: Rows, output: int, kind: Kind, period: int, half_life: float | None
+) -> dict[str, Any]:
+    """Return a tree, as LightGBM describes one, that says the latest level of everybody."""
+    level, information, ago, _ = _measure_levels(rows, output, kind, period)
+    age = (ago * (period / DAY)).astype(np.float64)
+    return {"leaf_value": float(weigh(shrink(level, information), information, age, half_life))}
 
 
 def label_part(data: Any, rows: NDArray[np.int64], y: NDArray[np.float64]) -> Any:
@@ -240,7 +309,7 @@ def flatten(dumps: Sequence[Sequence[dict[str, Any]]]) -> Trees:
     """Build arrays from LightGBM's own description of its trees, by output.
 
     Args:
-        dumps: for every output the ``tree_info`` of ``Booster.dump_model``.
+        dumps: for every output each ``tree_structure`` of ``Booster.dump_model``.
     """
     nodes: list[tuple[int, float, int, float]] = []
     output, root = [], []
@@ -248,7 +317,7 @@ def flatten(dumps: Sequence[Sequence[dict[str, Any]]]) -> Trees:
         for tree in trees:
             output.append(place)
             root.append(len(nodes))
-            _lay_out(tree["tree_structure"], nodes)
+            _lay_out(tree, nodes)
     feature, threshold, child, value = zip(*nodes, strict=True) if nodes else ((), (), (), ())
     return Trees(
         outputs=len(dumps),

@@ -94,12 +94,15 @@ class HazardTargets:
         counted: float32 (M, events, bins), 1 where it could and the interval is closed.
         log_amount: float32 (M, amounts), log amount of buyers, else 0.
         bought: float32 (M, amounts), 1 for buyers whose window is closed.
+        level: float32 (M, events, bins), log odds by which everyone's hazards at the cut's time are
+            above those of late.
     """
 
     happened: Tensor
     counted: Tensor
     log_amount: Tensor
     bought: Tensor
+    level: Tensor
 
     def split(self, counts: Sequence[int]) -> list[HazardTargets]:
         """Return those of so many cuts each."""
@@ -108,8 +111,16 @@ class HazardTargets:
         return [HazardTargets(**dict(zip(names, part, strict=True))) for part in parts]
 
 
-def encode_labels(heads: Heads, labels: Labels) -> HazardTargets:
-    """Turn labels into the tensors of the losses."""
+def encode_labels(
+    heads: Heads, labels: Labels, level: NDArray[np.float32] | None = None
+) -> HazardTargets:
+    """Turn labels into the tensors of the losses.
+
+    Args:
+        heads: what is predicted.
+        labels: of M cuts.
+        level: of ``HazardTargets``; None = all times are alike.
+    """
     ends = np.array(heads.grid, dtype=np.float64)
     starts = np.concatenate([[0.0], ends[:-1]])
     delay = labels.delay[:, :, None]
@@ -119,18 +130,20 @@ def encode_labels(heads: Heads, labels: Labels) -> HazardTargets:
     known = horizons[None, :] <= labels.observed_days[:, None]
     bought = known & (labels.amount > 0)
     log_amount = np.log(np.where(bought, labels.amount, 1.0))
+    happened = (at_risk & (delay < ends)).astype(np.float32)
     return HazardTargets(
-        happened=torch.from_numpy((at_risk & (delay < ends)).astype(np.float32)),
+        happened=torch.from_numpy(happened),
         counted=torch.from_numpy((at_risk & closed).astype(np.float32)),
         log_amount=torch.from_numpy(log_amount.astype(np.float32)),
         bought=torch.from_numpy(bought.astype(np.float32)),
+        level=torch.from_numpy(np.zeros_like(happened) if level is None else level),
     )
 
 
 def hazard_loss(outputs: Outputs, targets: HazardTargets) -> Tensor:
     """Return the mean negative log likelihood of a cut's first events, averaged over names."""
     loss = functional.binary_cross_entropy_with_logits(
-        outputs.hazard, targets.happened, weight=targets.counted, reduction="sum"
+        outputs.hazard + targets.level, targets.happened, weight=targets.counted, reduction="sum"
     )
     count, names, _ = targets.happened.shape
     return loss / (count * names)

@@ -31,8 +31,9 @@ from pipelines.model.batches import (
 )
 from pipelines.model.heads import HazardTargets, Heads, encode_labels
 from pipelines.model.items import RECENT
+from pipelines.model.levels import measure_odds, shrink, weigh
 from pipelines.model.network import Batch
-from pipelines.model.timeline import DAY, Cuts, Timeline
+from pipelines.model.timeline import DAY, Cuts, Ints, Timeline, population, spread
 from pipelines.model.tokens import Tokenizer
 
 T = TypeVar("T")
@@ -44,6 +45,8 @@ _ITEM_SHARE: Final = 4  # likewise one NOW token, in pretraining event, the next
 _BIDIRECTIONAL_CUTS: Final = 4
 _PRETRAIN_CUTS: Final = 4  # NOW tokens only mark which histories are read
 _TOGETHER: Final = 16384  # places of the batches that are made at a time
+_LEVEL_STEP: Final = 7 * DAY  # between times whose levels are told apart
+_LEVEL_ROWS: Final = 20_000  # shoppers that tell one
 _ITEM_SAMPLE: Final = 512  # items that stand for all of them in the next-item loss
 
 
@@ -193,6 +196,8 @@ class Loader:
         # Events see later events of their segment.
         self.bidirectional = config.backbone == "bert"
         self.items = len(tokenizer.vocabulary.item)
+        self._level_times: Ints = np.zeros(0, dtype=np.int64)
+        self._levels = np.zeros((0, len(heads.events), len(heads.grid)), dtype=np.float32)
 
     def epoch(self, close: int, phase: Phase, rng: np.random.Generator) -> Epoch:
         """Draw an epoch on windows that close by ``close``.
@@ -257,7 +262,39 @@ class Loader:
         labels = self.timeline.labels(
             cuts, events=self.heads.events, horizons=self.heads.amounts, close=close
         )
-        return encode_labels(self.heads, labels)
+        return encode_labels(self.heads, labels, self._find_levels(cuts.ts))
+
+    def measure_levels(self, close: int) -> None:
+        """Tell the times before ``close`` apart, so that nobody's hazard is learnt from them.
+
+        A week apart: the level of everyone's hazards, less a mean that counts old weeks less.
+        """
+        heads = self.heads
+        last = max(close - heads.grid[0] * DAY, self.first)
+        times = np.arange(last, self.first - 1, -_LEVEL_STEP)[::-1]
+        counts = []
+        for ts in times:
+            cuts = population(self.timeline, int(ts), self.active_days)
+            cuts = cuts.take(spread(len(cuts), _LEVEL_ROWS))
+            labels = self.timeline.labels(
+                cuts, events=heads.events, horizons=heads.amounts, close=close
+            )
+            told = encode_labels(heads, labels)
+            happened = told.happened * told.counted
+            counts.append(torch.stack([happened.sum(0), told.counted.sum(0)]).double())
+        odds, information = measure_odds(*torch.stack(counts, dim=1).numpy())
+        level = shrink(odds, information)
+        age = (times[-1] - times) / DAY
+        late = weigh(level, information, age, self.config.half_life_days)
+        self._level_times, self._levels = times, (level - late).astype(np.float32)
+
+    def _find_levels(self, ts: Ints) -> NDArray[np.float32] | None:
+        """Return the levels of the nearest times, (M, events, bins)."""
+        if not len(self._levels):
+            return None
+        place = np.rint((ts - self._level_times[0]) / _LEVEL_STEP).astype(np.int64)
+        found: NDArray[np.float32] = self._levels[place.clip(0, len(self._levels) - 1)]
+        return found
 
     def next_items(self, cuts: Cuts, close: int) -> NDArray[np.int64]:
         """Return the code of the item touched next from every cut on, -1 = none or unknown."""

@@ -506,6 +506,22 @@ class Timeline:
         return {}
 
 
+def population(timeline: Timeline, ts: int, active_days: float | None) -> Cuts:
+    """Return a cut at ``ts`` for everyone in the population then."""
+    users = np.arange(timeline.sequences.users, dtype=np.int64)
+    cuts = timeline.cuts(users, np.full(len(users), ts, dtype=np.int64))
+    inside = cuts.position > timeline.offsets[:-1]
+    if active_days is not None and len(timeline.ts):
+        last = timeline.ts[np.maximum(cuts.position - 1, 0)]
+        inside &= last >= ts - int(active_days * DAY)
+    return cuts.take(np.flatnonzero(inside))
+
+
+def spread(count: int, most: int) -> NDArray[np.int64]:
+    """Return so many of the places 0 to ``count`` - 1 at most, evenly."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+
+
 def feature_names() -> list[str]:
     """Names of the columns of ``Timeline.features``, in order."""
 

@@ -54,7 +54,14 @@ from pipelines.model.steps import (
     Step,
     in_groups,
 )
-from pipelines.model.timeline import DAY, Cuts, Timeline, feature_names
+from pipelines.model.timeline import (
+    DAY,
+    Cuts,
+    Timeline,
+    feature_names,
+    population,
+    spread,
+)
 from pipelines.model.tokens import Tokenizer, Vocabulary
 from pipelines.model.trees import Mix, Trees
 
@@ -272,7 +279,7 @@ def train_model(
     if grown:
         first = calibrate(beside, timeline, cuts, close, ahead.raw, scores, threshold)
         shipped = alone.beside(grown.second, first.spec.mix)
-    few = _spread(len(cuts), _LEVEL_CUTS)
+    few = spread(len(cuts), _LEVEL_CUTS)
     doubt = doubt_level(
         heads, ahead.raw, cuts.ts, periods.calibration, close, grown.moves if grown else 0.0
     )
@@ -387,17 +394,6 @@ def compile_backbone(network: Network, config: Train) -> Callable[..., Any] | No
     return torch.compile(network.backbone, dynamic=True)
 
 
-def population(timeline: Timeline, ts: int, active_days: float | None) -> Cuts:
-    """Return a cut at ``ts`` for everyone in the population then."""
-    users = np.arange(timeline.sequences.users, dtype=np.int64)
-    cuts = timeline.cuts(users, np.full(len(users), ts, dtype=np.int64))
-    inside = cuts.position > timeline.offsets[:-1]
-    if active_days is not None and len(timeline.ts):
-        last = timeline.ts[np.maximum(cuts.position - 1, 0)]
-        inside &= last >= ts - int(active_days * DAY)
-    return cuts.take(np.flatnonzero(inside))
-
-
 def _calibration_cuts(timeline: Timeline, periods: Periods, targets: Sequence[Target]) -> Cuts:
     """Return everyone in the population between the calibration and the test cut.
 
@@ -410,14 +406,9 @@ def _calibration_cuts(timeline: Timeline, periods: Periods, targets: Sequence[Ta
     return Cuts.join([population(timeline, ts, periods.active_days) for ts in times])
 
 
-def _spread(count: int, most: int) -> NDArray[np.int64]:
-    """Return so many of the places 0 to ``count`` - 1 at most, evenly."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
-
-
 def _thin(cuts: Cuts, most: int) -> Cuts:
     """Take so many of the cuts at most, evenly: features of all at once may not fit."""
-    return cuts.take(_spread(len(cuts), most))
+    return cuts.take(spread(len(cuts), most))
 
 
 class _Grower:
@@ -440,7 +431,8 @@ class _Grower:
         if not config.trees.rounds:
             return
         shortest = min(target.horizon_days for target in targets)
-        collect = partial(collect_rows, calendar=_depends_on_weekday(targets, periods))
+        weekly = _depends_on_weekday(targets, periods)
+        collect = partial(collect_rows, calendar=weekly)
 
         def look_back(close: int) -> Rows:
             last = max(periods.first, close - shortest * DAY)
@@ -460,6 +452,9 @@ class _Grower:
             step=shortest * DAY,
             config=config.trees,
             learning_rate=Schedule.of(config, timeline, periods.calibration).tree_rate,
+            # Seven times in a row hold each weekday once, so that weekdays are told apart in them.
+            period=shortest * DAY * (7 if weekly else 1),
+            half_life=config.half_life_days,
             seed=config.seed,
         )
         if choose_device(config.device).type != "cpu" or config.threads < (os.cpu_count() or 1):
@@ -503,6 +498,8 @@ def _grow(
     step: int,
     config: EnsembleTrees,
     learning_rate: float,
+    period: int,
+    half_life: float | None,
     seed: int,
 ) -> _Grown:
     """Grow trees as ``grow_trees`` does, for the intervals that are asked about, (bins,)."""
@@ -517,6 +514,8 @@ def _grow(
         wanted=np.concatenate([*[asked] * len(heads.events), amounts]),
         config=config,
         learning_rate=learning_rate,
+        period=period,
+        half_life=half_life,
         seed=seed,
     )
     days = np.where(asked, np.array(heads.grid, dtype=np.float64), np.nan)
@@ -727,6 +726,8 @@ class _Fit:
         optimizer = _make_optimizer(self.network, learning_rate, self.config.weight_decay)
         if 0 < self.done[phase] < epochs and self._optimizer_tensors:
             unpack_optimizer(optimizer, self._optimizer_tensors)
+        if phase is not Phase.PRETRAIN:
+            self.loader.measure_levels(close)
         self.network.train()
         workers = _count_loaders(self.device)
         draw = partial(self.loader.epoch, close, phase, self.rng)

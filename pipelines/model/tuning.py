@@ -28,13 +28,12 @@ from pipelines.config import MAX_EPOCHS, Pretrain, Train
 from pipelines.errors import UserError
 from pipelines.features.store import Sequences
 from pipelines.model.heads import Target
-from pipelines.model.timeline import ANY_EVENT, DAY, Timeline
+from pipelines.model.timeline import ANY_EVENT, DAY, Timeline, population
 from pipelines.model.tokens import Vocabulary
 from pipelines.model.training import (
     Periods,
     Schedule,
     TrainedModel,
-    population,
     pretrain_model,
     train_model,
 )

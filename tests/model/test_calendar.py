@@ -16,9 +16,9 @@ from pipelines.model.explanation import explain
 from pipelines.model.heads import Heads, Target
 from pipelines.model.network import NetworkConfig
 from pipelines.model.predictor import Predictor
-from pipelines.model.timeline import DAY, Timeline, feature_names
+from pipelines.model.timeline import DAY, Timeline, feature_names, population
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import _Fit, population, pretrain_model, train_model
+from pipelines.model.training import _Fit, pretrain_model, train_model
 from pipelines.model.trees import Mix
 from tests.model.conftest import PERIODS, START, TINY
 

@@ -21,14 +21,13 @@ from pipelines.model.heads import Heads
 from pipelines.model.network import Outputs
 from pipelines.model.predictor import Predictor
 from pipelines.model.steps import Epoch, in_groups
-from pipelines.model.timeline import Cuts, Timeline
+from pipelines.model.timeline import Cuts, Timeline, population
 from pipelines.model.tokens import Vocabulary
 from pipelines.model.training import (
     Phase,
     Schedule,
     TrainedModel,
     _Fit,
-    population,
     seed_everything,
     train_model,
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,15 +14,16 @@ import pytest
 import torch
 
 from pipelines.config import Train
-from pipelines.features.store import Sequences
+from pipelines.events import EVENT_CODES
+from pipelines.features.store import Sequences, encode_events
 from pipelines.model import steps
 from pipelines.model.ahead import in_order
-from pipelines.model.heads import Heads
-from pipelines.model.network import to_device
+from pipelines.model.heads import HazardTargets, Heads, hazard_loss
+from pipelines.model.network import Outputs, to_device
 from pipelines.model.steps import Loader, Phase, Step
-from pipelines.model.timeline import Timeline
+from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Tokenizer, Vocabulary
-from tests.model.conftest import PERIODS, TARGETS, TINY
+from tests.model.conftest import PERIODS, START, TARGETS, TINY
 
 
 def make_loader(shop: Sequences, config: Train) -> Loader:
@@ -140,3 +141,93 @@ def test_who_stops_asking_leaves_no_thread() -> None:
     assert next(results) == 0
     results.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
+
+
+def make_weeks(rates: Sequence[float], seed: int = 3) -> Sequences:
+    """Shoppers who view every day, and buy at a rate of the week, of chance alone."""
+    rng = np.random.default_rng(seed)
+    users = []
+    for _ in range(300):
+        events = []
+        for day in range(7 * len(rates)):
+            events.append({"ts": START + day * DAY + int(rng.integers(DAY)), "event_type": "view"})
+            if rng.random() < rates[day // 7]:
+                bought = START + day * DAY + int(rng.integers(DAY))
+                events.append({"ts": bought, "event_type": "purchase", "price": 10.0})
+        users.append(sorted(events, key=lambda event: event["ts"]))
+    return encode_events(users)
+
+
+def test_levels_are_those_of_the_weeks() -> None:
+    """Better weeks are told from others, as log odds above those of late."""
+    rates = [0.02] * 4 + [0.08] * 3 + [0.02] * 4
+    shop = make_weeks(rates)
+    loader = make_loader(shop, TINY)
+    close = START + 77 * DAY
+    ts = START + DAY * np.array([8, 31, 38, 66])
+    cuts = loader.timeline.cuts(np.zeros(4, dtype=np.int64), ts)
+    assert not loader.targets(cuts, close).level.any()
+    loader.measure_levels(close)
+    level = loader.targets(cuts, close).level[:, loader.heads.events.index("purchase"), 0].numpy()
+    # Four times as many buy in a week that is better throughout; late weeks are of either kind.
+    assert level[[1, 2]] - level[[0, 3]] == pytest.approx(np.log(4), abs=0.35)
+    assert (level[[0, 3]] < -0.5).all()
+    assert (level[[1, 2]] > 0.3).all()
+    # Of intervals that end after the bound only what is closed counts.
+    ts = START + DAY * np.arange(7, 75)
+    cuts = loader.timeline.cuts(np.zeros(len(ts), dtype=np.int64), ts)
+    everything = loader.targets(cuts, close).level
+    assert everything.isfinite().all()
+    assert everything.abs().max() < 2.5
+    # Nobody searches, which makes no time another one.
+    searched = loader.targets(cuts, close).level[:, loader.heads.events.index("search")]
+    assert searched.abs().max() < 1e-6
+
+
+def test_weeks_that_differ_by_chance_are_taken_for_alike() -> None:
+    loader = make_loader(make_weeks([0.05] * 11), TINY)
+    loader.measure_levels(START + 77 * DAY)
+    ts = START + DAY * np.arange(7, 70, 7)
+    cuts = loader.timeline.cuts(np.zeros(len(ts), dtype=np.int64), ts)
+    level = loader.targets(cuts, START + 77 * DAY).level
+    assert level[:, loader.heads.events.index("purchase")].abs().max() < 0.2
+
+
+def test_levels_see_nothing_from_the_bound_on() -> None:
+    shop, close = make_weeks([0.02] * 4 + [0.08] * 7), START + 49 * DAY
+    later = shop.ts >= close
+    found = []
+    for after in (EVENT_CODES["search"], EVENT_CODES["purchase"]):
+        other = replace(shop, type=np.where(later, after, shop.type).astype(np.uint8))
+        loader = make_loader(other, TINY)
+        cuts = loader.timeline.cuts(np.zeros(2, dtype=np.int64), START + DAY * np.array([8, 38]))
+        loader.measure_levels(close)
+        found.append(loader.targets(cuts, close).level)
+    assert found[0].equal(found[1])
+    assert found[0].abs().max() > 0.3
+
+
+def test_a_log_of_days_has_no_levels() -> None:
+    loader = make_loader(make_weeks([0.05]), TINY)
+    loader.measure_levels(START + 6 * DAY)
+    cuts = loader.timeline.cuts(np.zeros(1, dtype=np.int64), np.array([START + 5 * DAY]))
+    assert loader.targets(cuts, START + 6 * DAY).level.abs().max() < 1e-6
+
+
+def test_a_hazard_is_learnt_beside_its_level() -> None:
+    outputs = Outputs(
+        hazard=torch.zeros(2, 1, 1),
+        amount_mean=torch.zeros(2, 0),
+        amount_scale=torch.zeros(2, 0),
+    )
+    nothing = torch.zeros(2, 0)
+    targets = HazardTargets(
+        happened=torch.tensor([[[1.0]], [[0.0]]]),
+        counted=torch.ones(2, 1, 1),
+        log_amount=nothing,
+        bought=nothing,
+        level=torch.tensor([[[2.0]], [[-2.0]]]),
+    )
+    assert hazard_loss(outputs, targets) == pytest.approx(np.log1p(np.exp(-2.0)))
+    even = replace(targets, level=torch.zeros(2, 1, 1))
+    assert hazard_loss(outputs, even) == pytest.approx(np.log(2.0))

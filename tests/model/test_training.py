@@ -19,9 +19,9 @@ from pipelines.model.boosting import collect_rows
 from pipelines.model.calibration import Calibration
 from pipelines.model.heads import Heads, survival
 from pipelines.model.predictor import CONFIG, WEIGHTS, Predictor
-from pipelines.model.timeline import DAY, Cuts, Timeline
+from pipelines.model.timeline import DAY, Cuts, Timeline, population
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import TrainedModel, population, pretrain_model, train_model
+from pipelines.model.training import TrainedModel, pretrain_model, train_model
 from tests.model.conftest import PERIODS, START, TARGETS, TINY
 
 

@@ -14,7 +14,13 @@ import torch
 from pipelines.config import EnsembleTrees, Train
 from pipelines.errors import UserError
 from pipelines.features.store import Sequences
-from pipelines.model.boosting import Rows, flatten, grow_trees, measure_moves
+from pipelines.model.boosting import (
+    Rows,
+    _measure_levels,
+    flatten,
+    grow_trees,
+    measure_moves,
+)
 from pipelines.model.explanation import explain
 from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Vocabulary
@@ -47,7 +53,10 @@ def boosters() -> list[lgb.Booster]:
 @pytest.fixture(scope="module")
 def trees(boosters: list[lgb.Booster]) -> Trees:
     # The output between the two has no trees.
-    first, last = (booster.dump_model()["tree_info"] for booster in boosters)
+    first, last = (
+        [tree["tree_structure"] for tree in booster.dump_model()["tree_info"]]
+        for booster in boosters
+    )
     return flatten([first, [], last])
 
 
@@ -141,9 +150,99 @@ def test_outputs_unwanted_or_of_which_too_little_is_known_have_no_trees() -> Non
             wanted=np.array(wanted),
             config=SETTINGS,
             learning_rate=0.1,
+            period=DAY,
+            half_life=None,
             seed=1,
         )
         assert first.known.tolist() == second.known.tolist() == known
+
+
+def live(level: np.ndarray, pull: np.ndarray, each: int = 400) -> Rows:
+    """Draw who buys at some weeks, each a shop of its own.
+
+    The first feature is how long ago somebody came, which says nothing of whether they buy; the
+    second says that.
+
+    Args:
+        level: log odds of every week.
+        pull: what the second feature adds to them in that week.
+        each: shoppers a week.
+    """
+    rng = np.random.default_rng(9)
+    week = np.repeat(np.arange(len(level)), each)
+    x = rng.normal(size=(len(week), 3)).astype(np.float32)
+    x[:, 0] = rng.uniform(0, week + 1)
+    odds = level[week] + pull[week] * x[:, 1]
+    y = (rng.random(len(week)) < 1 / (1 + np.exp(-odds))).astype(np.float64)
+    return Rows(x=x, y=y[:, None], ts=START + week * 7 * DAY)
+
+
+def grow(rows: Rows, **settings: Any) -> Trees:
+    """Return what was grown on all weeks but the last four, which stop it."""
+    early = rows.ts < rows.ts.max() - 21 * DAY
+    fit, stop = (Rows(x=rows.x[k], y=rows.y[k], ts=rows.ts[k]) for k in (early, ~early))
+    given = {
+        "amounts": 0,
+        "learning_rate": 0.1,
+        "period": DAY,
+        "half_life": None,
+        "seed": 1,
+    } | settings
+    config = EnsembleTrees(rounds=100, early_stopping=40, min_child_samples=20)
+    first, _ = grow_trees(fit, stop, rows, wanted=np.array([True]), config=config, **given)
+    return first
+
+
+def test_the_level_of_amounts_is_that_of_their_means() -> None:
+    rng = np.random.default_rng(4)
+    week = np.repeat(np.arange(20), 500)
+    factor = np.exp(rng.normal(0, 0.6, size=20))
+    y = np.where(rng.random(len(week)) < 0.3, rng.exponential(10 * factor[week]), 0.0)
+    y[week == 3] = 0.0  # nobody bought, which tells no level
+    y[:100] = np.nan
+    rows = Rows(x=np.zeros((len(y), 1), np.float32), y=y[:, None], ts=START + week * 7 * DAY)
+    level, information, ago, place = _measure_levels(rows, 0, "amount", 7 * DAY)
+    assert ago.tolist() == list(range(20))
+    assert (place == 19 - week[100:]).all()
+    others = ago != 16
+    assert np.abs(level - np.log(3 * factor[::-1]))[others].mean() < 0.12
+    # Half as many as there are buyers, who spend as an exponential does.
+    assert information[others][:-1] == pytest.approx(75, rel=0.35)
+    assert information[~others] == 0
+    # Weeks that are taken for one.
+    _, _, ago, place = _measure_levels(rows, 0, "amount", 70 * DAY)
+    assert ago.tolist() == [0, 1]
+    assert (place == (week[100:] < 10)).all()
+
+
+def test_trees_learn_who_buys_and_not_when() -> None:
+    """A level that falls all the time is no reason to think less of who came early."""
+    weeks = np.arange(40)
+    rows = live(1.0 - weeks / 10, 0.7 + 0.0 * weeks)
+    trees = grow(rows)
+    now = rows.x[rows.ts == rows.ts.max()]
+    effect, _ = trees.attribute(now, 0)
+    moved = effect.std(axis=0)
+    assert moved[1] > 3 * moved[0]
+
+
+def test_trees_ship_as_of_the_last_time_and_never_ask_for_it() -> None:
+    """What once spoke for a purchase and now speaks against it does so for predictions."""
+    weeks = np.arange(40)
+    rows = live(0.0 * weeks - 0.5, np.where(weeks < 12, 1.0, -1.0))
+    trees = grow(rows)
+    low, high = (np.array([[20.0, side, 0.0]], dtype=np.float32) for side in (-1.0, 1.0))
+    assert trees.score(low) > trees.score(high) + 1.2
+    assert trees.feature.max() < 3
+
+
+def test_trees_start_from_the_latest_level() -> None:
+    weeks = np.arange(40)
+    rows = live(np.where(weeks < 20, -2.0, 0.0), 0.0 * weeks)
+    now = rows.x[rows.ts == rows.ts.max()]
+    old, new = (grow(rows, half_life=days).score(now).mean() for days in (None, 14.0))
+    assert old < -0.5
+    assert new == pytest.approx(0.0, abs=0.25)
 
 
 @pytest.mark.parametrize(("buyers", "known"), [(4, False), (5, True), (19, True)])
@@ -160,6 +259,8 @@ def test_few_buyers_are_enough_to_learn_from(buyers: int, known: bool) -> None:
         wanted=np.array([True]),
         config=SETTINGS,
         learning_rate=0.1,
+        period=DAY,
+        half_life=None,
         seed=1,
     )
     assert first.known.tolist() == [known]

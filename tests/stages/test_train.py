@@ -26,8 +26,8 @@ from pipelines.features.store import encode_events
 from pipelines.io import digest_directory, write_json, write_table
 from pipelines.model import training
 from pipelines.model.predictor import Predictor
-from pipelines.model.timeline import DAY, Timeline
-from pipelines.model.training import population, train_model
+from pipelines.model.timeline import DAY, Timeline, population
+from pipelines.model.training import train_model
 from pipelines.registry.champion import DIGEST_TAG, locate_files
 from pipelines.registry.connection import connect
 from pipelines.registry.tracking import DATA_TAG, EXPERIMENT, track
