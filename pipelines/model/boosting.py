@@ -152,7 +152,7 @@ def grow_trees(
     fit_data = lgb.Dataset(_tell_time(fit), params=shared).construct()
     stop_data = fit_data.create_valid(_tell_time(stop), params=shared).construct()
     refit_data = lgb.Dataset(_tell_time(refit), params=shared).construct()
-    latest = partial(_take_latest, time=fit.x.shape[1])
+    time = fit.x.shape[1]  # its place among the features
 
     def grow(output: int) -> tuple[list[Any], ...]:
         kind: Kind = "binary" if output < outputs - amounts else "amount"
@@ -160,24 +160,27 @@ def grow_trees(
         if not (wanted[output] and known):
             return [], []
         parameters = tree_parameters(kind, setting, seed) | {"max_depth": _MAX_DEPTH}
+        choose = partial(_choose, output=output, kind=kind, period=period, half_life=half_life)
+        part, level = choose(fit_data, fit)
+        held, _ = choose(stop_data, stop)
+        later, later_level = choose(refit_data, refit)
         first = lgb.train(
             parameters,
-            _choose(fit_data, fit, output, kind, period),
+            part,
             num_boost_round=config.rounds,
-            valid_sets=[_choose(stop_data, stop, output, kind, period)],
+            valid_sets=[held],
             callbacks=[lgb.early_stopping(config.early_stopping, verbose=False)],
         )
         rounds = max(first.best_iteration, 1)
-        second = lgb.train(
-            parameters, _choose(refit_data, refit, output, kind, period), num_boost_round=rounds
-        )
-        grown = (
-            [tree["tree_structure"] for tree in model.dump_model(num_iteration=rounds)["tree_info"]]
-            for model in (first, second)
-        )
+        second = lgb.train(parameters, later, num_boost_round=rounds)
         return tuple(
-            [_start(rows, output, kind, period, half_life), *map(latest, trees)]
-            for rows, trees in zip((fit, refit), grown, strict=True)
+            # A tree of one leaf says the level of everybody.
+            [{"leaf_value": start}]
+            + [
+                _take_latest(tree["tree_structure"], time)
+                for tree in model.dump_model(num_iteration=rounds)["tree_info"]
+            ]
+            for model, start in ((first, level), (second, later_level))
         )
 
     # Trees of small data gain little from threads of their own; outputs side by side do.
@@ -271,25 +274,20 @@ def _take_latest(node: dict[str, Any], time: int) -> dict[str, Any]:
     return node | below
 
 
-def _choose(data: Any, rows: Rows, output: int, kind: Kind, period: int) -> Any:
-    """Return the part of a LightGBM data set of which one outcome is known.
+def _choose(
+    data: Any, rows: Rows, *, output: int, kind: Kind, period: int, half_life: float | None
+) -> tuple[Any, float]:
+    """Return the part of a LightGBM data set of which one outcome is known, and its late level.
 
-    Trees start from the level of each period.
+    Trees of the part start from the level of each period.
     """
     known = np.flatnonzero(np.isfinite(rows.y[:, output]))
     part = label_part(data, known, rows.y[known, output])
-    level, information, _, place = _measure_levels(rows, output, kind, period)
-    part.set_init_score(shrink(level, information)[place])
-    return part
-
-
-def _start(
-    rows: Rows, output: int, kind: Kind, period: int, half_life: float | None
-) -> dict[str, Any]:
-    """Return a tree, as LightGBM describes one, that says the latest level of everybody."""
-    level, information, ago, _ = _measure_levels(rows, output, kind, period)
+    level, information, ago, place = _measure_levels(rows, output, kind, period)
+    level = shrink(level, information)
+    part.set_init_score(level[place])
     age = (ago * (period / DAY)).astype(np.float64)
-    return {"leaf_value": float(weigh(shrink(level, information), information, age, half_life))}
+    return part, float(weigh(level, information, age, half_life))
 
 
 def label_part(data: Any, rows: NDArray[np.int64], y: NDArray[np.float64]) -> Any:

@@ -13,9 +13,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-_HALF: Final = 0.5  # of an event more, so that a rate of 0 has log odds
+from pipelines.model.calibration import Doubles, log_odds
 
-Doubles = NDArray[np.float64]
+_HALF: Final = 0.5  # of an event more, so that a rate of 0 has log odds
 
 
 def measure_odds(happened: NDArray[Any], counted: NDArray[Any]) -> tuple[Doubles, Doubles]:
@@ -26,7 +26,7 @@ def measure_odds(happened: NDArray[Any], counted: NDArray[Any]) -> tuple[Doubles
         counted: how often it could.
     """
     p = (happened + _HALF) / (counted + 2 * _HALF)
-    return np.log(p / (1.0 - p)), counted * p * (1.0 - p)
+    return log_odds(p), counted * p * (1.0 - p)
 
 
 def shrink(level: Doubles, information: Doubles) -> Doubles:

@@ -123,8 +123,8 @@ class Pages:
         """Who will buy, search and leave; whom to reach."""
         board, whole = self._choose_board(request)
         if not len(board):
-            asked = urlencode(dict(request.query_params) | {"scope": "all"})
-            raise _Empty("Nobody to show", "No shopper was active lately.", f"?{asked}")
+            everyone = urlencode(dict(request.query_params) | {"scope": "all"})
+            raise _Empty("Nobody to show", "No shopper was active lately.", f"?{everyone}")
         first = _choose(self._find_days(), board.horizons, board.horizons[0])
         days = _choose(_integer(request, "days", first), board.horizons, first)
         targets = board.targets_at(days)
