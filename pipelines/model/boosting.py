@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pipelines.config import EnsembleTrees, TreeSettings
 from pipelines.model.calibration import sigmoid
 from pipelines.model.heads import Heads
-from pipelines.model.levels import measure_odds, shrink, weigh
+from pipelines.model.levels import measure_odds, shrink, tell_weekdays, weigh
 from pipelines.model.timeline import DAY, Cuts, Ints, Labels, Timeline
 from pipelines.model.tokens import encode_calendar
 from pipelines.model.trees import Doubles, Trees
@@ -118,6 +118,7 @@ def grow_trees(
     config: EnsembleTrees,
     learning_rate: float,
     period: int,
+    weekdays: bool,
     half_life: float | None,
     seed: int,
 ) -> tuple[Trees, Trees]:
@@ -132,6 +133,7 @@ def grow_trees(
         config: settings.
         learning_rate: of the trees.
         period: microseconds; the level of everyone within one is taken for one.
+        weekdays: what a weekday does is for the trees to learn, and no part of a period's level.
         half_life: days after which the level of a period counts half for that which they ship with;
             None = all alike.
         seed: of the rows and features that each tree sees.
@@ -160,7 +162,14 @@ def grow_trees(
         if not (wanted[output] and known):
             return [], []
         parameters = tree_parameters(kind, setting, seed) | {"max_depth": _MAX_DEPTH}
-        choose = partial(_choose, output=output, kind=kind, period=period, half_life=half_life)
+        choose = partial(
+            _choose,
+            output=output,
+            kind=kind,
+            period=period,
+            weekdays=weekdays,
+            half_life=half_life,
+        )
         part, level = choose(fit_data, fit)
         held, _ = choose(stop_data, stop)
         later, later_level = choose(refit_data, refit)
@@ -239,24 +248,23 @@ def _tells(y: NDArray[np.float64]) -> bool:
 
 def _measure_levels(
     rows: Rows, output: int, kind: Kind, period: int
-) -> tuple[Doubles, Doubles, Ints, Ints]:
+) -> tuple[Doubles, Doubles, Ints]:
     """Return the level of an outcome, log odds or the log of an amount, in every period.
 
     Returns:
-        (T,) levels; (T,) inverse variances of chance, for amounts as many as the buyers would be if
-        all spent alike (Kish, "Survey sampling", 1965); (T,) how many periods ago; and for the rows
-        of which the outcome is known the place of theirs, (R,).
+        (T,) levels, the latest first; (T,) inverse variances of chance, for amounts as many as the
+        buyers would be if all spent alike (Kish, "Survey sampling", 1965); and for the rows of
+        which the outcome is known how many periods ago they are, (R,).
     """
     known = np.isfinite(rows.y[:, output])
     y = rows.y[known, output]
-    when = rows.ts[known]
-    ago, place = np.unique((when.max() - when) // period, return_inverse=True)
-    n, total = np.bincount(place), np.bincount(place, y)
+    ago = (rows.ts.max() - rows.ts[known]) // period
+    n, total = np.bincount(ago), np.bincount(ago, y)
     if kind == "binary":
-        return *measure_odds(total, n), ago, place
-    square = np.bincount(place, np.square(y))
+        return *measure_odds(total, n), ago
+    square = np.bincount(ago, np.square(y))
     information = np.divide(np.square(total), square, out=np.zeros(len(n)), where=square > 0)
-    return np.log(np.where(total > 0, total, 1.0) / n), information, ago, place
+    return np.log(np.where(total > 0, total, 1.0) / np.maximum(n, 1)), information, ago
 
 
 def _tell_time(rows: Rows) -> NDArray[np.float32]:
@@ -275,7 +283,14 @@ def _take_latest(node: dict[str, Any], time: int) -> dict[str, Any]:
 
 
 def _choose(
-    data: Any, rows: Rows, *, output: int, kind: Kind, period: int, half_life: float | None
+    data: Any,
+    rows: Rows,
+    *,
+    output: int,
+    kind: Kind,
+    period: int,
+    weekdays: bool,
+    half_life: float | None,
 ) -> tuple[Any, float]:
     """Return the part of a LightGBM data set of which one outcome is known, and its late level.
 
@@ -283,11 +298,13 @@ def _choose(
     """
     known = np.flatnonzero(np.isfinite(rows.y[:, output]))
     part = label_part(data, known, rows.y[known, output])
-    level, information, ago, place = _measure_levels(rows, output, kind, period)
+    level, information, ago = _measure_levels(rows, output, kind, period)
+    before = np.arange(len(level)) * period
+    if weekdays:
+        level = level - tell_weekdays(level, information, (rows.ts.max() - before) // DAY % 7)
     level = shrink(level, information)
-    part.set_init_score(level[place])
-    age = (ago * (period / DAY)).astype(np.float64)
-    return part, float(weigh(level, information, age, half_life))
+    part.set_init_score(level[ago])
+    return part, float(weigh(level, information, before / DAY, half_life))
 
 
 def label_part(data: Any, rows: NDArray[np.int64], y: NDArray[np.float64]) -> Any:

@@ -3,7 +3,8 @@
 A shop has better and worse weeks. What learns from many of them, and knows nothing of that, takes
 whatever tells the weeks apart, such as how long ago a shopper came, for a sign of who buys. So it
 starts from the level of each time (fixed effects of periods: Mundlak, Econometrica 46, 1978), as
-far as that is more than chance (DerSimonian and Laird, Controlled Clinical Trials 7, 1986).
+far as that is more than chance (DerSimonian and Laird, Controlled Clinical Trials 7, 1986), and,
+where that is to be learnt, not its weekday's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from pipelines.model.calibration import Doubles, log_odds
 
 _HALF: Final = 0.5  # of an event more, so that a rate of 0 has log odds
+_WEEK: Final = 7
 
 
 def measure_odds(happened: NDArray[Any], counted: NDArray[Any]) -> tuple[Doubles, Doubles]:
@@ -46,6 +48,30 @@ def shrink(level: Doubles, information: Doubles) -> Doubles:
     variance = np.maximum(_divide(surplus, scale), 0.0)
     share = information * variance / (information * variance + 1.0)
     return np.asarray(mean + share * (level - mean))
+
+
+def tell_weekdays(level: Doubles, information: Doubles, weekday: NDArray[np.int64]) -> Doubles:
+    """Return how much of the levels of T equally spaced times is their weekday's, (T,).
+
+    How far those of a weekday are from the mean of the seven times around each, the nearest seven
+    at the ends, which hold every weekday once where times are no whole weeks apart (Persons,
+    Review of Economic Statistics 1, 1919). Of fewer than seven times, nothing but the mean stays.
+
+    Args:
+        level: (T,), as measured.
+        information: (T,), inverse variances of chance; 0 = nothing is known.
+        weekday: (T,), 0 to 6.
+    """
+    first = np.clip(np.arange(len(level)) - _WEEK // 2, 0, max(len(level) - _WEEK, 0))
+    last = np.minimum(first + _WEEK, len(level))
+
+    def add(values: Doubles) -> Doubles:
+        total = np.concatenate([[0.0], np.cumsum(values)])
+        return np.asarray(total[last] - total[first])
+
+    apart = level - _divide(add(information * level), add(information))
+    known = np.bincount(weekday, information, _WEEK)
+    return _divide(np.bincount(weekday, information * apart, _WEEK), known)[weekday]
 
 
 def weigh(

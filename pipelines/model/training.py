@@ -452,8 +452,7 @@ class _Grower:
             step=shortest * DAY,
             config=config.trees,
             learning_rate=Schedule.of(config, timeline, periods.calibration).tree_rate,
-            # Seven times in a row hold each weekday once, so that weekdays are told apart in them.
-            period=shortest * DAY * (7 if weekly else 1),
+            weekdays=weekly,
             half_life=config.half_life_days,
             seed=config.seed,
         )
@@ -498,7 +497,7 @@ def _grow(
     step: int,
     config: EnsembleTrees,
     learning_rate: float,
-    period: int,
+    weekdays: bool,
     half_life: float | None,
     seed: int,
 ) -> _Grown:
@@ -514,7 +513,8 @@ def _grow(
         wanted=np.concatenate([*[asked] * len(heads.events), amounts]),
         config=config,
         learning_rate=learning_rate,
-        period=period,
+        period=step,
+        weekdays=weekdays,
         half_life=half_life,
         seed=seed,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipelines.model.levels import measure_odds, shrink, weigh
+from pipelines.model.levels import measure_odds, shrink, tell_weekdays, weigh
 
 
 def draw(level: np.ndarray, shoppers: int = 400) -> tuple[np.ndarray, np.ndarray]:
@@ -53,6 +53,29 @@ def test_one_time_alone_and_nothing_known_have_no_moves() -> None:
     odds, information = measure_odds(np.array([[3.0], [0.0]]).T, np.array([[9.0], [0.0]]).T)
     found = shrink(odds, information)
     assert found.tolist() == [[pytest.approx(odds[0, 0]), 0.0]]
+
+
+@pytest.mark.parametrize("step", [1, 3, 10])
+def test_weekdays_are_told_from_weeks(step: int) -> None:
+    rng = np.random.default_rng(5)
+    weekday = np.arange(70) * step % 7
+    effect = np.array([1.0, 0.5, 0.0, 0.0, 0.0, -0.5, -1.0])
+    season = np.linspace(-2.0, 2.0, 70)
+    information = rng.uniform(50, 100, size=70)
+    level = season + effect[weekday] + rng.normal(0, 0.1, size=70)
+    found = tell_weekdays(level, information, weekday)
+    assert found == pytest.approx(effect[weekday], abs=0.1)
+    # The last seven times alone tell as much as they can.
+    found = tell_weekdays(level[-7:], information[-7:], weekday[-7:])
+    assert found == pytest.approx(effect[weekday[-7:]], abs=0.5)
+
+
+def test_times_of_one_weekday_have_nothing_of_it() -> None:
+    level = np.random.default_rng(5).normal(size=40)
+    one = np.full(40, 3)
+    assert tell_weekdays(level, np.ones(40), one) == pytest.approx(np.zeros(40), abs=0.1)
+    assert tell_weekdays(level, np.zeros(40), one).tolist() == [0.0] * 40
+    assert tell_weekdays(level[:1], np.ones(1), one[:1]).tolist() == [0.0]
 
 
 def test_old_times_count_less_for_the_latest_level() -> None:

@@ -23,7 +23,7 @@ from pipelines.model.boosting import (
 )
 from pipelines.model.explanation import explain
 from pipelines.model.timeline import DAY, Timeline
-from pipelines.model.tokens import Vocabulary
+from pipelines.model.tokens import Vocabulary, encode_calendar
 from pipelines.model.training import TrainedModel, train_model
 from pipelines.model.trees import Mix, Trees
 from tests.model.conftest import PERIODS, START, TARGETS, TINY
@@ -151,6 +151,7 @@ def test_outputs_unwanted_or_of_which_too_little_is_known_have_no_trees() -> Non
             config=SETTINGS,
             learning_rate=0.1,
             period=DAY,
+            weekdays=False,
             half_life=None,
             seed=1,
         )
@@ -185,6 +186,7 @@ def grow(rows: Rows, **settings: Any) -> Trees:
         "amounts": 0,
         "learning_rate": 0.1,
         "period": DAY,
+        "weekdays": False,
         "half_life": None,
         "seed": 1,
     } | settings
@@ -201,18 +203,18 @@ def test_the_level_of_amounts_is_that_of_their_means() -> None:
     y[week == 3] = 0.0  # nobody bought, which tells no level
     y[:100] = np.nan
     rows = Rows(x=np.zeros((len(y), 1), np.float32), y=y[:, None], ts=START + week * 7 * DAY)
-    level, information, ago, place = _measure_levels(rows, 0, "amount", 7 * DAY)
-    assert ago.tolist() == list(range(20))
-    assert (place == 19 - week[100:]).all()
-    others = ago != 16
+    level, information, ago = _measure_levels(rows, 0, "amount", 7 * DAY)
+    assert (ago == 19 - week[100:]).all()
+    others = np.arange(20) != 16
     assert np.abs(level - np.log(3 * factor[::-1]))[others].mean() < 0.12
     # Half as many as there are buyers, who spend as an exponential does.
     assert information[others][:-1] == pytest.approx(75, rel=0.35)
     assert information[~others] == 0
-    # Weeks that are taken for one.
-    _, _, ago, place = _measure_levels(rows, 0, "amount", 70 * DAY)
-    assert ago.tolist() == [0, 1]
-    assert (place == (week[100:] < 10)).all()
+    # Every other period is empty, and tells nothing.
+    level, information, ago = _measure_levels(rows, 0, "amount", 7 * DAY // 2)
+    assert (ago == 2 * (19 - week[100:])).all()
+    assert np.isfinite(level).all()
+    assert (information[1::2] == 0).all()
 
 
 def test_trees_learn_who_buys_and_not_when() -> None:
@@ -245,6 +247,22 @@ def test_trees_start_from_the_latest_level() -> None:
     assert new == pytest.approx(0.0, abs=0.25)
 
 
+@pytest.mark.parametrize("weekdays", [False, True])
+def test_what_a_weekday_does_is_learnt_and_no_level(weekdays: bool) -> None:
+    """Who starts from a level that holds its weekday has nothing to learn of that."""
+    rng = np.random.default_rng(9)
+    day = np.repeat(np.arange(70), 200)
+    better = day % 7 == (START // DAY + 3) % 7
+    odds = np.where(better, 0.0, -2.0) + rng.normal(0, 0.5, size=70)[day]
+    y = (rng.random(len(day)) < 1 / (1 + np.exp(-odds))).astype(np.float64)
+    ts = START + day * DAY
+    rows = Rows(x=encode_calendar(ts), y=y[:, None], ts=ts)
+    trees = grow(rows, weekdays=weekdays)
+    said = trees.score(rows.x)[:, 0]
+    told = said[better].mean() - said[~better].mean()
+    assert 1.0 < told < 2.0 if weekdays else told < 0.2
+
+
 @pytest.mark.parametrize(("buyers", "known"), [(4, False), (5, True), (19, True)])
 def test_few_buyers_are_enough_to_learn_from(buyers: int, known: bool) -> None:
     x = np.random.default_rng(4).normal(size=(600, 6)).astype(np.float32)
@@ -260,6 +278,7 @@ def test_few_buyers_are_enough_to_learn_from(buyers: int, known: bool) -> None:
         config=SETTINGS,
         learning_rate=0.1,
         period=DAY,
+        weekdays=False,
         half_life=None,
         seed=1,
     )
