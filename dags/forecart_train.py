@@ -278,11 +278,17 @@ class CommitOperator(BaseOperator):
 
     def execute(self, context: Mapping[str, Any]) -> dict[str, Any]:
         """Commit; a second time nothing happens."""
+        from pipelines.registry.verdict import VERDICT, read_verdict
+
         home, run_id = Path(self.home), context["run_id"]
         folder = workspace.locate(home, run_id)
         branch = relay.conclude(home, run_id, REMOTE) if REMOTE else workspace.commit(home, run_id)
-        path = folder / "reports/verdict.json"
-        verdict = json.loads(path.read_text()) if path.exists() else {"passed": False, "checks": []}
+        verdict: dict[str, Any] = {"passed": False, "checks": []}
+        if (folder / VERDICT).exists():
+            try:
+                verdict = read_verdict(folder / VERDICT)
+            except UserError as error:
+                raise AirflowFailException(str(error)) from None
         for check in verdict["checks"]:
             print(f"{'passed' if check['passed'] else 'FAILED'}  {check['name']}: {check['why']}")
         report = folder / "reports/index.html"
@@ -291,7 +297,7 @@ class CommitOperator(BaseOperator):
             "branch": branch,
             "report": str(report),
             "training": self.address or None,
-            "passed": verdict["passed"] is True,
+            "passed": verdict["passed"],
             "candidate": verdict.get("candidate"),
             "why": "; ".join(check["why"] for check in verdict["checks"] if not check["passed"]),
         }

@@ -294,6 +294,17 @@ def test_a_promoted_model_reaches_the_checkout(airflow_home: Path, project: Path
     assert digest_directory(fetched) == digest
 
 
+def test_a_verdict_that_no_gate_wrote_is_not_acted_on(airflow_home: Path, project: Path) -> None:
+    folder = prepare(project, "one", {})
+    write_json(folder / "reports/verdict.json", {"passed": True, "checks": {}})
+    code = (
+        LOAD + "module['CommitOperator'](home={!r}, task_id='commit').execute({{'run_id': 'one'}})"
+    )
+    done = run_airflow(airflow_home, project, "-c", code.format(str(project)), check=False)
+    assert done.returncode != 0
+    assert "verdict.json: not as the gate wrote it" in done.stderr
+
+
 # Two commands with one mark are two attempts of one task: the second ends the first.
 MARKS = (
     LOAD
