@@ -158,8 +158,8 @@ def _believe_amounts(
             tried = replace(mix, amounts={str(target.horizon_days): float(share)})
             told = predictor.beside(predictor.trees, tried).finish(raw)[target.name][rows]
             expected = np.maximum(told.astype(np.float64), _FLOOR)
-            # Totals are put right afterwards.
-            losses.append(_deviance(actual, expected * actual.sum() / expected.sum()))
+            # Totals are put right afterwards, as far as they are believed.
+            losses.append(_deviance(actual, expected * fit_factor(actual, expected)))
         amounts[str(target.horizon_days)] = _settle(np.stack(losses), user[rows])
     return replace(mix, amounts=amounts)
 

@@ -204,6 +204,21 @@ def say(odds: np.ndarray[Any, Any], amount: np.ndarray[Any, Any]) -> Raw:
     return Raw(survival=1.0 - sigmoid(odds), amount=amount, spend=np.zeros_like(amount))
 
 
+def plant() -> Trees:
+    """Trees that say nothing, one of every output."""
+    outputs = count_outputs(HEADS)
+    leaf = np.arange(outputs, dtype=np.int32)
+    return Trees(
+        outputs=outputs,
+        output=leaf,
+        root=leaf,
+        feature=np.zeros(outputs, dtype=np.int32),
+        threshold=np.full(outputs, np.inf, dtype=np.float32),
+        child=leaf,
+        value=np.zeros(outputs),
+    )
+
+
 def test_calibration_undoes_a_distortion_of_every_event_and_total(predictor: Predictor) -> None:
     truth, amount = draw_odds(), np.full((CUTS, 1), 20.0)
     distorted = (truth - 0.4) / 1.5
@@ -239,6 +254,22 @@ def test_windows_that_are_open_calibrate_nothing(predictor: Predictor) -> None:
     assert fitted.spec.thresholds["purchase_3d"] != 0.5
 
 
+@pytest.mark.parametrize(("off", "share"), [(1.0, 1.0), (1e4, 0.0)])
+def test_a_total_that_few_buyers_cannot_put_right_is_not_believed(
+    predictor: Predictor, off: float, share: float
+) -> None:
+    """The network knows who spends, but by how much it is off stays where few have bought."""
+    truth = draw_odds()
+    amount = np.exp(np.random.default_rng(8).normal(3, 1, (CUTS, 1)))
+    told = live(truth, amount)
+    told.outcomes.amount[40:] = 0.0
+    spent = np.where(np.arange(CUTS) < 40, amount[:, 0], 0.01)[:, None]
+    scores = np.concatenate([truth.reshape(CUTS, -1), np.zeros((CUTS, 1))], axis=1)
+    beside = predictor.beside(plant(), Mix())
+    fitted = calibrate(beside, told, cut_all(), CLOSE, say(truth, off * spent), scores, "f1")
+    assert fitted.spec.mix.amounts == pytest.approx({"7": share}, abs=0.3)
+
+
 @pytest.mark.parametrize(("trees_know", "share"), [(True, 0.0), (False, 1.0)])
 def test_who_knows_is_believed(predictor: Predictor, trees_know: bool, share: float) -> None:
     """Of network and trees one tells the truth, the other what has nothing to do with it."""
@@ -250,18 +281,7 @@ def test_who_knows_is_believed(predictor: Predictor, trees_know: bool, share: fl
     buys = sigmoid(grown[:, HEADS.events.index("purchase"), week, None])
     spend = buys * (amount if trees_know else noise)
     scores = np.concatenate([grown.reshape(CUTS, -1), np.log(spend)], axis=1)
-    outputs = count_outputs(HEADS)
-    leaf = np.arange(outputs, dtype=np.int32)
-    trees = Trees(
-        outputs=outputs,
-        output=leaf,
-        root=leaf,
-        feature=np.zeros(outputs, dtype=np.int32),
-        threshold=np.full(outputs, np.inf, dtype=np.float32),
-        child=leaf,
-        value=np.zeros(outputs),
-    )
-    beside = predictor.beside(trees, Mix())
+    beside = predictor.beside(plant(), Mix())
     # The network's total is off, which is put right afterwards and says nothing of its order.
     raw = say(network, 5 * (noise if trees_know else amount))
     fitted = calibrate(beside, live(truth, amount), cut_all(), CLOSE, raw, scores, "f1")
