@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.events import EVENT_CODES, EVENT_TYPES, EventType
+from pipelines.events import EVENT_CODES, EVENT_TYPES, MAX_PRICE, MAX_QUANTITY, EventType
 from pipelines.features.store import MISSING_TIME, Sequences
 
 DAY: Final = 86_400_000_000  # microseconds
@@ -28,7 +28,7 @@ _PURCHASE_DAY_WINDOWS: Final = (28.0, 90.0)  # days
 _NEW_ITEM_WINDOWS: Final = (7.0, 28.0)  # days
 # The smallest amount that is told apart, and the largest that an event may add.
 _MONEY: Final = 1e-4
-_MOST_SPENT: Final = 1e11
+_MOST_SPENT: Final = MAX_PRICE * MAX_QUANTITY
 _FOCUS_TYPES: Final = (EventType.VIEW, EventType.SEARCH, EventType.ADD_TO_CART, EventType.PURCHASE)
 _COUNTED: Final = (*_FOCUS_TYPES, "session", "active_day")
 _RARE_TYPES: Final = tuple(name for name in EVENT_TYPES if name not in _FOCUS_TYPES)

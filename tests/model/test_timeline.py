@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.events import EVENT_CODES
+from pipelines.events import EVENT_CODES, MAX_PRICE, MAX_QUANTITY
 from pipelines.features.store import Sequences, encode_events
 from pipelines.model.timeline import DAY, Cuts, Timeline, bisect, feature_names
 from tests.model.conftest import START, make_user
@@ -175,6 +175,15 @@ def test_a_user_without_events_has_features() -> None:
     timeline = Timeline(encode_events([[], []]))
     cuts = timeline.cuts(np.array([0, 1]), np.array([START, START]))
     assert np.isfinite(timeline.features(cuts)).all()
+
+
+def test_the_largest_purchase_that_is_accepted_counts_whole() -> None:
+    """The report judges a model by it."""
+    event = {"ts": 2 * DAY, "event_type": "purchase", "price": MAX_PRICE, "quantity": MAX_QUANTITY}
+    timeline = Timeline(encode_events([[event]]))
+    cuts = timeline.cuts(np.zeros(1, dtype=np.int64), np.array([DAY]))
+    labels = timeline.labels(cuts, events=("purchase",), horizons=(7,), close=30 * DAY)
+    assert labels.amount[0, 0] == pytest.approx(MAX_PRICE * MAX_QUANTITY)
 
 
 def test_what_one_user_spends_changes_nothing_of_another() -> None:
