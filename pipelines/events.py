@@ -88,6 +88,13 @@ MAX_ID_LENGTH: Final = 256
 MAX_QUERY_LENGTH: Final = 1024
 
 
+def is_quantity(event_type: str | None, quantity: float | None) -> bool:
+    """Tell whether an event may have a quantity: what is returned may have one below 0."""
+    if quantity is None or quantity > 0:
+        return True
+    return quantity < 0 and event_type in {EventType.PURCHASE, EventType.REFUND}
+
+
 def to_us(ts: datetime | int) -> int:
     """Return the microseconds since the epoch of an aware datetime, or what is such already."""
     return (ts - EPOCH) // MICROSECOND if isinstance(ts, datetime) else int(ts)

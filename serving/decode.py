@@ -90,7 +90,11 @@ def decode_request(body: bytes | bytearray) -> tuple[FastRequest, datetime] | No
         request = _DECODER.decode(body)
     except (MsgspecError, UnicodeDecodeError):
         return None
-    times = [event.ts for user in request.users for event in user.events]
+    events = [event for user in request.users for event in user.events]
+    # A return, perhaps.
+    if any(event.quantity is not None and event.quantity <= 0 for event in events):
+        return None
+    times = [event.ts for event in events]
     latest = max(times)
     times += [
         user.profile.signup_ts

@@ -15,6 +15,8 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic.config import ExtraValues
@@ -26,6 +28,7 @@ from pipelines.events import (
     MAX_QUANTITY,
     MAX_QUERY_LENGTH,
     EventType,
+    is_quantity,
 )
 from serving.limits import EARLIEST, LATEST, MAX_EVENTS, MAX_ITEMS, MAX_USERS, settle_now
 
@@ -135,11 +138,21 @@ class Event(Strict):
     price: Annotated[float, Field(ge=0, le=MAX_PRICE)] | None = Field(
         default=None, description="Unit price."
     )
-    quantity: Annotated[float, Field(ge=-MAX_QUANTITY, le=MAX_QUANTITY)] | None = None
+    quantity: Annotated[float, Field(ge=-MAX_QUANTITY, le=MAX_QUANTITY)] | None = Field(
+        default=None, description="Above 0; a purchase of less than 0 is a refund."
+    )
     query: (
         Annotated[str, Field(max_length=MAX_QUERY_LENGTH), AfterValidator(_check_text)] | None
     ) = Field(default=None, description="The search text.")
     session_id: Text | None = None
+
+    @field_validator("quantity")
+    @classmethod
+    def _check_quantity(cls, value: float | None, info: ValidationInfo) -> float | None:
+        # Training sets such events aside, so no model knows them.
+        if not is_quantity(info.data.get("event_type"), value):
+            raise ValueError("must be above 0, or below 0 for purchases and refunds")
+        return value
 
 
 class Profile(Strict):

@@ -8,6 +8,7 @@ depends on no model's vocabulary, and a model maps hashes to codes of its own.
 from __future__ import annotations
 
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -79,6 +80,24 @@ def hash_text(text: str | None) -> int:
     if not text:
         return 0
     return zlib.crc32(text.encode("utf-8")) or 1
+
+
+def strip_unseen(text: str | None) -> str | None:
+    """Return a text without what is not seen at its ends, as ingest strips it; None for nothing."""
+    if not text or ("!" <= text[0] <= "~" and "!" <= text[-1] <= "~"):
+        return text or None
+    start, end = 0, len(text)
+    while start < end and _is_unseen(text[start]):
+        start += 1
+    while start < end and _is_unseen(text[end - 1]):
+        end -= 1
+    return text[start:end] or None
+
+
+def _is_unseen(mark: str) -> bool:
+    """Is it white space of any script, a mark without width, or a control?"""
+    kind = unicodedata.category(mark)
+    return kind[0] == "Z" or kind in {"Cc", "Cf"}
 
 
 def hash_query(text: str | None) -> list[int]:
@@ -285,8 +304,8 @@ def encode_events(
         query_offsets=np.cumsum([0, *(len(g) for g in grams)]).astype(np.int64),
         query_tokens=np.array([token for g in grams for token in g], dtype=np.uint32),
         age=np.array([_number(p.get("age")) for p in people], dtype=np.float32),
-        gender=np.array([hash_text(p.get("gender")) for p in people], dtype=np.uint32),
-        region=np.array([hash_text(p.get("region")) for p in people], dtype=np.uint32),
+        gender=np.array([hashes[p.get("gender")] for p in people], dtype=np.uint32),
+        region=np.array([hashes[p.get("region")] for p in people], dtype=np.uint32),
         signup_ts=np.array(
             [MISSING_TIME if p.get("signup_ts") is None else to_us(p["signup_ts"]) for p in people],
             dtype=np.int64,
@@ -330,15 +349,15 @@ def order_events(events: Sequence[Any]) -> tuple[list[int], Sequence[Any]]:
 
 
 class _Hashes(dict[str | None, int]):
-    """``hash_text`` of what was asked for before."""
+    """``hash_text`` of stripped texts, each but once."""
 
     def __missing__(self, text: str | None) -> int:
-        code = self[text] = hash_text(text)
+        code = self[text] = hash_text(strip_unseen(text))
         return code
 
 
 class _Queries(dict[str | None, int]):
-    """Rows of the query table; 0 = no query.
+    """Rows of the query table, of stripped texts; 0 = no query.
 
     Attributes:
         grams: the table.
@@ -349,17 +368,22 @@ class _Queries(dict[str | None, int]):
         self.grams: list[list[int]] = [[]]
 
     def __missing__(self, text: str | None) -> int:
-        row = self[text] = len(self.grams) if text else 0
-        if text:
+        stripped = strip_unseen(text)
+        if stripped is None or stripped != text:
+            row = 0 if stripped is None else self[stripped]
+        else:
+            row = len(self.grams)
             self.grams.append(hash_query(text))
+        self[text] = row
         return row
 
 
 class _Names(dict[str | None, int]):
-    """Numbers of texts, from 1 on; 0 = none."""
+    """Numbers of stripped texts, from 1 on; 0 = none."""
 
     def __missing__(self, text: str | None) -> int:
-        number = self[text] = len(self) + 1 if text else 0
+        name = strip_unseen(text)
+        number = self[text] = 0 if name is None else len(self) + 1 if name == text else self[name]
         return number
 
 

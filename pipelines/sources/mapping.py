@@ -55,7 +55,8 @@ _ANONYMOUS: Final = "anonymous"
 _IGNORED: Final = "ignored"
 # Digits in groups of three, perhaps with a decimal comma.
 _GROUPED: Final = r"[+-]?\d{1,3}(\.\d{3})+(,\d*)?"
-# What is not seen at the ends of text: white space of any script, marks without width, controls.
+# What is not seen at the ends of text: white space of any script, marks without width, controls;
+# ``strip_unseen`` does the same to the service's.
 _UNSEEN: Final = r"^[\pZ\p{Cc}\p{Cf}]+|[\pZ\p{Cc}\p{Cf}]+$"
 _MICROSECONDS: Final = {"s": 1e6, "ms": 1e3, "us": 1.0}
 

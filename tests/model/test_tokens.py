@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.events import EVENT_CODES
-from pipelines.features.store import encode_events, hash_query, hash_text
+from pipelines.features.store import Sequences, encode_events, hash_query, hash_text
 from pipelines.model.network import (
     CALENDAR,
     EVENT_NUMBERS,
@@ -99,6 +101,32 @@ def test_a_gap_is_told_from_seconds_to_a_quarter() -> None:
     filled = encode_gap(gaps).sum(axis=1)
     np.testing.assert_allclose(filled[[0, 1, 2, 4, 5, 6, 7]], [0, 0, 1, 7, 9, 12, 12], atol=1e-5)
     assert 4 < filled[3] < 5
+
+
+def test_blanks_around_a_text_are_no_part_of_it() -> None:
+    """Ingest strips what a model learns from; what is asked of it is stripped, too."""
+
+    def encode(blank: str, none: str | None) -> Sequences:
+        names = {
+            "item_id": "a",
+            "category": "shoes",
+            "brand": "x",
+            "query": "red",
+            "session_id": "s",
+        }
+        events = [
+            {"ts": 1, "event_type": "view"} | {k: v + blank for k, v in names.items()},
+            {"ts": 2, "event_type": "view"} | names,
+            {"ts": 3, "event_type": "view"} | names | {"session_id": f"{blank}t"},
+            {"ts": 4, "event_type": "view"} | names | {"session_id": "t"},
+            {"ts": 5, "event_type": "view"} | dict.fromkeys(names, none),
+        ]
+        return encode_events([events], [{"gender": f"{blank}f", "region": f"{blank}r"}])
+
+    plain, blank = encode("", None), encode(" \u00a0\t\u200b", "\u3000 ")
+    for field in fields(Sequences):
+        np.testing.assert_array_equal(getattr(plain, field.name), getattr(blank, field.name))
+    assert plain.session_start.tolist() == [1, 0, 1, 0, 0]
 
 
 def test_an_event_is_coded_by_what_it_is_and_what_went_before() -> None:

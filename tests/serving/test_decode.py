@@ -74,6 +74,7 @@ def test_odd_times(ts: str) -> None:
     [
         change(price=float("nan")), change(price=10**400), change(price=-1), change(price=-0.0),
         change(price="1"), change(price=True), change(quantity=1e308), change(item_id="a\0"),
+        change(quantity=0), change(quantity=-1), change(quantity=-1, event_type="purchase"),
         change(item_id="\ud800"), change(item_id="🛍" * 256), change(item_id="🛍" * 257),
         change(event_id=""), change(event_type="VIEW"), change(colour="red"),
         change(query="x" * 1025), json.dumps(GOOD | {"next_items": True}).encode(),

@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 
 from pipelines.config import Files
 from pipelines.errors import UserError
+from pipelines.features.store import strip_unseen
 from pipelines.sources import files as files_module
 from pipelines.sources.base import SCHEMAS, Kind
 from pipelines.sources.files import FilesSource
+from pipelines.sources.mapping import _UNSEEN, connect
 
 HEADER = "user_id,ts,event_type,item_id,price"
 LINES = [
@@ -583,6 +585,18 @@ def test_text_is_stripped_and_empty_text_is_null(tmp_path: Path) -> None:
         ("u1", None, 1.0), ("é", "é", None), ("é", None, None),
         ("u1", None, None), ("u1", "a\u00a0b", None),
     ]  # fmt: skip
+
+
+def test_the_service_strips_as_ingest_does() -> None:
+    """What a model learnt under one name is asked for under the same."""
+    marks = [chr(code) for code in range(1, 0x10000) if not 0xD800 <= code < 0xE000]
+    texts = [f"{mark}a{mark}b{mark}{mark}" for mark in marks] + ["", " ", "\u200b \u00a0", "a", "é"]
+    with connect() as connection:
+        found = connection.execute(
+            "SELECT nullif(regexp_replace(text, ?, '', 'g'), '') FROM (SELECT unnest(?) AS text)",
+            [_UNSEEN, texts],
+        ).fetchall()
+    assert [strip_unseen(text) for text in texts] == [text for (text,) in found]
 
 
 @pytest.mark.parametrize("line", ["{i},2025-01-01,view,,", "{i},2025-01-01,view,,\n"])
