@@ -80,6 +80,7 @@ _STEPS: Final = 32  # of an epoch, from events alone
 _TREE_RATE, _SLOW_TREE_RATE = 0.1, 0.01
 _GPU_LOADERS: Final = 4
 _NICENESS: Final = 10  # of what runs beside the steps
+_MOST_CUTS: Final = 400_000  # that tell corrections
 _LEVEL_CUTS: Final = 4096  # that tell the level of a refit from that of the first fit
 
 
@@ -398,12 +399,14 @@ def _calibration_cuts(timeline: Timeline, periods: Periods, targets: Sequence[Ta
     """Return everyone in the population between the calibration and the test cut.
 
     One time a shortest horizon: all windows that close by the first test cut count, so that short
-    horizons, of which several fit in, are corrected from more than one week's luck.
+    horizons, of which several fit in, are corrected from more than one week's luck. Large shops and
+    windows of very different length have more of them than tell anything, and are thinned.
     """
     shortest = min(target.horizon_days for target in targets)
     last = max(periods.calibration, periods.test - shortest * DAY)
     times = range(periods.calibration, last + 1, shortest * DAY)
-    return Cuts.join([population(timeline, ts, periods.active_days) for ts in times])
+    cuts = Cuts.join([population(timeline, ts, periods.active_days) for ts in times])
+    return _thin(cuts, _MOST_CUTS)
 
 
 def _thin(cuts: Cuts, most: int) -> Cuts:

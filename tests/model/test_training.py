@@ -17,6 +17,7 @@ from pipelines.features.store import Sequences, encode_events
 from pipelines.model.batches import Placement, collate, cut_pieces
 from pipelines.model.boosting import collect_rows
 from pipelines.model.calibration import Calibration
+from pipelines.model.correction import calibrate
 from pipelines.model.heads import Heads, survival
 from pipelines.model.predictor import CONFIG, WEIGHTS, Predictor
 from pipelines.model.timeline import DAY, Cuts, Timeline, population
@@ -250,6 +251,26 @@ def test_rows_that_trees_are_stopped_by_have_a_bound(
     config = TINY.model_copy(update={"refit_epochs": 0, "epochs": 1, "trees": trees})
     train_model(shop, PERIODS, TARGETS, config, vocabulary)
     assert rows == [30, 30, 30]
+
+
+def test_cuts_that_tell_corrections_have_a_bound(
+    shop: Sequences, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network predicts each of them."""
+    seen: list[Cuts] = []
+
+    def correct(*given: Any) -> Predictor:
+        seen.append(given[2])
+        return calibrate(*given)
+
+    monkeypatch.setattr("pipelines.model.training.calibrate", correct)
+    monkeypatch.setattr("pipelines.model.training._MOST_CUTS", 25)
+    trees = TINY.trees.model_copy(update={"rounds": 0})
+    config = TINY.model_copy(update={"refit_epochs": 0, "epochs": 1, "trees": trees})
+    train_model(shop, PERIODS, TARGETS, config, vocabulary)
+    assert [len(cuts) for cuts in seen] == [25]
+    assert seen[0].ts.min() == PERIODS.calibration
+    assert len(np.unique(seen[0].ts)) > 1
 
 
 def auc(score: np.ndarray[Any, Any], label: np.ndarray[Any, Any]) -> float:
