@@ -28,6 +28,9 @@ from pipelines.events import EVENT_SCHEMA, ITEM_SCHEMA, USER_SCHEMA, EventType
 
 PARAMS_FILE = Path("params.yaml")
 
+# So many characters of a wrong value are shown.
+_SHOWN: Final = 40
+
 # What a probability from which on a positive is called is chosen by.
 Objective = Literal["f1", "youden", "break_even"]
 
@@ -218,7 +221,10 @@ class Ingest(Section):
     def _default_to_utc(cls, value: datetime | None) -> datetime | None:
         if value is None:
             return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        try:
+            return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        except OverflowError:
+            raise ValueError("in UTC this is before the first year or after the last") from None
 
     @model_validator(mode="after")
     def _check_path(self) -> Ingest:
@@ -474,6 +480,64 @@ def _describe(error: Any) -> str:
     return f"{key}: {message} (found {error['input']!r})"
 
 
+class _MistakeError(yaml.MarkedYAMLError):
+    """A mistake in valid YAML, with the words for it."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and names the line of what YAML's own loader lets pass or ends with other errors."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Refuse a key that is given twice: of the first nothing would count."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name = (key.tag, key.value)
+                if name in lines:
+                    told = f"{key.value} is given a second time, first in line {lines[name]}"
+                    raise _MistakeError(problem=told, problem_mark=key.start_mark)
+                lines[name] = key.start_mark.line + 1
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """Refuse a value that looks like a date or a number, and is none."""
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ArithmeticError, AttributeError, LookupError, ValueError):
+            told = f"not a valid value (found {node.value[:_SHOWN]!r})"
+            raise _MistakeError(problem=told, problem_mark=node.start_mark) from None
+
+
+def read_settings(path: Path) -> Any:
+    """Read a params file without a look at its keys and values.
+
+    Args:
+        path: a YAML file.
+
+    Returns:
+        Its content; None where it is empty.
+
+    Raises:
+        UserError: the file is missing, no YAML, or gives a key twice.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a safe one
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file; run in the project's folder") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name a file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deep") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        told = error.problem if isinstance(error, _MistakeError) else "not valid YAML"
+        raise UserError(f"{path}{line}: {told}") from None
+
+
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and validate a params file.
 
@@ -481,16 +545,10 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         path: a YAML file.
 
     Raises:
-        UserError: the file is missing, is empty or no YAML, or has a wrong key or value.
+        UserError: the file is missing, is empty or no YAML, gives a key twice, or has a wrong key
+            or value.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run in the project's folder") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML") from None
+    raw = read_settings(path)
     # Every default would hold: a run of the simulated shop that nobody asked for.
     if raw is None:
         raise UserError(f"{path}: it is empty; git checkout {path.name} brings it back")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -84,3 +85,54 @@ def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
     file.write_text("train:\n  epochs: [1\n")
     with pytest.raises(UserError, match="line 3: not valid YAML"):
         load_params(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("ingest:\n  until: 2025-06-31\n", ", line 2: not a valid value (found '2025-06-31')"),
+        ("train:\n  epochs: !!int x\n", ", line 2: not a valid value (found 'x')"),
+        ("train: {epochs: 2}\npackage: {}\ntrain: {}\n", ", line 3: train is given a second time"),
+        (
+            "train:\n  epochs: 2\n  seed: 1\n  epochs: 3\n",
+            ", line 4: epochs is given a second time",
+        ),
+        ("train: " + "[" * 3000 + "]" * 3000, ": nested too deep"),
+        (
+            "ingest: {until: '0001-01-01T00:00:00+14:00'}",
+            ": ingest.until: in UTC this is before the first year",
+        ),
+        (
+            "ingest: {until: 9999-12-31T23:59:59-14:00}",
+            ": ingest.until: in UTC this is before the first year or after the last",
+        ),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, text: str, told: str) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"^{re.escape(f'{file}{told}')}[^\\n]*$"):
+        load_params(file)
+
+
+def test_a_file_of_another_encoding_or_a_folder_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_bytes("# Gr\u00f6\u00dfe\n".encode("latin-1"))
+    for path, told in (
+        (file, "not UTF-8"),
+        (tmp_path, "is a folder"),
+        (file / "params.yaml", "no such file"),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(str(path))}: {told}"):
+            load_params(path)
+
+
+def test_a_section_that_another_is_merged_into_may_say_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(
+        "ingest:\n  files:\n    mapping:\n      user_id: &id {column: a, timezone: UTC}\n"
+        "      item_id: &other {<<: *id, column: b}\n      session_id: {<<: *other, column: c}\n"
+    )
+    mapping = load_params(file).ingest.files.mapping
+    columns = {name: origin and origin.column for name, origin in mapping.items()}
+    assert columns == {"user_id": "a", "item_id": "b", "session_id": "c"}
