@@ -227,8 +227,10 @@ def write_params(path: Path, home: Path, changes: Mapping[str, Any]) -> None:
     """
     from ruamel.yaml import YAML
 
-    from pipelines.config import load_params
+    from pipelines.config import load_params, read_settings
 
+    # What is wrong with the file is told as every command tells it.
+    read_settings(path)
     yaml = YAML()
     yaml.preserve_quotes = True
     # What is not changed is written as it was, so that a comparison shows what is.
@@ -241,16 +243,11 @@ def write_params(path: Path, home: Path, changes: Mapping[str, Any]) -> None:
     if settings is None:
         settings = {}
     for key, value in changes.items():
-        if value is None:
-            continue
-        *parents, last = key.split(".")
-        section = settings
-        for parent in parents:
-            # Whoever needs nothing else than the defaults may leave a section out.
-            if section.get(parent) is None:
-                section[parent] = {}
-            section = section[parent]
-        section[last] = value
+        if value is not None:
+            _change(settings, path, key, value)
+    # Only of what is valid it is known where the addresses are.
+    _dump(yaml, settings, path)
+    load_params(path)
     files = (settings.get("ingest") or {}).get("files") or {}
     for name in ("path", "users", "items"):
         given = files.get(name)
@@ -259,9 +256,26 @@ def write_params(path: Path, home: Path, changes: Mapping[str, Any]) -> None:
     database = (settings.get("ingest") or {}).get("database") or {}
     if url := database.get("url"):
         database["url"] = anchor_address(url, home)
+    _dump(yaml, settings, path)
+
+
+def _change(settings: Any, path: Path, key: str, value: Any) -> None:
+    """Set a dotted key in the content of a file."""
+    first, _, rest = key.partition(".")
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected a mapping with {first}, found {settings!r}")
+    if not rest:
+        settings[first] = value
+        return
+    # Whoever needs nothing else than the defaults may leave a section out.
+    if settings.get(first) is None:
+        settings[first] = {}
+    _change(settings[first], path, rest, value)
+
+
+def _dump(yaml: Any, settings: Any, path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         yaml.dump(settings, file)
-    load_params(path)
 
 
 def run_git(folder: Path, *arguments: str) -> str:

@@ -206,6 +206,31 @@ def test_a_section_that_is_left_out_is_no_hindrance(home: Path, text: str) -> No
     assert params.ingest.files.path == f"{home}/a.csv"
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("ingest: {files: {path: 5}}\n", "ingest.files.path: Input should be a valid string"),
+        ("ingest: [1]\n", "expected a mapping with until, found [1]"),
+        ("[1]\n", "expected a mapping with ingest, found [1]"),
+        ("ingest: {files: 3}\n", "ingest.files: Input should be"),
+        ("train: [1\n", "not valid YAML"),
+        ("train: {}\ntrain: {}\n", "train is given a second time"),
+    ],
+)
+def test_a_checkout_with_wrong_settings_is_told_so_in_one_line(
+    home: Path, text: str, told: str
+) -> None:
+    (home / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"params\.yaml.*: {re.escape(told)}.*$"):
+        prepare(home, "one", {"ingest.until": "2025-03-01"})
+
+
+def test_a_change_may_complete_the_settings_of_the_checkout(home: Path) -> None:
+    (home / "params.yaml").write_text("ingest: {source: files}\n")
+    folder = prepare(home, "one", {"ingest.files.path": "a.csv"})
+    assert load_params(folder / "params.yaml").ingest.files.path == f"{home}/a.csv"
+
+
 def test_a_half_made_workspace_is_made_anew(home: Path) -> None:
     folder = prepare(home, "one", {})
     (folder / ".forecart/.ready").unlink()
