@@ -145,7 +145,7 @@ def stage(
     from pipelines import relay
 
     home = Path().resolve()
-    relay.start(home, run, {}, remote)
+    relay.start(home, run, {}, remote, name)
     typer.echo(relay.run_stage(home, run, name, remote, force=force))
 
 

@@ -38,7 +38,9 @@ _ATTEMPTS: Final = 20
 _PAUSE_SECONDS: Final = 1.0
 
 
-def start(home: Path, run_id: str, changes: Mapping[str, Any], remote: str) -> None:
+def start(
+    home: Path, run_id: str, changes: Mapping[str, Any], remote: str, stage: str | None = None
+) -> None:
     """Publish a run without results; a run that was published before is left as it is.
 
     Args:
@@ -46,15 +48,23 @@ def start(home: Path, run_id: str, changes: Mapping[str, Any], remote: str) -> N
         run_id: of any characters.
         changes: dotted keys of params.yaml and their values; None = as in the checkout.
         remote: name of the git remote.
+        stage: that the run is started for.
 
     Raises:
-        UserError: a key or value is not valid, or the remote cannot be reached.
+        UserError: a key or value is not valid, there is no such stage, or the remote cannot be
+            reached.
     """
     if _find_tip(home, run_id, remote)[0] is not None:
         return
     # What was left here by a start that was killed may have other settings.
     workspace.remove(home, workspace.locate(home, run_id))
     folder = workspace.prepare(home, run_id, changes)
+    if stage is not None:
+        try:
+            _check_stage(load_graph(folder / _GRAPH), stage)
+        except UserError:
+            workspace.remove(home, folder)
+            raise
     given = [name for name in (PARAMS, "champion.json") if (folder / name).exists()]
     run_git(folder, "add", "--force", "--", *given)
     # Entries of earlier runs do not say that their data were pushed.
@@ -91,8 +101,7 @@ def run_stage(home: Path, run_id: str, stage: str, remote: str, *, force: bool =
     tip = _read_tip(home, run_id, remote)
     graph = parse_graph(run_git(home, "show", f"{tip}:{_GRAPH}"), Path(_GRAPH))
     # The workspace is named after the stage.
-    if stage not in graph.stages:
-        raise UserError(f"stage {stage}: not in dvc.yaml, which has {', '.join(graph.stages)}")
+    _check_stage(graph, stage)
     folder = workspace.locate(home, run_id, stage)
     _take(home, folder, tip)
     entries = _read_lock(folder)
@@ -166,7 +175,8 @@ def conclude(home: Path, run_id: str, remote: str) -> str:
     place = f"refs/heads/{branch}"
     theirs = _list_refs(home, remote, place).get(place)
     if theirs is None or not _are_alike(home, remote, place, theirs, branch):
-        run_git(home, "push", "--quiet", "--no-verify", "--force", remote, f"{branch}:{place}")
+        push = ("push", "--quiet", "--no-verify", "--force")
+        run_git(home, *push, "--", remote, f"{branch}:{place}")
     return branch
 
 
@@ -198,7 +208,12 @@ def end(home: Path, run_id: str, remote: str) -> None:
     """Remove the published state of a run; its branch stays."""
     ref = REFS + workspace.name_run(run_id)
     if ref in _list_refs(home, remote, ref):
-        run_git(home, "push", "--quiet", "--no-verify", remote, "--delete", ref)
+        run_git(home, "push", "--quiet", "--no-verify", "--delete", "--", remote, ref)
+
+
+def _check_stage(graph: Graph, stage: str) -> None:
+    if stage not in graph.stages:
+        raise UserError(f"stage {stage}: not in dvc.yaml, which has {', '.join(graph.stages)}")
 
 
 def _find_tip(home: Path, run_id: str, remote: str) -> tuple[str | None, str]:
@@ -206,6 +221,8 @@ def _find_tip(home: Path, run_id: str, remote: str) -> tuple[str | None, str]:
 
     A run that is over has a branch alone.
     """
+    if not run_id.strip():
+        raise UserError("a run that machines share needs a name")
     name = workspace.name_run(run_id)
     ref, branch = REFS + name, f"refs/heads/{BRANCHES}{name}"
     problem = ""
@@ -215,7 +232,7 @@ def _find_tip(home: Path, run_id: str, remote: str) -> tuple[str | None, str]:
             return None, ""
         place = ref if ref in known else branch
         try:
-            run_git(home, "fetch", "--quiet", "--no-write-fetch-head", remote, place)
+            run_git(home, "fetch", "--quiet", "--no-write-fetch-head", "--", remote, place)
             run_git(home, "cat-file", "-e", f"{known[place]}^{{commit}}")
         except UserError as error:
             # It may have been moved between the calls, or a killed task have left half a worktree.
@@ -247,7 +264,10 @@ def _take(home: Path, folder: Path, tip: str) -> None:
 
 
 def _list_refs(home: Path, remote: str, *refs: str) -> dict[str, str]:
-    lines = run_git(home, "ls-remote", remote, *refs).splitlines()
+    # Git would take it for an option, and some options name a program to run.
+    if remote.startswith("-"):
+        raise UserError(f"git remote {remote}: a name or an address cannot begin with -")
+    lines = run_git(home, "ls-remote", "--", remote, *refs).splitlines()
     return {name: commit for commit, name in (line.split("\t") for line in lines)}
 
 
@@ -255,11 +275,11 @@ def _push(folder: Path, run_id: str, remote: str, *, lease: str) -> None:
     """Move the run's ref to the workspace's commit if it is what the lease says; empty: none."""
     ref = REFS + workspace.name_run(run_id)
     condition = f"--force-with-lease={ref}:{lease}"
-    run_git(folder, "push", "--quiet", "--no-verify", condition, remote, f"HEAD:{ref}")
+    run_git(folder, "push", "--quiet", "--no-verify", condition, "--", remote, f"HEAD:{ref}")
 
 
 def _are_alike(home: Path, remote: str, place: str, theirs: str, ours: str) -> bool:
-    run_git(home, "fetch", "--quiet", "--no-write-fetch-head", remote, place)
+    run_git(home, "fetch", "--quiet", "--no-write-fetch-head", "--", remote, place)
     trees = run_git(home, "rev-parse", f"{theirs}^{{tree}}", f"{ours}^{{tree}}").split()
     return trees[0] == trees[1]
 

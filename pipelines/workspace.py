@@ -301,7 +301,8 @@ def run_git(folder: Path, *arguments: str) -> str:
     )
     if done.returncode:
         told = _find_error(done.stderr or done.stdout)
-        raise UserError(f"git {' '.join(arguments[:2])} in {folder}: {told}")
+        shown = [argument for argument in arguments if argument != "--"][:2]
+        raise UserError(f"git {' '.join(shown)} in {folder}: {told}")
     return done.stdout
 
 

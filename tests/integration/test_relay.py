@@ -298,3 +298,20 @@ def test_what_is_missing_is_told_in_one_line(machines: list[Project]) -> None:
         relay.conclude(one.path, RUN, "origin")
     with pytest.raises(UserError, match="git ls-remote"):
         relay.start(one.path, RUN, {}, "elsewhere")
+
+
+def test_what_cannot_be_run_is_not_published(machines: list[Project]) -> None:
+    one, _ = machines
+    wrong = {
+        ("nosuch", "--run", "x"): "stage nosuch: not in dvc.yaml, which has first, ",
+        ("first", "--run", ""): "a run that machines share needs a name",
+        ("first", "--run", "x", "--remote=--upload-pack=touch"): "cannot begin with -",
+    }
+    for arguments, told in wrong.items():
+        done = one.run("forecart", "stage", *arguments, check=False)
+        assert done.returncode == 2
+        assert told in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert one.run("git", "ls-remote", "origin", "refs/forecart/*").stdout == ""
+    assert not list((one.path / ".forecart/runs").iterdir())
+    assert "--upload-pack" not in str(list(one.path.iterdir()))
