@@ -164,9 +164,13 @@ class StageOperator(BaseOperator):
 
         Raises:
             AirflowException: the stage failed; the log above it says why.
+            AirflowFailException: the run's workspace is gone.
         """
         home = Path(self.home)
-        folder = workspace.locate(home, context["run_id"])
+        if REMOTE:
+            folder = workspace.locate(home, context["run_id"])
+        else:
+            folder = resume(home, context["run_id"])
         command, place = ["dvc", "repro", "--single-item", self.stage], folder
         if REMOTE:
             run = [f"--run={context['run_id']}", f"--remote={REMOTE}"]
@@ -230,6 +234,15 @@ def prepare(params: dict[str, Any], live: bool, run_id: Any = None, dag_run: Any
         raise AirflowFailException(str(error)) from None
     print(f"workspace {folder}")
     return str(folder)
+
+
+def resume(home: Path, run_id: str) -> Path:
+    """Return the run's workspace to go on working in."""
+    try:
+        return workspace.resume(home, run_id)
+    except UserError as error:
+        # Trying again would not bring it back.
+        raise AirflowFailException(str(error)) from None
 
 
 def leave_out_today(changes: dict[str, Any], now: datetime) -> None:
@@ -337,9 +350,7 @@ def verdict(result: dict[str, Any], params: dict[str, Any]) -> str:
 )
 def promote(run_id: Any = None) -> str:
     """Make the model champion; the registry decides when two runs want to at once."""
-    folder = workspace.locate(HOME, run_id)
-    if REMOTE:
-        relay.fetch(HOME, run_id, REMOTE, PROMOTED)
+    folder = relay.fetch(HOME, run_id, REMOTE, PROMOTED) if REMOTE else resume(HOME, run_id)
     variables = workspace.environment(HOME, folder)
     command = Command(f"{folder}:promote")
     code = command.run(["forecart", "promote"], folder, variables)

@@ -65,7 +65,7 @@ def locate(home: Path, run_id: str, stage: str | None = None) -> Path:
 
 
 def prepare(home: Path, run_id: str, changes: Mapping[str, Any]) -> Path:
-    """Make the workspace of a run; once made it is left as it is.
+    """Make the workspace of a run; once made it is left as it is, and is one to work in again.
 
     Args:
         home: the project's folder, a git checkout.
@@ -81,7 +81,7 @@ def prepare(home: Path, run_id: str, changes: Mapping[str, Any]) -> Path:
     """
     home = home.resolve()
     folder = locate(home, run_id)
-    if (folder / RUNS.parent / _READY).exists():
+    if _reopen(folder):
         return folder
     _add(home, folder, "HEAD")
     for name in _TAKEN:
@@ -89,6 +89,20 @@ def prepare(home: Path, run_id: str, changes: Mapping[str, Any]) -> Path:
             shutil.copyfile(home / name, folder / name)
     write_params(folder / PARAMS, home, changes)
     (folder / RUNS.parent / _READY).touch()
+    return folder
+
+
+def resume(home: Path, run_id: str) -> Path:
+    """Return the workspace of a run to go on working in, so that no other run's end removes it.
+
+    A run that is finished works again when somebody clears one of its tasks.
+
+    Raises:
+        UserError: the workspace is gone.
+    """
+    folder = locate(home, run_id)
+    if not _reopen(folder):
+        raise UserError(f"{folder}: the workspace is gone; clear the task prepare, too")
     return folder
 
 
@@ -101,7 +115,7 @@ def check_out(home: Path, folder: Path, commit: str) -> None:
         commit: in the checkout's repository.
     """
     home = home.resolve()
-    if (folder / RUNS.parent / _READY).exists():
+    if _reopen(folder):
         _unlock(folder)
         run_git(folder, "checkout", "--quiet", "--force", "--detach", commit)
         return
@@ -125,8 +139,11 @@ def commit(home: Path, run_id: str) -> str:
 
     Returns:
         The branch.
+
+    Raises:
+        UserError: the workspace is gone.
     """
-    folder = locate(home, run_id)
+    folder = resume(home, run_id)
     branch = BRANCHES + name_run(run_id)
     found = [name for name in _RESULTS if (folder / name).exists()]
     _unlock(folder)
@@ -156,8 +173,8 @@ def finish(home: Path, run_id: str, *, keep: int) -> list[str]:
         keep: newest finished workspaces that stay.
 
     Returns:
-        Names of those removed. Unfinished ones go when they were made a month ago; a machine on
-        which no run has been has none.
+        Names of those removed. Unfinished ones go when nothing was begun in them for a month; a
+        machine on which no run has been has none.
     """
     folder = locate(home, run_id)
     if folder.exists():
@@ -330,6 +347,17 @@ def _add(home: Path, folder: Path, commit: str) -> None:
     run_git(home, "worktree", "add", *options, str(folder), commit)
     _share_cache(home, folder)
     (folder / RUNS.parent).mkdir(exist_ok=True)
+
+
+def _reopen(folder: Path) -> bool:
+    """Let a workspace count as one of a run that is not over; False where it is none."""
+    marks = folder / RUNS.parent
+    if not (marks / _READY).exists():
+        return False
+    # First, since an old one without the other mark is taken for lost.
+    (marks / _READY).touch()
+    (marks / _FINISHED).unlink(missing_ok=True)
+    return True
 
 
 def _unlock(folder: Path) -> None:

@@ -4,9 +4,11 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 import yaml
@@ -287,6 +289,33 @@ def test_the_newest_workspaces_stay_and_all_branches(home: Path) -> None:
     assert left == {name_run(run_id) for run_id in ("new", "older", "running")}
     assert len(git(home, "branch", "--list", "runs/*").splitlines()) == 3
     assert name_run("oldest") not in git(home, "worktree", "list")
+
+
+@pytest.mark.parametrize("act", [workspace.resume, workspace.commit, prepare, check_out])
+def test_a_finished_run_that_works_again_keeps_its_workspace(
+    home: Path, act: Callable[..., Any]
+) -> None:
+    again = prepare(home, "again", {})
+    # Long enough ago to be taken for lost, too.
+    end(home, "again", age=31 * 86_400.0)
+    prepare(home, "other", {})
+    arguments: dict[Any, tuple[Any, ...]] = {prepare: ("again", {}), check_out: (again, "HEAD")}
+    act(home, *arguments.get(act, ("again",)))
+    assert workspace.finish(home, "other", keep=0) == [name_run("other")]
+    # Once it is over for good, it goes.
+    assert workspace.finish(home, "again", keep=0) == [name_run("again")]
+
+
+@pytest.mark.parametrize("act", [workspace.resume, workspace.commit])
+def test_a_workspace_that_is_gone_is_told_in_one_line(
+    home: Path, act: Callable[[Path, str], Any]
+) -> None:
+    folder = prepare(home, "one", {})
+    workspace.remove(home, folder)
+    told = f"^{folder}: the workspace is gone; clear the task prepare, too$"
+    with pytest.raises(UserError, match=told):
+        act(home, "one")
+    assert not folder.exists()
 
 
 def test_an_unfinished_workspace_goes_after_a_month(home: Path) -> None:

@@ -287,8 +287,11 @@ def test_a_promoted_model_reaches_the_checkout(airflow_home: Path, project: Path
         folder / "reports/verdict.json",
         {"passed": True, "checks": [], "candidate": digest, "champion": None},
     )
+    # The run was over, and somebody has cleared the task.
+    (folder / ".forecart/.finished").touch()
     code = LOAD + "module['promote'].function(run_id='one')"
     run_airflow(airflow_home, project, "-c", code)
+    assert not (folder / ".forecart/.finished").exists()
     assert json.loads((project / "champion.json").read_text())["digest"] == digest
     fetched = project / ".forecart/models" / digest.removeprefix("sha256:")
     assert digest_directory(fetched) == digest
@@ -411,6 +414,21 @@ def test_a_retry_ends_what_a_killed_task_left_running(airflow_home: Path, projec
     run_airflow(airflow_home, project, "-c", EXECUTE)
     assert (locate(project, "slow") / "a.txt").read_text() == "a"
     assert not is_running(stage)
+
+
+def test_a_cleared_task_of_a_finished_run_keeps_the_workspace_or_says_that_it_is_gone(
+    airflow_home: Path, project: Path
+) -> None:
+    folder = prepare(project, "slow", {})
+    mark = folder / ".forecart/.finished"
+    mark.touch()
+    run_airflow(airflow_home, project, "-c", EXECUTE)
+    assert (folder / "a.txt").exists()
+    assert not mark.exists()
+    shutil.rmtree(folder)
+    failed = run_airflow(airflow_home, project, "-c", EXECUTE, check=False)
+    told = f"AirflowFailException: {folder}: the workspace is gone; clear the task prepare, too"
+    assert failed.stderr.strip().splitlines()[-1].endswith(told)
 
 
 def test_its_edges_are_the_graphs(airflow_home: Path) -> None:
