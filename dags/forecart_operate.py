@@ -50,7 +50,8 @@ def deploy(run_id: Any = None) -> None:
     except ValueError:
         command = None
     if not (isinstance(command, list) and command and all(isinstance(c, str) for c in command)):
-        raise AirflowFailException(f"FORECART_DEPLOY: expected a JSON list of strings: {text!r}")
+        # Not shown: it may hold a password.
+        raise AirflowFailException("FORECART_DEPLOY: expected a JSON list of strings")
     variables = {
         "FORECART_CHAMPION_DIGEST": champion["digest"] or "",
         "FORECART_CHAMPION_VERSION": str(champion["version"] or ""),

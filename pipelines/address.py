@@ -20,6 +20,12 @@ REGISTRY: Final = Path("mlflow.db")
 # In a folder's name, what an address takes for its end or for another character.
 _NOT_IN_ADDRESSES: Final = re.compile(r"\?|%[0-9A-Fa-f]{2}")
 
+_LOGIN: Final = re.compile(r"://[^:/]*(?::.*)?@", re.DOTALL)
+_PAGE_ON_PORT: Final = re.compile(r"https?://[^/@]*:\d+/")
+_SECRETS: Final = re.compile(
+    r"([?&][^=&]*(?:pass|pwd|secret|token|key)[^=&]*=)[^&]*", re.IGNORECASE
+)
+
 # The drivers that this project installs, of the names that say none.
 _DRIVERS: Final = {
     "mariadb": "mariadb+pymysql",
@@ -93,5 +99,9 @@ def lacks_registry(home: Path) -> bool:
 
 
 def hide_login(text: str) -> str:
-    """Return an address without who connects, and with which password."""
-    return re.sub(r"://[^/]*@", "://", text)
+    """Return an address without who connects, and without passwords and keys, wherever they are."""
+    # A password may hold any character, as SQLAlchemy reads addresses; but an @ in the path of a
+    # page that is on a port is none's end.
+    if _PAGE_ON_PORT.match(text) is None:
+        text = _LOGIN.sub("://", text)
+    return _SECRETS.sub(r"\1***", text)

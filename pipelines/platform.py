@@ -186,12 +186,12 @@ def _plan_programs(root: Path) -> list[Program]:
                 command=[
                     *[sys.executable, "-m", "mlflow", "server", "--workers", "1"],
                     *["--host", HOST, "--port", str(ports["mlflow"])],
-                    *["--backend-store-uri", store],
                     *["--artifacts-destination", str(root / "mlartifacts")],
                 ],
                 port=ports["mlflow"],
                 health="/health",
-                environment=path,
+                # Everybody on the machine can read a command, and the address may hold a password.
+                environment=path | {"MLFLOW_BACKEND_STORE_URI": store},
             )
         )
     if fetch_champion(root) is not None:

@@ -124,7 +124,10 @@ def test_a_server_of_mlflow_takes_the_place_of_our_own(
     assert ("mlflow" in programs) != store.startswith("http")
     if "mlflow" in programs:
         place = store.removeprefix("sqlite:///") or "mlflow.db"
-        assert f"sqlite:///{tmp_path / place}" in programs["mlflow"].command
+        address = f"sqlite:///{tmp_path / place}"
+        # Not in the command, which everybody on the machine can read.
+        assert programs["mlflow"].environment["MLFLOW_BACKEND_STORE_URI"] == address
+        assert address not in programs["mlflow"].command
     assert programs["airflow"].environment["FORECART_MLFLOW"] == pages
 
 
