@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from pipelines.address import DEFAULT_STORE, STORE_VARIABLE, parse_address
+from pipelines.address import DEFAULT_STORE, STORE_VARIABLE, hide_login, parse_address
 from pipelines.config import ColumnMapping, Database
 from pipelines.errors import UserError
 from pipelines.events import USER_SCHEMA
@@ -207,15 +207,16 @@ class DatabaseSource:
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             raise UserError(f"{setting}: {error}") from None
 
+        address = hide_login(url.render_as_string(hide_password=False))
+
         @contextmanager
         def opened() -> Iterator[Any]:
             try:
-                with engine.connect() as connection:
+                with _open(engine, address) as connection:
                     yield engine, connection
             except SQLAlchemyError as error:
                 line = str(getattr(error, "orig", None) or error).splitlines()[0]
-                # The address may hold a password.
-                raise UserError(f"{url.render_as_string(hide_password=True)}: {line}") from None
+                raise UserError(f"{address}: {line}") from None
             finally:
                 engine.dispose()
 
@@ -230,6 +231,19 @@ class DatabaseSource:
             return Table(table, MetaData(), schema=schema or None, autoload_with=engine)
         except NoSuchTableError:
             raise UserError(f"{_SECTION}: there is no table {name}") from None
+
+
+def _open(engine: Any, address: str) -> Any:
+    """Open a connection; drivers take what follows a question mark, and end with errors of theirs.
+
+    Raises:
+        UserError: the driver cannot do with the address.
+    """
+    try:
+        return engine.connect()
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{address}: {line}") from None
 
 
 class _Content:

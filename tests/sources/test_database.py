@@ -259,7 +259,19 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     )
     with pytest.raises(UserError, match=r"log: no column who \(ingest\.database\.mapping\.user_id"):
         DatabaseSource(params).fingerprint()
-    secret = Database(url="postgresql+psycopg://u:hunter2@127.0.0.1:1/x")
-    with pytest.raises(UserError) as caught:
-        DatabaseSource(secret).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("postgresql://u:hunter2@127.0.0.1:1/x", "psycopg://127.0.0.1:1/x: connection"),
+        ("postgresql://127.0.0.1:1/x?password=hunter2", r"/x\?password=\*\*\*: connection"),
+        ("mysql://u:hunter2@127.0.0.1:1/x?foo=1", r"//127.0.0.1:1/x\?foo=1: .*'foo'"),
+        ("mysql://u:hunter2@127.0.0.1:1/x?charset=foo", r"charset=foo: "),
+    ],
+)
+def test_what_a_driver_says_is_one_line_without_the_password(address: str, told: str) -> None:
+    with pytest.raises(UserError, match=told) as caught:
+        DatabaseSource(Database(url=address)).fingerprint()
     assert "hunter2" not in str(caught.value)
+    assert "\n" not in str(caught.value)
