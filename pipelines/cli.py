@@ -98,7 +98,15 @@ def summary() -> None:
 
     reports = Path("reports")
     verdict = read_verdict(VERDICT)
-    typer.echo(format_summary(read_json(reports / "evaluation.json"), verdict))
+    file = reports / "evaluation.json"
+    evaluation = read_json(file)
+    try:
+        text = format_summary(evaluation, verdict)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        # Anybody can edit the file.
+        told = "not as the stage evaluate wrote it; run: dvc repro"
+        raise UserError(f"{file}: {told}") from None
+    typer.echo(text)
     typer.echo(f"\nReport: {(reports / 'index.html').resolve()}")
     typer.echo(f"Next:   {tell_next(verdict, read_champion(Path()).digest)}")
 

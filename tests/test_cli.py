@@ -10,6 +10,7 @@ from sqlalchemy.exc import OperationalError
 
 from pipelines import cli
 from pipelines.cli import STAGES
+from pipelines.errors import UserError
 
 
 def forecart(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -45,6 +46,29 @@ def test_a_verdict_that_was_edited_is_one_line(tmp_path: Path) -> None:
     assert result.stderr == (
         "forecart: reports/verdict.json: not as the gate wrote it; run: dvc repro\n"
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"data": {"events": "many", "users": 1}, "targets": {}, "omitted": []}',
+        '{"data": {"events": 2, "users": 1, "first_ts": 5}, "targets": {}, "omitted": []}',
+        '{"data": {}, "targets": [], "omitted": []}',
+    ],
+)
+def test_an_evaluation_that_was_edited_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / "reports").mkdir()
+    verdict = '{"passed": true, "checks": [], "candidate": null, "champion": null}'
+    (tmp_path / "reports/verdict.json").write_text(verdict)
+    (tmp_path / "reports/evaluation.json").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    told = r"^reports/evaluation\.json: not as the stage evaluate wrote it; run: dvc repro$"
+    with pytest.raises(UserError, match=told):
+        cli.summary()
 
 
 def test_a_library_that_the_system_lacks_is_one_line_with_its_package(tmp_path: Path) -> None:
