@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -181,8 +182,13 @@ def _check_csv(root: Path, path: Path) -> None:
     folder = next(parent for parent in real.parents if parent.exists())
     if not folder.is_dir():
         raise UserError(f"--csv {path}: {folder} is no folder; name a file in one")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--csv {path}: {folder} is not yours to write in; name a file elsewhere")
+    # Permissions do not tell of all that a folder may refuse.
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        told = f"{folder} takes no file ({error.strerror})"
+        raise UserError(f"--csv {path}: {told}; name a file elsewhere") from None
 
 
 def find_model(root: Path, which: Which) -> tuple[str, Path]:

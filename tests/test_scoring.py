@@ -306,6 +306,7 @@ def test_one_shopper_is_no_shoppers() -> None:
         ("out", "is a folder"),
         ("", "is a folder"),
         ("out/notes.txt/all.csv", "is no folder"),
+        ("/proc/all.csv", "/proc takes no file"),
     ],
 )
 def test_a_csv_that_cannot_be_written_is_refused_before_any_work(
