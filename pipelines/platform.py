@@ -76,10 +76,13 @@ def start(root: Path, *, wait_seconds: float = 180) -> str:
         Addresses and login, for people.
 
     Raises:
-        UserError: it runs already or is being started, Airflow is not installed, a port is in use,
-            or a part does not become healthy or does not do what it is asked for.
+        UserError: the folder is no project, it runs already or is being started, Airflow is not
+            installed, a port is in use, or a part does not become healthy or does not do what it is
+            asked for.
     """
     root = root.resolve()
+    # Before anything is written: it may be the wrong folder.
+    load_graph(root / "dvc.yaml")
     (root / STATE).mkdir(parents=True, exist_ok=True)
     # Of two starts one would not get its ports, and end the other's programs with its own.
     with (root / STATE / "up.lock").open("wb") as lock:

@@ -238,6 +238,12 @@ def test_a_second_start_leaves_the_first_alone(shop: Path) -> None:
     assert stop(shop) == "stopped 4 processes"
 
 
+def test_a_folder_that_is_no_project_is_left_as_it_was(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^{tmp_path}/dvc\.yaml: no such file$"):
+        start(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_sessions_of_a_killed_platform_are_not_kept(shop: Path) -> None:
     (shop / "go").touch()
     (shop / STATE).mkdir()
