@@ -12,6 +12,10 @@ the one that the verdict compared with: of two promoters at once one wins, and t
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +26,7 @@ from pipelines.registry.champion import (
     CHAMPION_FILE,
     DIGEST_TAG,
     EVIDENCE,
+    GOLDEN,
     LOCK_TAG,
     MODEL,
     VERDICT_TAG,
@@ -31,6 +36,7 @@ from pipelines.registry.champion import (
     fetch_version,
     find_version,
     keep_golden,
+    locate_golden,
     read_champion,
     read_digest,
     write_champion,
@@ -46,6 +52,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 FEATURES: Final = Path("data/features")
+LOCK: Final = Path("dvc.lock")
 CANDIDATE_ALIAS: Final = "candidate"
 CHAMPION_ALIAS: Final = "champion"
 
@@ -69,7 +76,7 @@ def register(root: Path) -> str:
         UserError: there is no model, or it holds files that are neither weights nor JSON.
     """
     registry, _ = open_registry(root)
-    version, new = _register(registry, root)
+    version, new = _register(registry, root, _digest_model(root))
     log_quality(registry, root, read_digest(version))
     state = "registered" if new else "was registered already"
     return f"{_name(version)} {state} as candidate ({_short(read_digest(version))})"
@@ -87,7 +94,8 @@ def promote(root: Path) -> str:
     Raises:
         UserError: the verdict is missing, did not pass, or is about another model, or another
             champion than the one it was compared with serves by now, or somebody else is
-            promoting. The champion is then the one that it was.
+            promoting, or the model or its verdict changed meanwhile. The champion is then the one
+            that it was.
     """
     registry, name = open_registry(root)
     with hold_lock(str(registry.tracking_uri), name, root):
@@ -101,6 +109,8 @@ def _promote(registry: MlflowClient, root: Path) -> str:
         _secure(registry, present, root)
         write_champion(root, describe(present))
         return f"{_name(present)} is champion already ({_short(digest)})"
+    # Before the verdict is read: whatever is written from here on is found.
+    judged = {MODEL: digest, **{path: _digest(root / path) for path in (VERDICT, LOCK)}}
     verdict = _find_verdict(root, digest)
     serving = None if present is None else read_digest(present)
     if verdict["champion"] != serving:
@@ -108,15 +118,12 @@ def _promote(registry: MlflowClient, root: Path) -> str:
             f"{root / VERDICT}: compares with champion {_short(verdict['champion'])}, but "
             f"{_short(serving)} serves by now; run: dvc repro"
         )
-    version, _ = _register(registry, root)
+    version, _ = _register(registry, root, digest)
     _secure(registry, version, root)
     log_quality(registry, root, digest)
     history = _read_history(registry, version.name, present)
     # Until the alias moves, nobody takes these into account.
-    _log_evidence(registry, version, root)
-    registry.set_model_version_tag(
-        version.name, version.version, VERDICT_TAG, digest_file(root / VERDICT)
-    )
+    _log_evidence(registry, version, root, judged)
     _write_history(registry, version.name, [*history, int(version.version)])
     registry.set_registered_model_alias(version.name, CHAMPION_ALIAS, version.version)
     # With the tags that it has by now.
@@ -220,11 +227,11 @@ def status(root: Path) -> str:
     return "\n".join([f"{name} in {name_registry(registry)}", *table])
 
 
-def _register(registry: MlflowClient, root: Path) -> tuple[ModelVersion, bool]:
-    """Return the version of the trained model, and whether it is new."""
+def _register(registry: MlflowClient, root: Path, digest: str) -> tuple[ModelVersion, bool]:
+    """Return the version of the trained model, which has a digest, and whether it is new."""
     from mlflow.exceptions import MlflowException
 
-    name, digest = read_name(root), _digest_model(root)
+    name = read_name(root)
     version = find_version(registry, name, digest)
     new = version is None
     if version is None:
@@ -247,16 +254,42 @@ def _register(registry: MlflowClient, root: Path) -> tuple[ModelVersion, bool]:
     return version, new
 
 
-def _log_evidence(registry: MlflowClient, version: ModelVersion, root: Path) -> None:
-    """Keep what the promotion relies on beside the run, where `forecart verify` finds it."""
-    lock = root / "dvc.lock"
-    if lock.exists():
-        registry.set_model_version_tag(version.name, version.version, LOCK_TAG, digest_file(lock))
-    golden = keep_golden(root, read_digest(version))
-    if version.run_id:
-        for path in (root / VERDICT, lock, golden):
-            if path is not None and path.exists():
-                registry.log_artifact(version.run_id, str(path), f"{EVIDENCE}-{version.version}")
+def _log_evidence(
+    registry: MlflowClient, version: ModelVersion, root: Path, judged: Mapping[Path, str | None]
+) -> None:
+    """Keep what the promotion relies on beside the run, where `forecart verify` finds it.
+
+    Args:
+        registry: that knows the version.
+        version: that is to be champion.
+        root: the project's folder.
+        judged: digests of the model, the verdict and dvc.lock as they were judged; None for one
+            that was not there.
+
+    Raises:
+        UserError: one of them has changed since.
+    """
+    digest = read_digest(version)
+    with tempfile.TemporaryDirectory(prefix="forecart-") as temporary:
+        folder = Path(temporary)
+        # Copies: the files themselves may be written until they are logged.
+        for path, expected in judged.items():
+            found = root / path
+            if path != MODEL:
+                found = folder / path.name
+                with suppress(FileNotFoundError):
+                    shutil.copyfile(root / path, found)
+            if _digest(found) != expected:
+                raise UserError(f"{root / path}: changed meanwhile; try again")
+        if keep_golden(root, digest) is not None:
+            shutil.copyfile(locate_golden(root, digest), folder / GOLDEN)
+        if version.run_id:
+            for file in sorted(folder.iterdir()):
+                place = f"{EVIDENCE}-{version.version}"
+                registry.log_artifact(version.run_id, str(file), place)
+    for tag, path in ((LOCK_TAG, LOCK), (VERDICT_TAG, VERDICT)):
+        if (known := judged[path]) is not None:
+            registry.set_model_version_tag(version.name, version.version, tag, known)
 
 
 def _find_models(registry: MlflowClient, digest: str) -> list[LoggedModel]:
@@ -363,7 +396,9 @@ def _secure(registry: MlflowClient, version: ModelVersion, root: Path) -> None:
         if not models:
             raise
         try:
-            upload_model(registry, models[0], root / MODEL, _list_outputs(root))
+            upload_model(
+                registry, models[0], root / MODEL, read_digest(version), _list_outputs(root)
+            )
         except (MlflowException, OSError):
             raise lost from None
         fetch_version(registry, version, root)
@@ -407,6 +442,14 @@ def _digest_model(root: Path) -> str:
         raise UserError(f"{folder}: no such folder; run: dvc repro")
     check_files(folder)
     return digest_directory(folder)
+
+
+def _digest(path: Path) -> str | None:
+    """Return the digest of a file or folder; None where it is not there, or goes meanwhile."""
+    try:
+        return digest_directory(path) if path.is_dir() else digest_file(path)
+    except (FileNotFoundError, UserError):
+        return None
 
 
 def _find_verdict(root: Path, digest: str) -> dict[str, Any]:

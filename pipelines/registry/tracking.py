@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from pipelines.errors import UserError
 from pipelines.evaluation.rivals import CANDIDATE
-from pipelines.io import read_json
+from pipelines.io import digest_directory, read_json
 from pipelines.registry.champion import DIGEST_TAG, check_files
 from pipelines.registry.connection import connect
 from pipelines.registry.verdict import VERDICT, read_verdict
@@ -83,7 +84,7 @@ class Run:
             outputs: columns that the model predicts.
 
         Raises:
-            UserError: the folder holds other files.
+            UserError: the folder holds other files, or others than those with the digest.
         """
         from mlflow.entities import LoggedModelOutput
 
@@ -91,7 +92,7 @@ class Run:
         model = self._store.create_logged_model(
             self._experiment_id, MODEL_NAME, source_run_id=self.run_id, tags={DIGEST_TAG: digest}
         )
-        upload_model(self._store, model, folder, outputs)
+        upload_model(self._store, model, folder, digest, outputs)
         self._store.finalize_logged_model(model.model_id, "READY")
         self._store.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
         self._store.set_tag(self.run_id, DIGEST_TAG, digest)
@@ -185,7 +186,7 @@ def _lives(pid: int, started: float) -> bool:
 
 
 def upload_model(
-    store: MlflowClient, model: LoggedModel, folder: Path, outputs: Sequence[str]
+    store: MlflowClient, model: LoggedModel, folder: Path, digest: str, outputs: Sequence[str]
 ) -> None:
     """Give a logged model its files, for the first time or again.
 
@@ -193,12 +194,19 @@ def upload_model(
         store: that knows the model.
         model: that was logged.
         folder: safetensors and JSON files, nothing else.
+        digest: of the folder.
         outputs: columns that the model predicts.
+
+    Raises:
+        UserError: the folder has another digest by now.
     """
     from mlflow.models import Model
 
     with tempfile.TemporaryDirectory(prefix="forecart-") as temporary:
-        shutil.copytree(folder, Path(temporary) / FILES)
+        copy = Path(temporary) / FILES
+        shutil.copytree(folder, copy)
+        if digest_directory(copy) != digest:
+            raise UserError(f"{folder}: changed meanwhile; try again")
         description = Model(
             artifact_path=model.artifact_location,
             run_id=model.source_run_id,

@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from pipelines.errors import UserError
-from pipelines.io import digest_directory, read_json, write_json
+from pipelines.io import digest_directory, digest_file, read_json, write_json
 from pipelines.registry import connection, promotion
 from pipelines.registry.champion import (
     CACHE,
@@ -173,6 +173,44 @@ def test_promote_needs_a_verdict_against_the_champion_that_serves(root: Path) ->
     with pytest.raises(UserError, match="compares with champion -"):
         promotion.promote(root)
     assert champion_of(root) == (one, 1)
+
+
+@pytest.mark.parametrize("logged", [True, False])
+@pytest.mark.parametrize("changed", ["models/gpt", "reports/verdict.json", "dvc.lock"])
+def test_what_changes_while_it_is_promoted_does_not_become_champion(
+    root: Path, changed: str, logged: bool
+) -> None:
+    """As `dvc checkout` or a run of the graph changes them, once the verdict was read."""
+    one = install(root, "one")
+    two = train(root, "two", log=logged)
+    (root / "data/features").mkdir(parents=True)
+    (root / "data/features/cuts.json").write_text("{}")
+    judge(root, two, champion=one)
+    read = promotion.read_verdict
+
+    def read_and_change(path: Path) -> dict[str, Any]:
+        verdict = read(path)
+        if changed == "models/gpt":
+            train(root, "three", log=logged)
+        elif changed == "dvc.lock":
+            (root / changed).write_text("schema: '2.0'\n")
+        else:
+            judge(root, two, champion=one, passed=False)
+        return verdict
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(promotion, "read_verdict", read_and_change)
+        with pytest.raises(UserError, match=rf"^{root / changed}: changed meanwhile; try again$"):
+            promotion.promote(root)
+    assert alias(root, "champion") == 1
+    assert champion_of(root) == (one, 1)
+    train(root, "two", log=False)
+    judge(root, two, champion=one)
+    promotion.promote(root)
+    assert champion_of(root) == (two, 2)
+    assert digest_directory(fetch_champion(root) or Path()) == two
+    told = read_json(root / "champion.json")["verdict"]
+    assert told == digest_file(root / "reports/verdict.json")
 
 
 def test_promoting_sets_alias_and_file_and_does_nothing_twice(root: Path) -> None:
