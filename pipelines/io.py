@@ -28,6 +28,7 @@ T = TypeVar("T")
 DUCKDB_MEMORY = "4GB"
 
 _CHUNK = 1 << 20
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _LOOK_SECONDS = 0.02  # between two looks whether a lock is free
 
 # A spreadsheet takes a cell that begins like this for a formula, unless it is a plain number.
@@ -156,6 +157,11 @@ def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file atomically (zstd)."""
     with replace_file(path) as partial:
         pq.write_table(table, partial, compression="zstd")
+
+
+def is_digest(value: Any) -> bool:
+    """Tell whether a value, of a file that anybody can edit, is a digest."""
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def digest_file(path: Path) -> str:

@@ -65,7 +65,8 @@ def test_a_model_that_is_not_the_champion_is_not_shipped_without_a_word(tmp_path
         (model, False, "the gate refused it"),
         (model, True, "forecart promote"),
     ]:
-        verdict = {"candidate": candidate, "champion": None, "passed": passed, "checks": []}
+        check = {"name": "validation", "passed": passed, "why": "it is so"}
+        verdict = {"candidate": candidate, "champion": None, "passed": passed, "checks": [check]}
         write_json(tmp_path / container.VERDICT, verdict)
         assert told in container.tell_standing(tmp_path, model)
     write_json(tmp_path / "champion.json", {"digest": model, "version": 1, "verdict": None})

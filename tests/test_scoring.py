@@ -241,18 +241,19 @@ def test_the_csv_is_safe_in_a_spreadsheet(root: Path) -> None:
 def test_scores_by_another_than_the_champion_are_told_as_such(root: Path) -> None:
     digest = digest_directory(root / "models/gpt")
     assert "they are by a model that is not champion and has no verdict" in scoring.score(root)
-    verdict = {"candidate": digest, "champion": None, "passed": False, "checks": []}
+    check = {"name": "validation", "passed": False, "why": "it is so"}
+    verdict = {"candidate": digest, "champion": None, "passed": False, "checks": [check]}
     write_json(root / "reports/verdict.json", verdict)
     assert "a candidate that failed the gate and was not promoted" in scoring.score(root)
-    write_json(root / "reports/verdict.json", verdict | {"passed": True})
+    passed = {"passed": True, "checks": [check | {"passed": True}]}
+    write_json(root / "reports/verdict.json", verdict | passed)
     assert "a candidate that passed the gate but was not promoted" in scoring.score(root)
     champion = {"digest": digest, "version": 1, "verdict": None}
     write_json(root / "champion.json", champion)
     assert "they are by" not in scoring.score(root, which=Which.CANDIDATE)
     write_json(root / "champion.json", champion | {"digest": f"sha256:{'0' * 64}"})
-    write_json(
-        root / "reports/verdict.json", verdict | {"candidate": "sha256:1", "champion": digest}
-    )
+    former = {"candidate": f"sha256:{'1' * 64}", "champion": digest}
+    write_json(root / "reports/verdict.json", verdict | former)
     assert scoring.find_doubt(root, digest) == "a former champion"
     write_json(root / "reports/verdict.json", {"candidate": digest, "passed": True})
     assert "has no verdict" in (scoring.find_doubt(root, digest) or "")

@@ -6,7 +6,6 @@ derived from the registry's alias, which is what decides.
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from pipelines.address import REGISTRY, lacks_registry
 from pipelines.errors import UserError
-from pipelines.io import digest_directory, read_json, replace_directory, write_json
+from pipelines.io import digest_directory, is_digest, read_json, replace_directory, write_json
 from pipelines.registry.connection import connect, hold_alone, name_registry, read_name, tell
 
 if TYPE_CHECKING:
@@ -43,7 +42,6 @@ SAFE_SUFFIXES: Final = frozenset({".safetensors", ".json"})
 _BENTO: Final = Path("build/bento/src")
 
 _WEIGHTS: Final = "model.safetensors"
-_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +78,15 @@ def read_champion(root: Path) -> Champion:
     if not isinstance(content, dict) or set(content) != keys:
         raise UserError(f"{path}: expected exactly the keys {', '.join(sorted(keys))}; {ANEW}")
     champion = Champion(**content)
-    if champion.digest is not None and not _DIGEST.fullmatch(str(champion.digest)):
-        raise UserError(f"{path}: digest {champion.digest!r} is none; {ANEW}")
+    valid = {
+        "digest": is_digest(champion.digest),
+        # True is an int to Python.
+        "version": type(champion.version) is int,
+        "verdict": isinstance(champion.verdict, str),
+    }
+    for key, right in valid.items():
+        if content[key] is not None and not right:
+            raise UserError(f"{path}: {key} {content[key]!r} is none; {ANEW}")
     return champion
 
 

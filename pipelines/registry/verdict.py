@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipelines.errors import UserError
-from pipelines.io import read_json
+from pipelines.io import is_digest, read_json
 
 VERDICT: Final = Path("reports/verdict.json")
 
@@ -33,17 +33,20 @@ def find_verdict(root: Path) -> dict[str, Any] | None:
 
 
 def _is_whole(verdict: Any) -> bool:
-    """Tell whether it holds what is read of it."""
+    """Tell whether it holds what is read of it, and says nothing else than its checks do."""
     if not isinstance(verdict, dict) or not isinstance(verdict.get("checks"), list):
         return False
+    checks = verdict["checks"]
     digests = [verdict.get(key, 0) for key in ("candidate", "champion")]
     return (
         isinstance(verdict.get("passed"), bool)
-        and all(digest is None or isinstance(digest, str) for digest in digests)
+        and all(digest is None or is_digest(digest) for digest in digests)
         and all(
             isinstance(check, dict)
             and all(isinstance(check.get(key), str) for key in ("name", "why"))
             and isinstance(check.get("passed"), bool)
-            for check in verdict["checks"]
+            for check in checks
         )
+        # Without a check, nothing was judged.
+        and verdict["passed"] == (bool(checks) and all(check["passed"] for check in checks))
     )

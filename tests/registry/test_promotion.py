@@ -588,6 +588,11 @@ def test_a_champion_deleted_in_the_registry_can_be_given_back_or_up(
         {"passed": 1},
         {"champion": ...},
         {"candidate": 5},
+        {"candidate": "sha256:1"},
+        {"champion": "e" * 64},
+        {"checks": []},
+        {"checks": [{"name": "users", "passed": False, "why": "too few"}]},
+        {"passed": False},
         None,
     ],
 )
@@ -600,7 +605,16 @@ def test_a_verdict_that_was_edited_is_named(root: Path, edit: dict[str, Any] | N
     assert champion_of(root) == (None, None)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"{}", b"none"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"{", b"\xff", b"{}", b"none"),
+        b'{"digest": 5, "version": 1, "verdict": null}',
+        b'{"digest": null, "version": "x", "verdict": null}',
+        b'{"digest": null, "version": true, "verdict": null}',
+        b'{"digest": null, "version": 1, "verdict": 3}',
+    ],
+)
 def test_a_damaged_file_is_written_anew_as_it_says(root: Path, content: bytes) -> None:
     one = install(root, "one")
     (root / "champion.json").write_bytes(content)

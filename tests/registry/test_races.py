@@ -47,7 +47,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_json(checkout / "champion.json", nobody)
             verdict = {
                 "passed": True,
-                "checks": [],
+                "checks": [{"name": "validation", "passed": True, "why": "it is so"}],
                 "candidate": digest,
                 "champion": None,
                 "data": DATA,

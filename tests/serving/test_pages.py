@@ -29,7 +29,7 @@ from serving.run import check_address
 from tests.test_scoring import make_project
 
 AT = datetime(2025, 3, 1, tzinfo=UTC)
-SERVES, WAITS = (f"sha256:{mark * 64}" for mark in "ab")
+SERVES, WAITS, SCORES, ANOTHER = (f"sha256:{mark * 64}" for mark in "ab05")
 MODELS = ("champion", "ensemble", "lightgbm")
 EVIL = "<script>alert(1)</script>'\"=1+1/../"
 
@@ -68,7 +68,7 @@ def make_scores(root: Path, *, users: int = 200) -> None:
         for n, e in events.items()
     ]
     targets.append({"name": "spend_7d", "kind": "amount", "event": "purchase", "horizon_days": 7})
-    plan = {"role": "candidate", "model": "sha256:0", "data": "sha256:1", "at": AT.isoformat()}
+    plan = {"role": "candidate", "model": SCORES, "data": "sha256:1", "at": AT.isoformat()}
     plan |= {"format": 1, "users": users, "targets": targets, "active_within_days": 28}
     write_json(root / "data/scores/_scores.json", plan)
 
@@ -368,7 +368,8 @@ def test_the_audience_is_the_top_share_and_safe_to_open(root: Path) -> None:
 
 def judge(root: Path, *, champion: str, candidate: str, passed: bool) -> None:
     """Leave an evaluation in which the champion is tested beside another candidate."""
-    verdict = {"champion": champion, "candidate": candidate, "passed": passed, "checks": []}
+    check = {"name": "validation", "passed": passed, "why": "it is so"}
+    verdict = {"champion": champion, "candidate": candidate, "passed": passed, "checks": [check]}
     write_json(root / "reports/verdict.json", verdict | {"data": "sha256:3"})
     rows = ["target,model,share,captured,lift"]
     rows += ["purchase_14d,ensemble,0.5,0.75,1.5", "purchase_14d,champion,0.5,0.25,0.5"]
@@ -403,12 +404,12 @@ def test_what_happened_is_told_of_the_model_that_made_the_scores(root: Path) -> 
     judge(root, champion=WAITS, candidate=SERVES, passed=True)
     page = ask(root, "/?days=14").text
     assert "187.0 62.5" in page
-    judge(root, champion=WAITS, candidate="sha256:5", passed=True)
+    judge(root, champion=WAITS, candidate=ANOTHER, passed=True)
     assert "happened, when" not in ask(root, "/?days=14").text
 
 
 def test_scores_by_a_refused_candidate_are_told_as_such(root: Path) -> None:
-    judge(root, champion=SERVES, candidate="sha256:0", passed=False)
+    judge(root, champion=SERVES, candidate=SCORES, passed=False)
     page = ask(root, "/?days=14").text
     assert "These scores are by a candidate that failed the gate" in page
     assert "happened, when this model was tested" in page
