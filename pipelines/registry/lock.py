@@ -44,8 +44,9 @@ def hold_lock(tracking_uri: str, name: str, root: Path) -> Iterator[None]:
     """
     kind = tracking_uri.partition(":")[0]
     if kind.startswith("sqlite"):
-        file = make_url(tracking_uri).database or "mlflow.db"
-        with _hold_file(Path(f"{file}-{name}.lock"), name):
+        # Whichever link leads to it, the file is one.
+        file = Path(make_url(tracking_uri).database or "mlflow.db").resolve()
+        with _hold_file(file.with_name(f"{file.name}-{name}.lock"), name):
             yield
     elif kind.startswith(("postgresql", "mysql", "mariadb")):
         with _hold_database(tracking_uri, name):

@@ -143,6 +143,20 @@ def test_behind_a_server_the_promoters_of_all_worktrees_wait_for_each_other(
             pass
 
 
+def test_a_link_to_a_database_has_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_WAIT_SECONDS", 0.3)
+    (tmp_path / "link.db").symlink_to(tmp_path / "mlflow.db")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    file = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for other in ("link.db", "folder/mlflow.db"):
+        with (
+            hold_lock(file, "forecart", tmp_path),
+            pytest.raises(UserError, match="somebody else"),
+            hold_lock(f"sqlite:///{tmp_path / other}", "forecart", tmp_path),
+        ):
+            pass
+
+
 def test_a_lock_ends_with_its_holder(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
