@@ -12,7 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pipelines.address import REGISTRY, REGISTRY_VARIABLE, find_registry, hide_login
+from pipelines.address import (
+    REGISTRY,
+    REGISTRY_VARIABLE,
+    find_registry,
+    hide_login,
+    parse_address,
+)
 from pipelines.config import PARAMS_FILE, load_params
 from pipelines.errors import UserError
 from pipelines.io import spill_to
@@ -23,6 +29,13 @@ if TYPE_CHECKING:
 # Times that a server is called again, after 0, 4 and 8 seconds.
 _CALLS: Final = 3
 _CALL_SECONDS: Final = 10  # until the next call
+# By the kind of database, what its drivers call the seconds until they give up.
+_WAITS: Final = {
+    "sqlite": "timeout",
+    "postgresql": "connect_timeout",
+    "mysql": "connect_timeout",
+    "mariadb": "connect_timeout",
+}
 # What a gateway answers for a server that is not there.
 _ABSENT: Final = (502, 503, 504)
 
@@ -34,16 +47,17 @@ def connect(root: Path) -> MlflowClient:
     variable too, and bind all projects of the process to one registry.
 
     Raises:
-        UserError: MLflow cannot open it, or its server does not answer.
+        UserError: MLflow cannot open it, or its server or database does not answer.
     """
     from mlflow import MlflowClient
 
     uri = prepare_registry(root)
-    with _telling(root):
-        registry = MlflowClient(tracking_uri=uri, registry_uri=uri)
     if uri.startswith(("http://", "https://")):
         _call(uri)
-    return registry
+    elif uri.startswith(tuple(_WAITS)):
+        _open(uri, root)
+    with _telling(root):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def prepare_registry(root: Path) -> str:
@@ -98,16 +112,24 @@ def _make_database(driver: str, path: Path) -> None:
 
 @contextmanager
 def _telling(root: Path) -> Iterator[None]:
-    """Tell in one line what MLflow or its database says against an address."""
+    """Tell in one line what MLflow, its database or the system says against an address."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
     except (MlflowException, SQLAlchemyError) as error:
-        given = os.environ.get(REGISTRY_VARIABLE)
-        where = REGISTRY_VARIABLE if given else root.resolve() / REGISTRY
-        raise UserError(f"{where}: {tell(error)}") from None
+        raise UserError(f"{_name_address(root)}: {tell(error)}") from None
+    except OSError as error:
+        file = f"{error.filename}: " if error.filename else ""
+        told = f"{file}{error.strerror or tell(error)}"
+        raise UserError(f"{_name_address(root)}: {told}") from None
+
+
+def _name_address(root: Path) -> str:
+    """Return what names the registry: the variable, or the project's own file."""
+    given = os.environ.get(REGISTRY_VARIABLE)
+    return REGISTRY_VARIABLE if given else str(root.resolve() / REGISTRY)
 
 
 @contextmanager
@@ -152,6 +174,30 @@ def _call(uri: str) -> None:
     if answer.status_code in _ABSENT:
         told = f"answers {answer.status_code} {answer.reason}"
         raise UserError(f"MLFLOW_TRACKING_URI: {hide_login(uri)}: {told}")
+
+
+def _open(uri: str, root: Path) -> None:
+    """Open MLflow's database once.
+
+    MLflow itself tries for two minutes before it says anything, also where a file is no database.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    import sqlalchemy as sa
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        kind = parse_address(uri).get_backend_name()
+        engine = sa.create_engine(
+            uri, poolclass=sa.pool.NullPool, connect_args={_WAITS[kind]: _CALL_SECONDS}
+        )
+        with engine.connect() as database:
+            # SQLite opens a file when it is first read.
+            database.execute(sa.text("PRAGMA schema_version" if kind == "sqlite" else "SELECT 1"))
+    except (SQLAlchemyError, ImportError) as error:
+        given = f": {hide_login(uri)}" if os.environ.get(REGISTRY_VARIABLE) else ""
+        raise UserError(f"{_name_address(root)}{given}: {_tell_cause(error)}") from None
 
 
 def explain(error: Exception, root: Path) -> str | None:

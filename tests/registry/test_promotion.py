@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -643,6 +645,41 @@ def test_a_registry_that_cannot_be_opened_is_told_in_one_line(
     with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: ") as told:
         promotion.status(root)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("sqlite:////proc/none/mlflow.db", "/proc/none: No such file or directory"),
+        ("sqlite:///{root}/params.yaml/mlflow.db", "{root}/params.yaml: File exists"),
+        ("sqlite:///{root}", "sqlite:///{root}: unable to open database file"),
+        ("sqlite:///{root}/params.yaml", "sqlite:///{root}/params.yaml: file is not a database"),
+        ("mysql+pymysql://joe:secret@127.0.0.1:1/db", "...//127.0.0.1:1/db: Connection refused"),
+        ("postgresql+psycopg://joe:secret@127.0.0.1:1/db", "...failed: Connection refused"),
+        ("postgresql://127.0.0.1:one/db", "...the port in the address is not a number"),
+        ("mysql+none://joe:secret@127.0.0.1/db", "...Can't load plugin: ..."),
+    ],
+)
+def test_a_database_that_cannot_be_opened_is_told_at_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch, uri: str, told: str
+) -> None:
+    """MLflow itself would try for two minutes."""
+    (root / "params.yaml").write_text("# of which SQLite reads the first hundred bytes" * 3)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(root=root))
+    start = time.monotonic()
+    with pytest.raises(UserError) as raised:
+        connect(root)
+    assert time.monotonic() - start < 10
+    expected = re.escape(f"MLFLOW_TRACKING_URI: {told.format(root=root)}")
+    assert re.fullmatch(expected.replace(re.escape("..."), ".*"), str(raised.value))
+    assert "secret" not in str(raised.value)
+
+
+def test_of_the_projects_own_registry_the_folder_in_its_place_is_named(root: Path) -> None:
+    (root / "mlflow.db").unlink()
+    (root / "mlflow.db").mkdir()
+    with pytest.raises(UserError, match=rf"^{root}/mlflow\.db: unable to open database file$"):
+        connect(root)
 
 
 def test_of_the_projects_own_registry_the_file_is_named(root: Path) -> None:
