@@ -62,7 +62,7 @@ def test_an_evaluation_that_was_edited_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     (tmp_path / "reports").mkdir()
-    verdict = '{"passed": true, "checks": [], "candidate": null, "champion": null}'
+    verdict = '{"passed": false, "checks": [], "candidate": null, "champion": null}'
     (tmp_path / "reports/verdict.json").write_text(verdict)
     (tmp_path / "reports/evaluation.json").write_text(text)
     monkeypatch.chdir(tmp_path)

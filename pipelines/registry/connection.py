@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import sqlite3
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +27,8 @@ from pipelines.io import spill_to
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-# Times that a server is called again, after 0, 4 and 8 seconds.
-_CALLS: Final = 3
-_CALL_SECONDS: Final = 10  # until the next call
+_PAUSES: Final = (0, 4, 8)  # seconds before a server is called again
+_CALL_SECONDS: Final = 10  # that a call may take
 # By the kind of database, what its drivers call the seconds until they give up.
 _WAITS: Final = {
     "sqlite": "timeout",
@@ -160,7 +160,7 @@ def _call(uri: str) -> None:
             get_default_host_creds(uri),
             "/health",
             "GET",
-            max_retries=_CALLS,
+            max_retries=len(_PAUSES),
             backoff_factor=2,
             backoff_jitter=0,
             retry_codes=_ABSENT,
@@ -177,7 +177,7 @@ def _call(uri: str) -> None:
 
 
 def _open(uri: str, root: Path) -> None:
-    """Open MLflow's database once.
+    """Open MLflow's database once; a server may be starting, and is tried as often as ``_call``.
 
     MLflow itself tries for two minutes before it says anything, also where a file is no database.
 
@@ -185,16 +185,24 @@ def _open(uri: str, root: Path) -> None:
         UserError: it cannot be opened.
     """
     import sqlalchemy as sa
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
     try:
         kind = parse_address(uri).get_backend_name()
         engine = sa.create_engine(
             uri, poolclass=sa.pool.NullPool, connect_args={_WAITS[kind]: _CALL_SECONDS}
         )
+        # SQLite opens a file when it is first read.
+        question = sa.text("PRAGMA schema_version" if kind == "sqlite" else "SELECT 1")
+        for pause in () if kind == "sqlite" else _PAUSES:
+            try:
+                with engine.connect() as database:
+                    database.execute(question)
+                return
+            except OperationalError:
+                time.sleep(pause)
         with engine.connect() as database:
-            # SQLite opens a file when it is first read.
-            database.execute(sa.text("PRAGMA schema_version" if kind == "sqlite" else "SELECT 1"))
+            database.execute(question)
     except (SQLAlchemyError, ImportError) as error:
         given = f": {hide_login(uri)}" if os.environ.get(REGISTRY_VARIABLE) else ""
         raise UserError(f"{_name_address(root)}{given}: {_tell_cause(error)}") from None

@@ -283,9 +283,10 @@ def test_a_promoted_model_reaches_the_checkout(airflow_home: Path, project: Path
     write_json(folder / "models/gpt/config.json", {"targets": [{"name": "purchase_14d"}]})
     write_json(folder / "data/features/cuts.json", {})
     digest = digest_directory(folder / "models/gpt")
+    check = {"name": "quality", "passed": True, "why": "good"}
     write_json(
         folder / "reports/verdict.json",
-        {"passed": True, "checks": [], "candidate": digest, "champion": None},
+        {"passed": True, "checks": [check], "candidate": digest, "champion": None},
     )
     # The run was over, and somebody has cleared the task.
     (folder / ".forecart/.finished").touch()

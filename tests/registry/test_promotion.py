@@ -7,16 +7,20 @@ import re
 import shutil
 import sqlite3
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from unittest.mock import Mock
 
 import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
+from sqlalchemy.exc import OperationalError
 
 from pipelines.errors import UserError
 from pipelines.io import digest_directory, digest_file, read_json, write_json
@@ -666,6 +670,7 @@ def test_a_database_that_cannot_be_opened_is_told_at_once(
     """MLflow itself would try for two minutes."""
     (root / "params.yaml").write_text("# of which SQLite reads the first hundred bytes" * 3)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(root=root))
+    monkeypatch.setattr(connection, "_PAUSES", (0,))
     start = time.monotonic()
     with pytest.raises(UserError) as raised:
         connect(root)
@@ -673,6 +678,23 @@ def test_a_database_that_cannot_be_opened_is_told_at_once(
     expected = re.escape(f"MLFLOW_TRACKING_URI: {told.format(root=root)}")
     assert re.fullmatch(expected.replace(re.escape("..."), ".*"), str(raised.value))
     assert "secret" not in str(raised.value)
+
+
+def test_a_database_that_is_starting_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    class Engine:
+        @contextmanager
+        def connect(self) -> Iterator[Any]:
+            calls.append(1)
+            if len(calls) < 3:
+                raise OperationalError("SELECT 1", {}, Exception("the database is starting up"))
+            yield Mock()
+
+    monkeypatch.setattr("sqlalchemy.create_engine", lambda *_, **__: Engine())
+    monkeypatch.setattr(connection, "_PAUSES", (0, 0, 0))
+    connection._open("postgresql+psycopg://127.0.0.1:1/db", Path())
+    assert len(calls) == 3
 
 
 def test_of_the_projects_own_registry_the_folder_in_its_place_is_named(root: Path) -> None:
@@ -737,7 +759,7 @@ def test_a_server_that_does_not_answer_is_told_in_one_line(
             Thread(target=server.serve_forever, daemon=True).start()
         else:
             server.server_close()
-        monkeypatch.setattr(connection, "_CALLS", 1)
+        monkeypatch.setattr(connection, "_PAUSES", (0,))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         try:
             with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: http://127") as told:
