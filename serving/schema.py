@@ -151,7 +151,7 @@ class Event(Strict):
     def _check_quantity(cls, value: float | None, info: ValidationInfo) -> float | None:
         # Training sets such events aside, so no model knows them.
         if not is_quantity(info.data.get("event_type"), value):
-            raise ValueError("must be above 0, or below 0 for purchases and refunds")
+            raise ValueError("quantity must be above 0; below 0 of purchases and refunds alone")
         return value
 
 
