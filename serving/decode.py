@@ -45,7 +45,8 @@ class FastEvent(Struct, forbid_unknown_fields=True, gc=False):
     category: _Text | None = None
     brand: _Text | None = None
     price: Annotated[float, Meta(ge=0, le=MAX_PRICE)] | None = None
-    quantity: Annotated[float, Meta(ge=-MAX_QUANTITY, le=MAX_QUANTITY)] | None = None
+    # Of what is returned it may be below 0, which pydantic judges.
+    quantity: Annotated[float, Meta(gt=0, le=MAX_QUANTITY)] | None = None
     query: Annotated[str, Meta(max_length=MAX_QUERY_LENGTH)] | None = None
     session_id: _Text | None = None
 
@@ -90,11 +91,7 @@ def decode_request(body: bytes | bytearray) -> tuple[FastRequest, datetime] | No
         request = _DECODER.decode(body)
     except (MsgspecError, UnicodeDecodeError):
         return None
-    events = [event for user in request.users for event in user.events]
-    # A return, perhaps.
-    if any(event.quantity is not None and event.quantity <= 0 for event in events):
-        return None
-    times = [event.ts for event in events]
+    times = [event.ts for user in request.users for event in user.events]
     latest = max(times)
     times += [
         user.profile.signup_ts

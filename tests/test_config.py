@@ -72,24 +72,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_params(tmp_path / "params.yaml")
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
-def test_an_empty_file_is_none_of_defaults(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "params.yaml"
-    file.write_text(text)
-    with pytest.raises(UserError, match=r"params\.yaml: it is empty"):
-        load_params(file)
-
-
-def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
-    file = tmp_path / "params.yaml"
-    file.write_text("train:\n  epochs: [1\n")
-    with pytest.raises(UserError, match="line 3: not valid YAML"):
-        load_params(file)
-
-
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        *((nothing, ": it is empty") for nothing in ("", "# nothing\n", "---\n")),
+        ("train:\n  epochs: [1\n", ", line 3: not valid YAML"),
         ("ingest:\n  until: 2025-06-31\n", ", line 2: not a valid value (found '2025-06-31')"),
         ("train:\n  epochs: !!int x\n", ", line 2: not a valid value (found 'x')"),
         ("train: {epochs: 2}\npackage: {}\ntrain: {}\n", ", line 3: train is given a second time"),
