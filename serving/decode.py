@@ -45,8 +45,7 @@ class FastEvent(Struct, forbid_unknown_fields=True, gc=False):
     category: _Text | None = None
     brand: _Text | None = None
     price: Annotated[float, Meta(ge=0, le=MAX_PRICE)] | None = None
-    # Of what is returned it may be below 0, which pydantic judges.
-    quantity: Annotated[float, Meta(gt=0, le=MAX_QUANTITY)] | None = None
+    quantity: Annotated[float, Meta(ge=-MAX_QUANTITY, le=MAX_QUANTITY)] | None = None
     query: Annotated[str, Meta(max_length=MAX_QUERY_LENGTH)] | None = None
     session_id: _Text | None = None
 
@@ -91,7 +90,11 @@ def decode_request(body: bytes | bytearray) -> tuple[FastRequest, datetime] | No
         request = _DECODER.decode(body)
     except (MsgspecError, UnicodeDecodeError):
         return None
-    times = [event.ts for user in request.users for event in user.events]
+    events = [event for user in request.users for event in user.events]
+    # Something returned, perhaps. A bound of msgspec's lets the whole number 0 pass.
+    if any(event.quantity is not None and event.quantity <= 0 for event in events):
+        return None
+    times = [event.ts for event in events]
     latest = max(times)
     times += [
         user.profile.signup_ts
