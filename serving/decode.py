@@ -91,7 +91,8 @@ def decode_request(body: bytes | bytearray) -> tuple[FastRequest, datetime] | No
     except (MsgspecError, UnicodeDecodeError):
         return None
     events = [event for user in request.users for event in user.events]
-    # Something returned, perhaps. A bound of msgspec's lets the whole number 0 pass.
+    # Something returned, perhaps. As msgspec's bound, above 0 is above 0 or equal to it where
+    # subnormal numbers count as 0, as torch can have it.
     if any(event.quantity is not None and event.quantity <= 0 for event in events):
         return None
     times = [event.ts for event in events]
