@@ -130,9 +130,11 @@ def measure_ours(root: Path, threads: int, items: bool) -> float:
     """Return events per second of an epoch of pretraining, with the next item told or without."""
 
     from pipelines.config import load_params
+    from pipelines.model.fitting import Fit
     from pipelines.model.heads import Heads
+    from pipelines.model.runtime import seed_everything
+    from pipelines.model.steps import Phase
     from pipelines.model.timeline import Timeline
-    from pipelines.model.training import Phase, _Fit, seed_everything
     from pipelines.stages.train import load_inputs
 
     params = load_params(root / "params.yaml")
@@ -142,7 +144,7 @@ def measure_ours(root: Path, threads: int, items: bool) -> float:
     sequences, periods, targets, vocabulary = load_inputs(root)
     seed_everything(config)
     heads = Heads.for_targets(targets)
-    fit = _Fit(Timeline(sequences), periods, heads, targets, config, vocabulary)
+    fit = Fit(Timeline(sequences), periods, heads, targets, config, vocabulary)
     close = periods.calibration
     fit.run(Phase.PRETRAIN, 1, close, params.pretrain.learning_rate, lambda _: None)
     return fit.events / fit.seconds

@@ -37,12 +37,13 @@ import torch
 import yaml
 
 from pipelines.config import Train, load_params
+from pipelines.model.fitting import Fit, make_optimizer
 from pipelines.model.heads import Heads
 from pipelines.model.network import to_device
+from pipelines.model.runtime import seed_everything
 from pipelines.model.speed import find_peak
-from pipelines.model.steps import Step
+from pipelines.model.steps import Phase, Step
 from pipelines.model.timeline import Timeline
-from pipelines.model.training import Phase, _Fit, _make_optimizer, seed_everything
 from pipelines.stages.train import load_inputs, measure_memory
 
 
@@ -65,7 +66,7 @@ def measure(root: Path, config: Train, repeats: int) -> dict[str, Any]:
     sequences, periods, targets, vocabulary = load_inputs(root)
     seed_everything(config)
     heads = Heads.for_targets(targets)
-    fit = _Fit(Timeline(sequences), periods, heads, targets, config, vocabulary)
+    fit = Fit(Timeline(sequences), periods, heads, targets, config, vocabulary)
     close = periods.calibration
     fit.start(close, {})
     peak = find_peak(fit.device, fit.precision, config.threads)
@@ -101,7 +102,7 @@ def measure(root: Path, config: Train, repeats: int) -> dict[str, Any]:
     }
 
 
-def run_epoch(fit: _Fit, close: int) -> tuple[float, float]:
+def run_epoch(fit: Fit, close: int) -> tuple[float, float]:
     """Return events and floating-point operations per second of an epoch."""
     fit.done = dict.fromkeys(Phase, 0)
     fit.run(Phase.FIT, 1, close, fit.schedule.learning_rate, lambda _: None)
@@ -114,15 +115,15 @@ def compare(a: Sequence[float], b: Sequence[float]) -> float:
     return round(statistics.median(x / y for x, y in zip(a, b, strict=True)), 3)
 
 
-def hold_epoch(fit: _Fit, close: int, chance: np.random.Generator) -> list[Step]:
+def hold_epoch(fit: Fit, close: int, chance: np.random.Generator) -> list[Step]:
     """Return all steps of an epoch, in the device's memory."""
     drawn = fit.loader.epoch(close, Phase.FIT, chance)
     return [to_device(step, fit.device) for step in fit.loader.steps(drawn)]
 
 
-def repeat_steps(fit: _Fit, steps: Sequence[Step]) -> float:
+def repeat_steps(fit: Fit, steps: Sequence[Step]) -> float:
     """Return events per second of prepared steps, which change no weight."""
-    optimizer = _make_optimizer(fit.network, 0.0, 0.0)
+    optimizer = make_optimizer(fit.network, 0.0, 0.0)
     fit.network.train()
     for step in steps[:3]:
         fit._train_step(step, optimizer, Phase.FIT)
@@ -134,7 +135,7 @@ def repeat_steps(fit: _Fit, steps: Sequence[Step]) -> float:
     return sum(step.events for step in steps) / (time.perf_counter() - began)
 
 
-def make_epoch(fit: _Fit, close: int) -> float:
+def make_epoch(fit: Fit, close: int) -> float:
     """Return events per second of batches that one thread makes."""
     began = time.perf_counter()
     drawn = fit.loader.epoch(close, Phase.FIT, np.random.default_rng(0))

@@ -304,7 +304,7 @@ class EnsembleTrees(Section):
 
     rounds: Annotated[int, Field(ge=0, le=10_000)] = 1000
     early_stopping: Positive = 20
-    # None: pipelines.model.training.Schedule.
+    # None: pipelines.model.schedule.Schedule.
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     num_leaves: Annotated[int, Field(ge=2)] = 15
     min_child_samples: Positive = 40
@@ -329,7 +329,7 @@ class Train(Section):
     heads: Annotated[int, Field(ge=1, le=64)] = 4
     context: Annotated[int, Field(ge=8, le=8192)] = 128
     stride: Positive = 96
-    # None of these, of tokens_per_batch and learning_rate: pipelines.model.training.Schedule.
+    # None of these, of tokens_per_batch and learning_rate: pipelines.model.schedule.Schedule.
     epochs: Annotated[int, Field(ge=1, le=MAX_EPOCHS)] | None = None
     refit_epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 1
     cuts_per_user: Annotated[int, Field(ge=1, le=64)] = 16

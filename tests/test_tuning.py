@@ -15,8 +15,9 @@ from pipelines import tuning
 from pipelines.config import Params, Pretrain, Train, load_params, parse_params
 from pipelines.errors import UserError
 from pipelines.model import tuning as model_tuning
+from pipelines.model.schedule import Schedule
 from pipelines.model.timeline import Timeline
-from pipelines.model.training import Schedule, pretrain_model, train_model
+from pipelines.model.training import pretrain_model, train_model
 from pipelines.model.tuning import (
     Found,
     average_parts,

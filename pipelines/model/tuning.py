@@ -28,15 +28,10 @@ from pipelines.config import MAX_EPOCHS, Pretrain, Train
 from pipelines.errors import UserError
 from pipelines.features.store import Sequences
 from pipelines.model.heads import Target
+from pipelines.model.schedule import Periods, Schedule
 from pipelines.model.timeline import ANY_EVENT, DAY, Timeline, population
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import (
-    Periods,
-    Schedule,
-    TrainedModel,
-    pretrain_model,
-    train_model,
-)
+from pipelines.model.training import TrainedModel, pretrain_model, train_model
 
 if TYPE_CHECKING:
     import optuna

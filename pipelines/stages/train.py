@@ -37,18 +37,12 @@ from pipelines.io import (
 from pipelines.model.checkpoint import Checkpoint
 from pipelines.model.heads import Target
 from pipelines.model.predictor import WEIGHTS, Predictor, choose_device
+from pipelines.model.runtime import choose_precision, count_workers
+from pipelines.model.schedule import Periods, Schedule
 from pipelines.model.speed import find_peak
 from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import (
-    Periods,
-    Schedule,
-    TrainedModel,
-    choose_precision,
-    count_workers,
-    pretrain_model,
-    train_model,
-)
+from pipelines.model.training import TrainedModel, pretrain_model, train_model
 from pipelines.registry.champion import fetch_champion
 from pipelines.registry.tracking import track
 

@@ -12,9 +12,10 @@ from pipelines.evaluation import deletion
 from pipelines.features.store import Sequences, encode_events
 from pipelines.model.heads import Target
 from pipelines.model.predictor import Predictor
+from pipelines.model.schedule import Periods
 from pipelines.model.timeline import DAY
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import Periods, train_model
+from pipelines.model.training import train_model
 from tests.model.conftest import START, TINY
 
 TARGET = Target(name="purchase_7d", kind="binary", event="purchase", horizon_days=7)

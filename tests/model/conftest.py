@@ -10,9 +10,9 @@ import pytest
 from pipelines.config import Train
 from pipelines.features.store import MISSING_TIME, Sequences, encode_events
 from pipelines.model.heads import Target
+from pipelines.model.schedule import Periods
 from pipelines.model.timeline import DAY
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import Periods
 
 START = 1_700_000_000_000_000 // DAY * DAY
 

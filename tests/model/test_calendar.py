@@ -13,12 +13,13 @@ import torch
 from pipelines.config import EnsembleTrees, Pretrain
 from pipelines.features.store import Sequences, encode_events
 from pipelines.model.explanation import explain
+from pipelines.model.fitting import Fit
 from pipelines.model.heads import Heads, Target
 from pipelines.model.network import NetworkConfig
 from pipelines.model.predictor import Predictor
 from pipelines.model.timeline import DAY, Timeline, feature_names, population
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import _Fit, pretrain_model, train_model
+from pipelines.model.training import pretrain_model, train_model
 from pipelines.model.trees import Mix
 from tests.model.conftest import PERIODS, START, TINY
 
@@ -91,7 +92,7 @@ def test_whole_weeks_and_short_logs_have_no_use_for_it(
     periods = replace(PERIODS, calibration=START + calibration * DAY)
     shop = encode_events([[{"ts": START, "event_type": "view"}]])
     heads = Heads.for_targets(targets)
-    fit = _Fit(Timeline(shop), periods, heads, targets, SETTINGS, Vocabulary())
+    fit = Fit(Timeline(shop), periods, heads, targets, SETTINGS, Vocabulary())
     assert fit.spec.network.calendar is expected
     assert hasattr(fit.network, "calendar") is expected
 
@@ -101,7 +102,7 @@ def test_it_is_not_pretrained_and_starts_at_zero(weekly: Sequences) -> None:
     weights = pretrain_model(weekly, PERIODS, (TOMORROW,), SETTINGS, once, Vocabulary())
     assert not [name for name in weights if name.startswith("calendar")]
     heads = Heads.for_targets((TOMORROW,))
-    fit = _Fit(Timeline(weekly), PERIODS, heads, (TOMORROW,), SETTINGS, Vocabulary())
+    fit = Fit(Timeline(weekly), PERIODS, heads, (TOMORROW,), SETTINGS, Vocabulary())
     fit.start(PERIODS.calibration, weights)
     assert torch.count_nonzero(fit.network.calendar.weight) == 0
 
@@ -109,7 +110,7 @@ def test_it_is_not_pretrained_and_starts_at_zero(weekly: Sequences) -> None:
 def test_a_network_of_before_reads_as_one_without() -> None:
     heads = Heads.for_targets((TOMORROW,))
     shop = encode_events([[{"ts": START, "event_type": "view"}]])
-    fit = _Fit(Timeline(shop), PERIODS, heads, (TOMORROW,), SETTINGS, Vocabulary())
+    fit = Fit(Timeline(shop), PERIODS, heads, (TOMORROW,), SETTINGS, Vocabulary())
     written = fit.spec.network.to_json()
     assert NetworkConfig.from_json(written) == fit.spec.network
     del written["calendar"]

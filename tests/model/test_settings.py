@@ -13,33 +13,29 @@ import torch
 
 from pipelines.config import EnsembleTrees, Train
 from pipelines.features.store import Sequences
-from pipelines.model import training
+from pipelines.model import fitting, runtime
 from pipelines.model.batches import Placement, cut_pieces, sample_cuts
 from pipelines.model.calibration import choose_threshold
 from pipelines.model.checkpoint import Checkpoint, pack_torch_chance, unpack_torch_chance
+from pipelines.model.fitting import Fit
 from pipelines.model.heads import Heads
 from pipelines.model.network import Outputs
 from pipelines.model.predictor import Predictor
-from pipelines.model.steps import Epoch, in_groups
-from pipelines.model.timeline import Cuts, Timeline, population
+from pipelines.model.runtime import seed_everything
+from pipelines.model.schedule import Schedule
+from pipelines.model.steps import Epoch, Phase, in_groups
+from pipelines.model.timeline import DAY, Cuts, Timeline, population
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import (
-    Phase,
-    Schedule,
-    TrainedModel,
-    _Fit,
-    seed_everything,
-    train_model,
-)
+from pipelines.model.training import TrainedModel, train_model
 from tests.model.conftest import PERIODS, TARGETS, TINY
 
 PLAIN = TINY.model_copy(update={"epochs": 1, "trees": EnsembleTrees(rounds=0)})
 
 
-def make_fit(shop: Sequences, vocabulary: Vocabulary, config: Train) -> _Fit:
+def make_fit(shop: Sequences, vocabulary: Vocabulary, config: Train) -> Fit:
     seed_everything(config)
     heads = Heads.for_targets(TARGETS)
-    return _Fit(Timeline(shop), PERIODS, heads, TARGETS, config, vocabulary)
+    return Fit(Timeline(shop), PERIODS, heads, TARGETS, config, vocabulary)
 
 
 def train(shop: Sequences, vocabulary: Vocabulary, **settings: Any) -> TrainedModel:
@@ -67,14 +63,14 @@ def test_bfloat16_trains(
 ) -> None:
     """Products are made of bfloat16; hidden states, losses, weights and gradients are float32."""
     seen: list[torch.dtype] = []
-    loss = training.hazard_loss
+    loss = fitting.hazard_loss
 
     def watch(outputs: Outputs, targets: Any) -> torch.Tensor:
         result = loss(outputs, targets)
         seen.extend([outputs.hazard.dtype, result.dtype])
         return result
 
-    monkeypatch.setattr(training, "hazard_loss", watch)
+    monkeypatch.setattr(fitting, "hazard_loss", watch)
     exact = train(shop, vocabulary, backbone=backbone)
     half = train(shop, vocabulary, backbone=backbone, precision="bfloat16")
     assert set(seen) == {torch.float32}
@@ -106,7 +102,7 @@ def test_a_compiled_backbone_leaves_names_and_results(
 ) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     calls = []
-    compiled_backbone = training.compile_backbone
+    compiled_backbone = runtime.compile_backbone
 
     def count(network: Any, config: Train) -> Any:
         run = compiled_backbone(network, config)
@@ -119,7 +115,7 @@ def test_a_compiled_backbone_leaves_names_and_results(
 
         return counted
 
-    monkeypatch.setattr(training, "compile_backbone", count)
+    monkeypatch.setattr(fitting, "compile_backbone", count)
     plain = train(shop, vocabulary)
     assert not calls
     compiled = train(shop, vocabulary, compile=True)
@@ -148,7 +144,7 @@ def test_two_halves_make_the_step_of_the_whole(shop: Sequences, vocabulary: Voca
         timeline,
         count=60,
         first=PERIODS.first,
-        last=PERIODS.calibration - 7 * training.DAY,
+        last=PERIODS.calibration - 7 * DAY,
         active_days=None,
         half_life_days=None,
         rng=rng,
@@ -194,7 +190,7 @@ def test_steps_count_groups_and_what_is_left_over(
     fit.start(PERIODS.calibration, {})
     batches: list[bool] = []
     rates: list[float] = []
-    make, step = training._make_optimizer, fit._train_step
+    make, step = fitting.make_optimizer, fit._train_step
 
     def watch(*given: Any) -> torch.optim.Optimizer:
         optimizer = make(*given)
@@ -205,7 +201,7 @@ def test_steps_count_groups_and_what_is_left_over(
         batches.append(given[-1])
         return step(*given)
 
-    monkeypatch.setattr(training, "_make_optimizer", watch)
+    monkeypatch.setattr(fitting, "make_optimizer", watch)
     monkeypatch.setattr(fit, "_train_step", note)
     fit.run(Phase.FIT, 2, PERIODS.calibration, 0.01, lambda _: None)
     assert len(batches) > 10
@@ -274,7 +270,7 @@ def test_stored_thresholds_follow_the_objective(
 ) -> None:
     model = train_model(shop, PERIODS, TARGETS, PLAIN, vocabulary, threshold=objective)
     timeline = Timeline(shop)
-    times = range(PERIODS.calibration, PERIODS.test - 3 * training.DAY + 1, 3 * training.DAY)
+    times = range(PERIODS.calibration, PERIODS.test - 3 * DAY + 1, 3 * DAY)
     cuts = Cuts.join([population(timeline, ts, PERIODS.active_days) for ts in times])
     heads = model.first.spec.heads
     labels = timeline.labels(cuts, events=heads.events, horizons=(), close=PERIODS.test)
@@ -312,8 +308,8 @@ def test_large_logs_are_read_fewer_times_in_larger_steps(
 
 
 def test_a_gpu_has_its_steps_made_by_several() -> None:
-    assert training._count_loaders(torch.device("cpu")) == 1
-    assert 1 <= training._count_loaders(torch.device("cuda")) <= 4
+    assert runtime.count_loaders(torch.device("cpu")) == 1
+    assert 1 <= runtime.count_loaders(torch.device("cuda")) <= 4
 
 
 @pytest.mark.parametrize(("backbone", "refuses"), [("gpt", True), ("bert", True), ("mlp", False)])
@@ -327,11 +323,11 @@ def test_chance_is_refused_on_a_gpu_where_there_are_other_kernels(
     """A parameter stands in that says it is on a GPU."""
     network = make_fit(shop, vocabulary, PLAIN.model_copy(update={"backbone": backbone})).network
     warns_only = torch.is_deterministic_algorithms_warn_only_enabled
-    with training._refuse_chance(network):
+    with runtime.refuse_chance(network):
         assert warns_only()
     placed = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(network, "parameters", lambda: iter([placed]))
-    with pytest.raises(ValueError, match="stop"), training._refuse_chance(network):
+    with pytest.raises(ValueError, match="stop"), runtime.refuse_chance(network):
         assert warns_only() != refuses
         raise ValueError("stop")
     assert torch.are_deterministic_algorithms_enabled()

@@ -6,19 +6,20 @@ import pytest
 import torch
 
 from pipelines.features.store import Sequences
+from pipelines.model.fitting import Fit
 from pipelines.model.heads import Heads
 from pipelines.model.network import EVENT_NUMBERS, NOW_NUMBERS
 from pipelines.model.speed import count_flops, find_peak, look_up_peak, measure_peak
+from pipelines.model.steps import Phase
 from pipelines.model.timeline import Timeline
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import Phase, _Fit
 from tests.model.conftest import PERIODS, TARGETS, TINY
 
 
-def make_fit(shop: Sequences, vocabulary: Vocabulary, backbone: str) -> _Fit:
+def make_fit(shop: Sequences, vocabulary: Vocabulary, backbone: str) -> Fit:
     config = TINY.model_copy(update={"backbone": backbone, "fusion": False, "next_items": 0})
     heads = Heads.for_targets(TARGETS)
-    return _Fit(Timeline(shop), PERIODS, heads, TARGETS, config, vocabulary)
+    return Fit(Timeline(shop), PERIODS, heads, TARGETS, config, vocabulary)
 
 
 def test_operations_are_those_of_the_formula(shop: Sequences, vocabulary: Vocabulary) -> None:

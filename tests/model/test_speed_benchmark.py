@@ -6,10 +6,10 @@ import numpy as np
 
 from benchmarks.training_speed import hold_epoch, make_epoch, repeat_steps, run_epoch
 from pipelines.features.store import Sequences
+from pipelines.model.fitting import Fit
 from pipelines.model.heads import Heads
 from pipelines.model.timeline import Timeline
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import _Fit
 from tests.model.conftest import PERIODS, TARGETS, TINY
 
 
@@ -17,7 +17,7 @@ def test_prepared_steps_are_those_of_the_epoch_and_change_no_weight(
     shop: Sequences, vocabulary: Vocabulary
 ) -> None:
     heads = Heads.for_targets(TARGETS)
-    fit = _Fit(Timeline(shop), PERIODS, heads, TARGETS, TINY, vocabulary)
+    fit = Fit(Timeline(shop), PERIODS, heads, TARGETS, TINY, vocabulary)
     fit.start(PERIODS.calibration, {})
     before = {name: tensor.clone() for name, tensor in fit.network.state_dict().items()}
     chance = fit.rng.bit_generator.state

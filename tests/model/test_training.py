@@ -246,7 +246,7 @@ def test_rows_that_trees_are_stopped_by_have_a_bound(
         rows.append(len(cuts))
         return collect_rows(timeline, cuts, *others, **settings)
 
-    monkeypatch.setattr("pipelines.model.training.collect_rows", collect)
+    monkeypatch.setattr("pipelines.model.growing.collect_rows", collect)
     trees = TINY.trees.model_copy(update={"rounds": 5, "max_rows": 30})
     config = TINY.model_copy(update={"refit_epochs": 0, "epochs": 1, "trees": trees})
     train_model(shop, PERIODS, TARGETS, config, vocabulary)
@@ -264,7 +264,7 @@ def test_cuts_that_tell_corrections_have_a_bound(
         return calibrate(*given)
 
     monkeypatch.setattr("pipelines.model.training.calibrate", correct)
-    monkeypatch.setattr("pipelines.model.training._MOST_CUTS", 25)
+    monkeypatch.setattr("pipelines.model.growing._MOST_CUTS", 25)
     trees = TINY.trees.model_copy(update={"rounds": 0})
     config = TINY.model_copy(update={"refit_epochs": 0, "epochs": 1, "trees": trees})
     train_model(shop, PERIODS, TARGETS, config, vocabulary)

@@ -400,8 +400,8 @@ def test_they_grow_the_same_beside_the_network(
         grown_in.append(threading.current_thread())
         return grow_trees(*rows, **settings)
 
-    monkeypatch.setattr("pipelines.model.training.grow_trees", grow)
-    monkeypatch.setattr("pipelines.model.training.os.cpu_count", lambda: 2)
+    monkeypatch.setattr("pipelines.model.growing.grow_trees", grow)
+    monkeypatch.setattr("pipelines.model.growing.os.cpu_count", lambda: 2)
     trees = []
     for threads in (2, 1):
         changes = {"epochs": 1, "refit_epochs": 0, "threads": threads}

@@ -24,7 +24,7 @@ from pipelines.events import to_us
 from pipelines.features.cuts import describe_cuts, plan_cuts
 from pipelines.features.store import encode_events
 from pipelines.io import digest_directory, write_json, write_table
-from pipelines.model import training
+from pipelines.model import fitting
 from pipelines.model.predictor import Predictor
 from pipelines.model.timeline import DAY, Timeline, population
 from pipelines.model.training import train_model
@@ -252,7 +252,7 @@ def test_a_comparison_that_is_killed_goes_on(root: Path, monkeypatch: pytest.Mon
     params = PARAMS.model_copy(update={"train": settings})
     pretrain.run(params, root)
     steps: list[str] = []
-    real = training._Fit._train_step
+    real = fitting.Fit._train_step
 
     def step(fit: Any, *given: Any) -> Any:
         steps.append(fit.config.backbone)
@@ -260,7 +260,7 @@ def test_a_comparison_that_is_killed_goes_on(root: Path, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         return real(fit, *given)
 
-    monkeypatch.setattr(training._Fit, "_train_step", step)
+    monkeypatch.setattr(fitting.Fit, "_train_step", step)
     dies_at = 0
     train.run(params, root)
     whole = {file.name: file.read_bytes() for file in (root / train.COMPARED).iterdir()}
@@ -343,15 +343,15 @@ def test_a_killed_training_goes_on_where_it_was(root: Path) -> None:
         "import os, signal\n"
         "from pathlib import Path\n"
         "from pipelines.config import load_params\n"
-        "from pipelines.model import training\n"
+        "from pipelines.model import fitting\n"
         "from pipelines.stages import train\n"
-        "step, seen = training._Fit._train_step, []\n"
+        "step, seen = fitting.Fit._train_step, []\n"
         "def dying(self, *given):\n"
         "    seen.append(0)\n"
         "    if sum(self.done.values()) == 1 and len(seen) % 5 == 0:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self, *given)\n"
-        "training._Fit._train_step = dying\n"
+        "fitting.Fit._train_step = dying\n"
         "train.run(load_params(Path('params.yaml')))\n"
     )
     killed = subprocess.run([sys.executable, "-c", code], cwd=root, check=False, timeout=120)
