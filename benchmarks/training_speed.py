@@ -126,11 +126,11 @@ def repeat_steps(fit: Fit, steps: Sequence[Step]) -> float:
     optimizer = make_optimizer(fit.network, 0.0, 0.0)
     fit.network.train()
     for step in steps[:3]:
-        fit._train_step(step, optimizer, Phase.FIT)
+        fit._train_step([step], optimizer, Phase.FIT, step.cuts)
     _wait(fit.device)
     began = time.perf_counter()
     for step in steps:
-        fit._train_step(step, optimizer, Phase.FIT)
+        fit._train_step([step], optimizer, Phase.FIT, step.cuts)
     _wait(fit.device)
     return sum(step.events for step in steps) / (time.perf_counter() - began)
 

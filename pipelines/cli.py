@@ -52,6 +52,9 @@ STAGES = {
     "gate": "Decide whether the candidate may become champion.",
 }
 
+# Several processes may share these.
+SHARED = ("pretrain", "train")
+
 app = typer.Typer(
     name="forecart",
     help="Predicts for every shopper whether they will buy, search, spend or leave.",
@@ -70,10 +73,31 @@ def _add_stage(name: str, text: str) -> None:
     def command(params: ParamsOption = PARAMS_FILE) -> None:
         started = time.perf_counter()
         settings = load_params(params)
+        if name in SHARED and _launch(name, params, settings.train.processes):
+            return
         message = import_module(f"pipelines.stages.{name}").run(settings)
-        typer.echo(f"{name}: {message} ({time.perf_counter() - started:.1f} s)")
+        if message:
+            typer.echo(f"{name}: {message} ({time.perf_counter() - started:.1f} s)")
 
     app.command(name=name, help=text)(command)
+
+
+def _launch(name: str, params: Path, count: int) -> bool:
+    """Run a stage in so many processes; False where this is one of them, or is to be the only one.
+
+    Raises:
+        typer.Exit: they failed, and have said why.
+    """
+    if count == 1:
+        return False
+    from pipelines.model.peers import is_launched, launch
+
+    if is_launched():
+        return False
+    command = [sys.executable, "-P", "-m", "pipelines.cli", name, "--params", str(params)]
+    if code := launch(command, count):
+        raise typer.Exit(code)
+    return True
 
 
 for _name, _text in STAGES.items():

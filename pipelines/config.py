@@ -322,6 +322,7 @@ class Train(Section):
     compare: tuple[Backbone, ...] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1, le=256)] = 1
+    processes: Annotated[int, Field(ge=1, le=1024)] = 1
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: Literal["auto", True, False] = "auto"
     width: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 64
@@ -355,6 +356,8 @@ class Train(Section):
     def _check_heads(self) -> Train:
         if len({self.backbone, *self.compare}) <= len(self.compare):
             raise ValueError("compare must name other backbones than train.backbone, each once")
+        if self.accumulate % self.processes:
+            raise ValueError("accumulate must be a multiple of processes, which share its batches")
         if self.stride >= self.context:
             raise ValueError("stride must be below context")
         if self.width % (2 * self.heads):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import repeat
+from itertools import chain, islice, repeat
 from typing import Any, Final
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -32,6 +33,7 @@ from pipelines.model.checkpoint import (
 from pipelines.model.heads import Heads, Target, amount_loss, hazard_loss
 from pipelines.model.items import start_bias
 from pipelines.model.network import Batch, Network, NetworkConfig, to_device
+from pipelines.model.peers import ALONE, Peers
 from pipelines.model.predictor import ModelSpec, Predictor, choose_device
 from pipelines.model.runtime import (
     choose_precision,
@@ -43,6 +45,7 @@ from pipelines.model.schedule import Periods, Schedule, depends_on_weekday
 from pipelines.model.speed import count_flops
 from pipelines.model.steps import (
     NEXT_CODES,
+    Epoch,
     Following,
     FollowingItems,
     Loader,
@@ -70,7 +73,9 @@ class Fit:
         targets: tuple[Target, ...],
         config: Train,
         vocabulary: Vocabulary,
+        peers: Peers = ALONE,
     ) -> None:
+        self.peers = peers
         self.timeline = timeline
         self.periods = periods
         self.heads = heads
@@ -164,18 +169,32 @@ class Fit:
         if found is None:
             return False
         tensors, state = found
+        self._take(tensors, state)
+        unpack_torch_chance(self.device, tensors)
+        for epoch in self.history:
+            on_epoch(epoch)
+        return True
+
+    def align(self) -> None:
+        """Let all processes of the training stand where the leader does."""
+        if self.peers.count == 1:
+            return
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        held = {k: v.cpu().contiguous() for k, v in (tensors | self._optimizer_tensors).items()}
+        state = self._describe(self.rng.bit_generator.state)
+        weights, told = self.peers.share(save(held)), self.peers.share(json.dumps(state).encode())
+        if not self.peers.leads:
+            self._take(load(weights), json.loads(told))
+
+    def _take(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         self.network.load_state_dict(_strip(tensors, "network."))
         self.first = _strip(tensors, "first.")
         self._optimizer_tensors = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
-        unpack_torch_chance(self.device, tensors)
         self.rng.bit_generator.state = state["chance"]
         self.done = {phase: state["done"][phase.value] for phase in Phase}
         self.events, self.seconds, self.step = state["events"], state["seconds"], state["step"]
         self.flops = state.get("flops", 0.0)
         self.history = state["history"]
-        for epoch in self.history:
-            on_epoch(epoch)
-        return True
 
     def _save(self, optimizer: torch.optim.Optimizer, chance: Mapping[str, Any]) -> None:
         if self.checkpoint is None:
@@ -183,7 +202,10 @@ class Fit:
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"first.{k}": v for k, v in self.first.items()}
         tensors |= pack_optimizer(optimizer) | pack_torch_chance(self.device)
-        state = {
+        self.checkpoint.write(tensors, self._describe(chance))
+
+    def _describe(self, chance: Mapping[str, Any]) -> dict[str, Any]:
+        return {
             "done": {phase.value: count for phase, count in self.done.items()},
             "chance": chance,
             "events": self.events,
@@ -192,9 +214,8 @@ class Fit:
             "step": self.step,
             "history": self.history,
         }
-        self.checkpoint.write(tensors, state)
 
-    def start(self, close: int, pretrained: dict[str, Tensor]) -> None:
+    def start(self, close: int, pretrained: Mapping[str, Tensor]) -> None:
         """Set what is known before the first step: pretrained weights, scales, base rates."""
         unexpected = self.network.load_state_dict(pretrained, strict=False).unexpected_keys
         if unexpected:
@@ -259,33 +280,36 @@ class Fit:
         for epoch, plan in enumerate(drawn, start=self.done[phase]):
             began = time.perf_counter()
             total = torch.zeros(3, dtype=torch.float64, device=self.device)
-            steps = events = 0
-            flops = 0.0
-            count = math.ceil(len(plan) / self.config.accumulate)
-            label = f"{phase} {epoch + 1}/{epochs}"
-            made = self.loader.steps(plan, workers)
-            shown = progress(made, label, total=len(plan), unit="batch")
-            for together in in_groups(shown, self.config.accumulate):
-                done = (epoch + steps / max(count, 1)) / epochs
+            steps = 0
+            events = flops = 0.0
+            self._part_chance(phase, epoch, plan)
+            groups = list(in_groups(range(len(plan)), self.config.accumulate))
+            own = [self.peers.own(group) for group in groups]
+            mine = plan.take(list(chain.from_iterable(own)))
+            made = self.loader.steps(mine, workers)
+            if self.peers.leads:
+                label = f"{phase} {epoch + 1}/{epochs}"
+                made = progress(made, label, total=len(mine), unit="batch")
+            for group, share in zip(groups, own, strict=True):
+                done = (epoch + steps / len(groups)) / epochs
                 rate = learning_rate * min(1.0, (done + 1e-3) / _WARM_UP) * max(1.0 - done, 0.0)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["scale"]
-                # Cuts, of which the horizon losses are means, count alike in whatever batch.
-                cuts = sum(step.cuts for step in together)
-                for step in together:
-                    share, last = step.cuts / cuts, step is together[-1]
-                    total += self._train_step(step, optimizer, phase, share, last)
-                    events += step.events
-                    flops += self._count_flops(step)
+                for some in optimizer.param_groups:
+                    some["lr"] = rate * some["scale"]
+                batches = list(islice(made, len(share)))
+                cuts = sum(plan.count_cuts(batch) for batch in group)
+                total += self._train_step(batches, optimizer, phase, cuts)
+                events += sum(step.events for step in batches)
+                flops += sum(self._count_flops(step) for step in batches)
                 steps += 1
-            losses = (total / max(steps, 1)).tolist()  # waits for a GPU
+            sums = self.peers.add(torch.cat([total, total.new_tensor([events, flops])]))
+            *losses, events, flops = sums.tolist()  # waits for a GPU
             seconds = time.perf_counter() - began
             self.step += steps
             self.done[phase] += 1
-            self.events += events
+            self.events += int(events)
             self.seconds += seconds
             self.flops += flops
-            hazard, amount, following = losses
+            hazard, amount, following = (loss / max(steps, 1) for loss in losses)
             told = {
                 "epoch": sum(self.done.values()),
                 "step": self.step,
@@ -303,18 +327,35 @@ class Fit:
             on_epoch(told)
         self.network.eval()
 
+    def _part_chance(self, phase: Phase, epoch: int, plan: Epoch) -> None:
+        """See that all have drawn the same epoch, and let each drop out other units in it."""
+        if self.peers.count == 1:
+            return
+        self.peers.agree(plan.digest())
+        place = [self.config.seed, list(Phase).index(phase), epoch, self.peers.rank]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+
     def _train_step(
-        self,
-        step: Step,
-        optimizer: torch.optim.Optimizer,
-        phase: Phase,
-        share: float = 1.0,
-        last: bool = True,
+        self, batches: Sequence[Step], optimizer: torch.optim.Optimizer, phase: Phase, cuts: int
     ) -> Tensor:
-        """Add a batch's share to the gradients, and after the ``last`` of its group step."""
+        """Step by some batches, and by those that other processes have.
+
+        Args:
+            batches: of this process.
+            optimizer: of the network.
+            phase: what the step is for.
+            cuts: of all batches. Cuts, of which the horizon losses are means, count alike in
+                whatever batch.
+
+        Returns:
+            float64 (3,), what the batches add to the parts of the step's loss.
+        """
+        losses = torch.zeros(3, dtype=torch.float64, device=self.device)
         with refuse_chance(self.network):
-            losses = self._add_gradients(step, phase, share)
-        if last and any(p.grad is not None for p in self.network.parameters()):
+            for step in batches:
+                losses += self._add_gradients(step, phase, step.cuts / cuts)
+        self.peers.add_gradients(self.network.parameters())
+        if any(p.grad is not None for p in self.network.parameters()):
             nn.utils.clip_grad_norm_(self.network.parameters(), _MAX_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -378,7 +419,7 @@ class Fit:
         return torch.stack(losses).sum()
 
 
-def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 

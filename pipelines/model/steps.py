@@ -6,8 +6,9 @@ An epoch is drawn as a whole, then its steps are made: how many threads do chang
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from itertools import chain, islice
@@ -160,6 +161,27 @@ class Epoch:
 
     def __len__(self) -> int:
         return len(self.placements)
+
+    def take(self, batches: Sequence[int]) -> Epoch:
+        """Return some of the batches."""
+        return replace(
+            self,
+            placements=[self.placements[batch] for batch in batches],
+            chances=[self.chances[batch] for batch in batches],
+        )
+
+    def count_cuts(self, batch: int) -> int:
+        """Return how many NOW tokens a batch has, before it is made."""
+        chosen, start = self.placements[batch].chosen, self.pieces.cut_start
+        return int((start[chosen + 1] - start[chosen]).sum())
+
+    def digest(self) -> int:
+        """Return 32 bits of which histories lie where, and of the chance drawn after them."""
+        found = zlib.crc32(repr(self.state).encode())
+        for placement in self.placements:
+            found = zlib.crc32(placement.chosen.tobytes(), found)
+            found = zlib.crc32(placement.place.tobytes(), found)
+        return found
 
 
 class Loader:

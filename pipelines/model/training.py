@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from pipelines.model.correction import calibrate, correct_refit, doubt_level
 from pipelines.model.fitting import Fit
 from pipelines.model.growing import Grower, calibration_cuts
 from pipelines.model.heads import Heads, Target
+from pipelines.model.peers import ALONE, Peers
 from pipelines.model.predictor import Predictor
 from pipelines.model.runtime import count_workers, seed_everything
 from pipelines.model.schedule import Periods
@@ -70,6 +72,7 @@ def pretrain_model(
     vocabulary: Vocabulary,
     on_epoch: Callable[[dict[str, float]], None] = lambda _: None,
     checkpoint: Checkpoint | None = None,
+    peers: Peers = ALONE,
 ) -> dict[str, Tensor]:
     """Learn to tell the next event and item (``bert``: events left out), without any label.
 
@@ -82,6 +85,7 @@ def pretrain_model(
         vocabulary: codes and scales, fitted before the calibration cut.
         on_epoch: called after every epoch.
         checkpoint: where a killed run is gone on with.
+        peers: processes that share the steps; the others call this, too, without a checkpoint.
 
     Returns:
         Weights of the embeddings and the backbone by name; none when there are no epochs.
@@ -89,13 +93,15 @@ def pretrain_model(
     Raises:
         UserError: there is nobody to learn from before the calibration cut.
     """
+    peers.meet()
     if not pretrain.epochs:
         return {}
     seed_everything(config)
     heads = Heads.for_targets(targets)
-    fit = Fit(Timeline(sequences), periods, heads, targets, config, vocabulary)
-    if not fit.resume(checkpoint, on_epoch):
+    fit = Fit(Timeline(sequences), periods, heads, targets, config, vocabulary, peers)
+    if peers.leads and not fit.resume(checkpoint, on_epoch):
         fit.start_items(fit.draw_some(periods.calibration), periods.calibration)
+    fit.align()
     fit.run(Phase.PRETRAIN, pretrain.epochs, periods.calibration, pretrain.learning_rate, on_epoch)
     return {
         name: tensor.detach().clone()
@@ -115,6 +121,7 @@ def train_model(
     pretrained: dict[str, Tensor] | None = None,
     checkpoint: Checkpoint | None = None,
     threshold: Objective = "f1",
+    peers: Peers = ALONE,
 ) -> TrainedModel:
     """Train, calibrate and refit.
 
@@ -129,6 +136,7 @@ def train_model(
         pretrained: of ``pretrain_model``.
         checkpoint: where a killed run is gone on with, to the same weights.
         threshold: what thresholds are chosen by.
+        peers: processes that share the steps; the others call ``assist_training``.
 
     Returns:
         The models. Equal arguments give equal weights on one kind of machine.
@@ -136,24 +144,21 @@ def train_model(
     Raises:
         UserError: there is nobody to learn from before the calibration cut.
     """
+    peers.meet()
     timeline = Timeline(sequences)
     heads = Heads.for_targets(targets)
     with Grower(timeline, periods, heads, targets, config) as grower:
-        fits: list[Fit] = []
-        for member in range(config.members):
-            own = config.model_copy(update={"seed": config.seed + member * _SEED_STEP})
-            seed_everything(own)
-            fit = Fit(timeline, periods, heads, targets, own, vocabulary)
-            tell = _shift_epochs(on_epoch, fits)
-            if not fit.resume(checkpoint.part(member) if checkpoint else None, tell):
-                fit.start(periods.calibration, pretrained or {})
-            schedule = fit.schedule
-            fit.run(Phase.FIT, schedule.epochs, periods.calibration, schedule.learning_rate, tell)
-            fit.keep_first()
-            if config.refit_epochs:
-                rate = schedule.learning_rate * config.refit_rate
-                fit.run(Phase.REFIT, config.refit_epochs, periods.test, rate, tell)
-            fits.append(fit)
+        fits = _fit_members(
+            timeline,
+            periods,
+            targets,
+            config,
+            vocabulary,
+            peers,
+            on_epoch,
+            pretrained=pretrained or {},
+            checkpoint=checkpoint,
+        )
         grown = grower.take()
     joined = _join([fit.take_first() for fit in fits])
     alone = _join([fit.predictor() for fit in fits])
@@ -194,6 +199,56 @@ def train_model(
         seconds=sum(fit.seconds for fit in fits),
         flops=sum(fit.flops for fit in fits),
     )
+
+
+def assist_training(
+    sequences: Sequences,
+    periods: Periods,
+    targets: tuple[Target, ...],
+    config: Train,
+    vocabulary: Vocabulary,
+    peers: Peers,
+) -> None:
+    """Take a share of the steps of ``train_model``, which the leader calls with equal arguments.
+
+    Pretrained weights and what a checkpoint holds come from the leader.
+    """
+    peers.meet()
+    _fit_members(Timeline(sequences), periods, targets, config, vocabulary, peers)
+
+
+def _fit_members(
+    timeline: Timeline,
+    periods: Periods,
+    targets: tuple[Target, ...],
+    config: Train,
+    vocabulary: Vocabulary,
+    peers: Peers,
+    on_epoch: Callable[[dict[str, float]], None] = lambda _: None,
+    *,
+    pretrained: Mapping[str, Tensor] = MappingProxyType({}),
+    checkpoint: Checkpoint | None = None,
+) -> list[Fit]:
+    """Fit and refit the networks that answer together, one after the other."""
+    heads = Heads.for_targets(targets)
+    fits: list[Fit] = []
+    for member in range(config.members):
+        own = config.model_copy(update={"seed": config.seed + member * _SEED_STEP})
+        seed_everything(own)
+        fit = Fit(timeline, periods, heads, targets, own, vocabulary, peers)
+        tell = _shift_epochs(on_epoch, fits)
+        before = checkpoint.part(member) if checkpoint else None
+        if peers.leads and not fit.resume(before, tell):
+            fit.start(periods.calibration, pretrained)
+        fit.align()
+        schedule = fit.schedule
+        fit.run(Phase.FIT, schedule.epochs, periods.calibration, schedule.learning_rate, tell)
+        fit.keep_first()
+        if config.refit_epochs:
+            rate = schedule.learning_rate * config.refit_rate
+            fit.run(Phase.REFIT, config.refit_epochs, periods.test, rate, tell)
+        fits.append(fit)
+    return fits
 
 
 def _shift_epochs(

@@ -138,6 +138,7 @@ def choose_lstm_settings(params: Params) -> Train:
         "stride": max(1, config.context * 3 // 4),
         "tokens_per_batch": config.tokens_per_batch or train.tokens_per_batch,
         "accumulate": 1,
+        "processes": 1,
         "learning_rate": config.learning_rate,
         "dropout": 0.0,
         "fusion": False,

@@ -36,13 +36,19 @@ from pipelines.io import (
 )
 from pipelines.model.checkpoint import Checkpoint
 from pipelines.model.heads import Target
+from pipelines.model.peers import Peers, join_peers
 from pipelines.model.predictor import WEIGHTS, Predictor, choose_device
 from pipelines.model.runtime import choose_precision, count_workers
 from pipelines.model.schedule import Periods, Schedule
 from pipelines.model.speed import find_peak
 from pipelines.model.timeline import DAY, Timeline
 from pipelines.model.tokens import Vocabulary
-from pipelines.model.training import TrainedModel, pretrain_model, train_model
+from pipelines.model.training import (
+    TrainedModel,
+    assist_training,
+    pretrain_model,
+    train_model,
+)
 from pipelines.registry.champion import fetch_champion
 from pipelines.registry.tracking import track
 
@@ -68,10 +74,30 @@ _COLUMNS: Final = ("epoch", "step", "loss", "hazard_loss", "amount_loss", "next_
 def run(params: Params, root: Path = Path()) -> str:
     """Train; write models/gpt, its predictions and its curves; log all of it to MLflow.
 
+    Of processes that share the steps the first one writes; of the others this returns "".
+
     Raises:
         UserError: data/features is missing or holds too little to learn from, or the champion that
             the evaluation will compare with cannot be had.
     """
+    with join_peers(params.train) as peers:
+        return _lead(params, root, peers) if peers.leads else _assist(params, root, peers)
+
+
+def _assist(params: Params, root: Path, peers: Peers) -> str:
+    """Share the steps, and write nothing."""
+    peers.meet()  # what ails the data, the leader tells
+    sequences, periods, targets, vocabulary = load_inputs(root)
+    assist_training(sequences, periods, targets, params.train, vocabulary, peers)
+    for backbone in params.train.compare:
+        settings = _choose_alone(backbone, params.train)
+        inputs = (sequences, periods, targets, settings)
+        pretrain_model(*inputs, params.pretrain, vocabulary, peers=peers)
+        assist_training(*inputs, vocabulary, peers)
+    return ""
+
+
+def _lead(params: Params, root: Path, peers: Peers) -> str:
     features = root / FEATURES
     sequences, periods, targets, vocabulary = load_inputs(root)
     # Nothing here depends on it, but hours of training would end without it.
@@ -79,10 +105,12 @@ def run(params: Params, root: Path = Path()) -> str:
     checkpoint = open_checkpoint(root, CHECKPOINT, params)
     curves: list[dict[str, float]] = []
     schedule = Schedule.of(params.train, Timeline(sequences), periods.calibration)
-    settings = params.train.model_dump() | asdict(schedule)
+    settings = params.train.model_dump() | asdict(schedule) | {"processes": peers.count}
     # Before anything else keeps the cores busy.
     device = choose_device(params.train.device)
     peak = find_peak(device, choose_precision(params.train), params.train.threads)
+    if peak is not None:
+        peak *= peers.count
     with track(
         root,
         params=settings,
@@ -95,6 +123,8 @@ def run(params: Params, root: Path = Path()) -> str:
             told = epoch | _utilisation(epoch.get("flops_per_s", 0.0), peak)
             log.log_metrics(told, step=int(epoch["epoch"]))
 
+        pretrained = load_pretrained(root)
+        peers.meet()
         trained = train_model(
             sequences,
             periods,
@@ -102,9 +132,10 @@ def run(params: Params, root: Path = Path()) -> str:
             params.train,
             vocabulary,
             note,
-            pretrained=load_pretrained(root),
+            pretrained=pretrained,
             checkpoint=checkpoint,
             threshold=params.evaluation.threshold,
+            peers=peers,
         )
         with replace_directory(root / MODEL) as folder:
             trained.save(folder)
@@ -134,7 +165,7 @@ def run(params: Params, root: Path = Path()) -> str:
         log.log_model(
             root / MODEL, digest_directory(root / MODEL), [target.name for target in targets]
         )
-    _compare(params, root)
+    _compare(params, root, peers)
     checkpoint.remove()
     return (
         f"{params.train.backbone}: {trained.parameters:,} parameters, {len(curves)} epochs of "
@@ -145,13 +176,13 @@ def run(params: Params, root: Path = Path()) -> str:
     )
 
 
-def _compare(params: Params, root: Path) -> None:
+def _compare(params: Params, root: Path, peers: Peers) -> None:
     """Pretrain, train and ask the backbones that are to be compared; write their predictions."""
     finished: list[Checkpoint] = []
     with replace_directory(root / COMPARED) as folder:
         write_json(folder / "backbones.json", list(params.train.compare))
         for backbone in params.train.compare:
-            table, checkpoints = _predict_with(backbone, params, root)
+            table, checkpoints = _predict_with(backbone, params, root, peers)
             write_table(folder / f"with_{backbone}.parquet", table)
             finished += checkpoints
     # Not before all are in place: a killed run has none of them.
@@ -160,22 +191,31 @@ def _compare(params: Params, root: Path) -> None:
 
 
 def _predict_with(
-    backbone: Backbone, params: Params, root: Path
+    backbone: Backbone, params: Params, root: Path, peers: Peers
 ) -> tuple[pa.Table, list[Checkpoint]]:
-    """Train another backbone behind the same heads, alone; return predictions and checkpoints.
-
-    Of several members there is one, and no trees beside it: compare with the network alone.
-    """
-    alone = {"backbone": backbone, "compare": (), "members": 1, "trees": EnsembleTrees(rounds=0)}
-    settings = params.train.model_copy(update=alone)
+    """Train another backbone behind the same heads, alone; return predictions and checkpoints."""
+    settings = _choose_alone(backbone, params.train)
     own = params.model_copy(update={"train": settings})
     sequences, periods, targets, vocabulary = load_inputs(root)
     inputs = (sequences, periods, targets, settings)
     before = open_checkpoint(root, f"pretrain_{backbone}", own)
     checkpoint = open_checkpoint(root, f"train_{backbone}", own)
-    pretrained = pretrain_model(*inputs, params.pretrain, vocabulary, checkpoint=before)
-    trained = train_model(*inputs, vocabulary, pretrained=pretrained, checkpoint=checkpoint)
+    pretrained = pretrain_model(
+        *inputs, params.pretrain, vocabulary, checkpoint=before, peers=peers
+    )
+    trained = train_model(
+        *inputs, vocabulary, pretrained=pretrained, checkpoint=checkpoint, peers=peers
+    )
     return predict_alone(trained, sequences, root, settings), [before, checkpoint]
+
+
+def _choose_alone(backbone: Backbone, settings: Train) -> Train:
+    """Return the settings of another backbone that is compared.
+
+    Of several members there is one, and no trees beside it: compare with the network alone.
+    """
+    alone = {"backbone": backbone, "compare": (), "members": 1, "trees": EnsembleTrees(rounds=0)}
+    return settings.model_copy(update=alone)
 
 
 def predict_alone(

@@ -188,7 +188,7 @@ def test_steps_count_groups_and_what_is_left_over(
     config = PLAIN.model_copy(update={"accumulate": together, "tokens_per_batch": 256})
     fit = make_fit(shop, vocabulary, config)
     fit.start(PERIODS.calibration, {})
-    batches: list[bool] = []
+    sizes: list[int] = []
     rates: list[float] = []
     make, step = fitting.make_optimizer, fit._train_step
 
@@ -198,22 +198,23 @@ def test_steps_count_groups_and_what_is_left_over(
         return optimizer
 
     def note(*given: Any) -> Any:
-        batches.append(given[-1])
+        steps, *_, cuts = given
+        sizes.append(len(steps))
+        assert sum(step.cuts for step in steps) == cuts
         return step(*given)
 
     monkeypatch.setattr(fitting, "make_optimizer", watch)
     monkeypatch.setattr(fit, "_train_step", note)
     fit.run(Phase.FIT, 2, PERIODS.calibration, 0.01, lambda _: None)
-    assert len(batches) > 10
-    assert len(rates) == fit.step == sum(batches)
+    assert sum(sizes) > 10
+    assert len(rates) == fit.step == len(sizes)
     # Warm-up and decay go by steps; how many an epoch has is known about.
     done = np.arange(len(rates)) / len(rates)
     expected = 0.01 * np.minimum(1.0, (done + 1e-3) / 0.05) * (1.0 - done)
     np.testing.assert_allclose(rates, expected, rtol=0, atol=0.0015)
     # Every group is full but for the one at an epoch's end.
-    sizes = np.diff(np.flatnonzero([True, *batches]))
-    assert (sizes <= together).all()
-    assert (sizes < together).sum() <= 2
+    assert max(sizes) == together
+    assert sum(size < together for size in sizes) <= 2
     assert all(p.grad is None for p in fit.network.parameters())
 
 

@@ -108,6 +108,26 @@ def test_an_epoch_drawn_ahead_is_that_which_a_resumed_training_draws(shop: Seque
     assert torch.get_rng_state().equal(before)
 
 
+@pytest.mark.parametrize("phase", list(Phase))
+def test_a_share_of_an_epoch_holds_the_same_batches(shop: Sequences, phase: Phase) -> None:
+    loader = make_loader(shop, TINY.model_copy(update={"tokens_per_batch": 128}))
+    epoch = loader.epoch(PERIODS.calibration, phase, np.random.default_rng(5))
+    whole, share = list(loader.steps(epoch)), list(loader.steps(epoch.take([1, 4])))
+    for one, two in zip([whole[1], whole[4]], share, strict=True):
+        for a, b in zip(find_tensors(one), find_tensors(two), strict=True):
+            assert a.equal(b)
+    assert [epoch.count_cuts(batch) for batch in range(len(epoch))] == [s.cuts for s in whole]
+
+
+def test_the_digest_of_an_epoch_tells_it_from_another(shop: Sequences) -> None:
+    loader = make_loader(shop, TINY)
+    rng = np.random.default_rng(5)
+    epochs = [loader.epoch(PERIODS.calibration, Phase.FIT, rng) for _ in range(2)]
+    again = loader.epoch(PERIODS.calibration, Phase.FIT, np.random.default_rng(5))
+    assert again.digest() == epochs[0].digest() != epochs[1].digest()
+    assert epochs[0].take(range(1, len(epochs[0]))).digest() != epochs[0].digest()
+
+
 def test_a_step_moves_as_a_whole(shop: Sequences) -> None:
     rng = np.random.default_rng(5)
     config = TINY.model_copy(update={"backbone": "bert"})

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from pipelines.config import Cuts, Params, Pretrain
 from pipelines.errors import UserError
@@ -25,7 +27,7 @@ from pipelines.features.cuts import describe_cuts, plan_cuts
 from pipelines.features.store import encode_events
 from pipelines.io import digest_directory, write_json, write_table
 from pipelines.model import fitting
-from pipelines.model.predictor import Predictor
+from pipelines.model.predictor import WEIGHTS, Predictor
 from pipelines.model.timeline import DAY, Timeline, population
 from pipelines.model.training import train_model
 from pipelines.registry.champion import DIGEST_TAG, locate_files
@@ -122,6 +124,7 @@ OTHERWISE: dict[str, Any] = {
     "backbone": "lstm",
     "compare": ["mlp"],
     "device": "auto",
+    "processes": 2,
     "threads": 2,
     "precision": "bfloat16",
     "compile": True,
@@ -405,3 +408,76 @@ def test_the_longest_windows_fit_in_before_the_calibration_cut(
     periods = read_periods(describe_cuts(cuts, first=begin, last=last, end=last), 14.0)
     assert periods.first == to_us(begin) + history * DAY
     assert periods.first + horizons[-1] * DAY < periods.calibration
+
+
+def set_train(**settings: Any) -> Params:
+    params = PARAMS.model_dump(mode="json", by_alias=True)
+    return Params.model_validate(params | {"train": params["train"] | settings})
+
+
+def launch_stage(name: str, params: Params, root: Path) -> subprocess.Popen[str]:
+    (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json", by_alias=True)))
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", name],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(stage: subprocess.Popen[str]) -> str:
+    out, told = stage.communicate(timeout=240)
+    assert (stage.returncode, told) == (0, "")
+    return out
+
+
+@pytest.mark.integration
+def test_processes_that_share_the_steps_learn_the_same(root: Path) -> None:
+    """Sums round otherwise at most: which units are dropped out is each process's own."""
+    alone = set_train(accumulate=2, dropout=0.0, compare=["mlp"])
+    shared = set_train(accumulate=2, dropout=0.0, compare=["mlp"], processes=2)
+    tables = [root / train.PREDICTIONS, root / train.COMPARED / "with_mlp.parquet"]
+
+    def read() -> list[dict[str, torch.Tensor]]:
+        found = [load_file(root / folder / WEIGHTS) for folder in (train.PRETRAINED, train.MODEL)]
+        for table in map(pq.read_table, tables):
+            columns = zip(table.column_names, table.columns, strict=True)
+            found.append({name: torch.tensor(column.to_numpy()) for name, column in columns})
+        return found
+
+    pretrain.run(alone, root)
+    said = train.run(alone, root)
+    expected = read()
+    finish(launch_stage("pretrain", shared, root))
+    out = finish(launch_stage("train", shared, root))
+    assert len(out.splitlines()) == 1
+    assert said.partition(" in ")[0] in out  # as many parameters, epochs and events
+    for one, two in zip(expected, read(), strict=True):
+        assert list(one) == list(two)
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.integration
+def test_a_shared_training_that_is_killed_goes_on_to_the_same_weights(root: Path) -> None:
+    params = set_train(accumulate=2, processes=2, epochs=4)
+    stage = launch_stage("train", params, root)
+    out, told = stage.communicate(timeout=240)
+    assert (stage.returncode, out) == (2, "")
+    assert "models/pretrained" in told
+    assert len(told.splitlines()) == 1  # by one of the two alone
+    pretrain.run(params, root)
+    finish(launch_stage("train", params, root))
+    whole = digest_directory(root / train.MODEL)
+    checkpoint = root / ".forecart/checkpoints/train-0.safetensors"
+    assert not checkpoint.exists()
+    stage = launch_stage("train", params, root)
+    until = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    stage.kill()
+    stage.communicate(timeout=60)
+    assert checkpoint.exists()
+    finish(launch_stage("train", params, root))
+    assert digest_directory(root / train.MODEL) == whole
