@@ -80,11 +80,11 @@ def make_params(*, require_approval: bool) -> dict[str, Param]:
     return {
         "source": Param(
             None,
-            enum=[None, "simulator", "files", "database"],
+            enum=[None, "simulator", "files", "database", "rest"],
             values_display=NOT_CHOSEN,
             title="Source of events",
-            description="Tables and columns of a database are those of params.yaml; its address "
-            "is that one's, or the variable FORECART_STORE.",
+            description="Tables, columns and addresses are those of params.yaml; of a database the "
+            "address may be in the variable FORECART_STORE.",
         ),
         "path": Param(
             None,

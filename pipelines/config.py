@@ -7,10 +7,11 @@ that a misspelt setting cannot silently keep its default.
 from __future__ import annotations
 
 import codecs
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -30,6 +31,9 @@ PARAMS_FILE = Path("params.yaml")
 
 # So many characters of a wrong value are shown.
 _SHOWN: Final = 40
+
+# In a parameter of a REST API, stands for ingest.until.
+UNTIL: Final = "{until}"
 
 # What a probability from which on a positive is called is chosen by.
 Objective = Literal["f1", "youden", "break_even"]
@@ -181,6 +185,115 @@ class Database(Mapped):
     items: str | None = None
 
 
+class Paging(StrEnum):
+    """How an answer of a REST API leads to the next one."""
+
+    LINK = "link"  # header Link: <...>; rel="next"
+    URL = "url"  # address in the answer
+    CURSOR = "cursor"  # value in the answer, sent back as a parameter
+    PAGE = "page"  # number that goes up by one
+    OFFSET = "offset"  # number of records before
+
+
+class Pages(Section):
+    """How the next page of a REST API is found."""
+
+    by: Paging | None = None  # null: there is one page
+    path: str | None = None  # dotted, of the next address or cursor in the answer
+    parameter: str | None = None  # of the query, that takes the cursor or number
+    first: Annotated[int, Field(ge=0)] | None = None  # number to begin with; null = 1, of offset 0
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Pages:
+        needed = {
+            Paging.URL: ("path",),
+            Paging.CURSOR: ("path", "parameter"),
+            Paging.PAGE: ("parameter",),
+            Paging.OFFSET: ("parameter",),
+        }
+        numbered = self.by in (Paging.PAGE, Paging.OFFSET)
+        for name in ("path", "parameter", "first"):
+            wanted = self.by is not None and name in needed.get(self.by, ())
+            given = getattr(self, name) not in (None, "")
+            if wanted and not given:
+                raise ValueError(f"by: {self.by} needs {name}")
+            if given and not wanted and not (name == "first" and numbered):
+                raise ValueError(f"by: {self.by or 'null'} has no use for {name}")
+        return self
+
+
+class Endpoint(Section):
+    """One list of a REST API."""
+
+    url: str | None = None
+    # Dotted path of the list in an answer; null: the answer, or the only list at its top.
+    records: str | None = None
+    query: dict[str, str] = {}  # parameters of every first request
+    pages: Pages | None = None  # null: of users and items those of the events, else one page
+
+    @field_validator("query", mode="before")
+    @classmethod
+    def _write_values(cls, value: Any) -> Any:
+        return {k: _write_value(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    # After: the error does not show the address, which may hold a password.
+    @model_validator(mode="after")
+    def _check_url(self) -> Self:
+        if self.url is not None:
+            try:
+                parts = urlsplit(self.url)
+                valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            except ValueError:
+                valid = False
+            if not valid or not self.url.isprintable() or set(" \\") & set(self.url):
+                raise ValueError("url: expected an address, such as https://shop.example/orders")
+            if parts.username is not None:
+                raise ValueError("url: a login goes into the variable FORECART_REST_HEADER")
+        return self
+
+
+def _write_value(value: Any) -> Any:
+    """Return a number, date or truth of YAML as it stands in a query."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, date):
+        return value.isoformat()
+    return str(value) if isinstance(value, int | float) else value
+
+
+class Rest(Endpoint, Mapped):
+    """Events from a REST API that answers in JSON."""
+
+    # Dotted path of a list in a record, each of whose entries makes a row; null: a record is one.
+    each: str | None = None
+    users: Endpoint | None = None
+    items: Endpoint | None = None
+
+    @field_validator("users", "items", mode="before")
+    @classmethod
+    def _expand_address(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
+    @property
+    def names_until(self) -> bool:
+        """Whether a query asks for what is before ``ingest.until``."""
+        queries = (e.query for e in (self, self.users, self.items) if e is not None)
+        return any(UNTIL in value for query in queries for value in query.values())
+
+    @model_validator(mode="after")
+    def _check_hosts(self) -> Rest:
+        for name in ("users", "items"):
+            endpoint: Endpoint | None = getattr(self, name)
+            if endpoint is None:
+                continue
+            if endpoint.url is None:
+                raise ValueError(f"{name} needs a url")
+            # The header with the login goes to both.
+            if urlsplit(endpoint.url)[:2] != urlsplit(self.url or endpoint.url)[:2]:
+                raise ValueError(f"{name}: url is on another host than that of the events")
+        return self
+
+
 class Builder(StrEnum):
     """A program that builds images."""
 
@@ -204,6 +317,7 @@ class Source(StrEnum):
     SIMULATOR = "simulator"
     FILES = "files"
     DATABASE = "database"
+    REST = "rest"
 
 
 class Ingest(Section):
@@ -215,6 +329,7 @@ class Ingest(Section):
     simulator: Simulator = Simulator()
     files: Files = Files()
     database: Database = Database()
+    rest: Rest = Rest()
 
     @field_validator("until")
     @classmethod
@@ -230,6 +345,11 @@ class Ingest(Section):
     def _check_path(self) -> Ingest:
         if self.source is Source.FILES and self.files.path is None:
             raise ValueError("source: files needs files.path")
+        if self.source is Source.REST:
+            if self.rest.url is None:
+                raise ValueError("source: rest needs rest.url")
+            if self.until is None and self.rest.names_until:
+                raise ValueError("rest.query names {until}: set ingest.until")
         return self
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import pyarrow as pa
 
@@ -173,3 +173,70 @@ def choose_origins(
 def needed_columns(origins: dict[str, ColumnMapping]) -> list[str]:
     """Return the columns of the source that are read, each once."""
     return list(dict.fromkeys(o.column for o in origins.values() if o.column is not None))
+
+
+class SeenKeys:
+    """Keeps account of needed JSON keys that nothing has held so far.
+
+    Attributes:
+        wanted: keys that are read where they occur.
+        missing: those that must occur, and have not yet.
+        found: keys that occurred.
+    """
+
+    def __init__(self, kind: Kind, mapping: Mapping, source: str, entry: str) -> None:
+        """Look the keys up.
+
+        Args:
+            kind: the table.
+            mapping: the user's mapping.
+            source: the file's name, for messages.
+            entry: what holds keys there, for messages.
+        """
+        names = set(SCHEMAS[kind].names) - set(mapping)
+        mapped = {m.column for m in mapping.values() if m is not None and m.column is not None}
+        required = {name for name in names if not SCHEMAS[kind].field(name).nullable}
+        self.wanted = sorted(mapped | names)
+        self.missing = mapped | required
+        self.found: set[str] = set()
+        self._source = source
+        self._entry = entry
+
+    def see(self, keys: Iterable[str]) -> None:
+        """Note keys of some lines."""
+        self.found.update(keys)
+        self.missing -= self.found
+
+    def check(self) -> None:
+        """Fail when a needed key never came though others did.
+
+        Raises:
+            UserError: naming the keys, and those found.
+        """
+        if self.missing and self.found:
+            raise UserError(
+                f"{self._source}: no column {', '.join(sorted(self.missing))} in any"
+                f" {self._entry}; found {', '.join(sorted(self.found))}"
+            )
+
+
+class Refused(NamedTuple):
+    """What gives no row, and goes to the quarantine."""
+
+    row: int
+    reason: str
+    record: str  # a JSON object
+
+
+def add_refused(batch: Batch, refused: list[Refused]) -> Batch:
+    """Return a batch with what gave no row, in the order of the rows."""
+    if not refused:
+        return batch
+    added = quarantine(
+        batch.source,
+        pa.array([r.row for r in refused], pa.int64()),
+        pa.array([r.reason for r in refused], pa.string()),
+        pa.array([r.record for r in refused], pa.string()),
+    )
+    both = pa.concat_tables([batch.quarantined, added]).sort_by(ROW)
+    return replace(batch, quarantined=both, rows=batch.rows + len(refused))

@@ -12,6 +12,7 @@ from pipelines import config
 from pipelines.sources.base import QUARANTINE_SCHEMA, SCHEMAS, Batch, Kind, Source
 from pipelines.sources.database import DatabaseSource
 from pipelines.sources.files import FilesSource
+from pipelines.sources.rest import RestSource
 
 _ROWS_PER_BATCH = 1 << 19
 
@@ -73,4 +74,6 @@ def open_source(
         return DatabaseSource(params.database, root, found)
     if params.source is config.Source.FILES:
         return FilesSource(params.files, root)
+    if params.source is config.Source.REST:
+        return RestSource(params.rest, params.until)
     return SimulatorSource(params.simulator)

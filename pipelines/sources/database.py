@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
-from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +24,8 @@ from pipelines.sources.base import (
     find_mapping,
     needed_columns,
 )
-from pipelines.sources.text import decode_bytes
+from pipelines.sources.content import Content
+from pipelines.sources.text import to_text
 
 # Where the collecting service keeps what the shop knows of its users.
 PROFILES: Final = "profiles"
@@ -88,7 +86,7 @@ class DatabaseSource:
                     tables[kind.value] = {"table": name, "found": _count(connection, table)}
                 else:
                     columns = self._needed(kind, table)
-                    content = _Content()
+                    content = Content()
                     for rows in _stream(connection, table, columns):
                         content.add(rows)
                     tables[kind.value] = {"table": name, **content.describe()}
@@ -120,7 +118,7 @@ class DatabaseSource:
             described = found.get("table") == name and "found" in found
             numbered = described and _is_numbered(table, kind)
             last = found["found"][2] or 0 if numbered and kind is Kind.EVENTS else None
-            content = _Content()
+            content = Content()
             first = 1
             for rows in _stream(connection, table, columns, last):
                 content.add(rows)
@@ -246,23 +244,6 @@ def _open(engine: Any, address: str) -> Any:
         raise UserError(f"{address}: {line}") from None
 
 
-class _Content:
-    """Takes a hash over rows as they are read, in whatever chunks they come."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._rows = 0
-
-    def add(self, rows: Sequence[Any]) -> None:
-        values = [tuple(row) for row in rows]
-        text = json.dumps(values, default=_to_text, separators=(",", ":"))
-        self._hash.update(text[1:-1].encode() + b",")
-        self._rows += len(rows)
-
-    def describe(self) -> dict[str, Any]:
-        return {"rows": self._rows, "digest": f"sha256:{self._hash.hexdigest()}"}
-
-
 def _is_numbered(table: Any, kind: Kind) -> bool:
     """Return whether a table is the collecting service's: numbered rows that never change."""
     names = {column.name for column in table.columns}
@@ -346,17 +327,4 @@ def _to_arrow(values: list[Any], kind: pa.DataType) -> pa.Array:
             return pa.array(values, kind)
     except (pa.ArrowException, ArithmeticError, KeyError, TypeError, ValueError):
         pass
-    return pa.array([None if v is None else _to_text(v) for v in values], pa.string())
-
-
-def _to_text(value: Any) -> str | None:
-    if isinstance(value, bytes):
-        return decode_bytes(value)
-    if isinstance(value, float) and value.is_integer():
-        return f"{value:.0f}"  # an id
-    if isinstance(value, Decimal):
-        if value.is_nan():
-            return None
-        digits = f"{value:f}"
-        return digits.rstrip("0").rstrip(".") if "." in digits else digits
-    return str(value)
+    return pa.array([None if v is None else to_text(v) for v in values], pa.string())

@@ -38,8 +38,10 @@ from pipelines.sources.base import (
     Batch,
     Kind,
     Mapping,
+    Refused,
+    SeenKeys,
+    add_refused,
     find_mapping,
-    quarantine,
 )
 from pipelines.sources.text import decode_bytes
 
@@ -178,7 +180,10 @@ class FilesSource:
 
         mapping, key = find_mapping(self._params, kind)
         fs, files = self._find(kind)
-        keys = _SeenKeys(kind, mapping, files)
+        keys = SeenKeys(kind, mapping, files[0].name, "line")
+        # With columns, a missing one shows in each file.
+        if any(file.format is not FileFormat.JSONL for file in files):
+            keys.missing = set()
         optional = _SeenColumns(kind, mapping)
         self._lacking[kind] = optional.lacking
         connection = connect()
@@ -205,7 +210,8 @@ class FilesSource:
                 for chunk in reader.read(mapper.columns):
                     rows += chunk.table.num_rows
                     given |= _find_given(chunk.table)
-                    yield _add_refused(mapper.convert(chunk.table), file, chunk.refused)
+                    refused = [Refused(r.row, r.reason, _show_line(r.text)) for r in chunk.refused]
+                    yield add_refused(mapper.convert(chunk.table), refused)
                 if file.format is FileFormat.JSONL:
                     optional.note(file, given, complete=rows >= _TELLING_ROWS)
                     continue
@@ -369,41 +375,6 @@ def _describe_content(fs: Any, file: _File) -> dict[str, Any]:
 # -- reading ---------------------------------------------------------------------------------
 
 
-class _SeenKeys:
-    """Keeps account of needed JSON keys that no line has held so far.
-
-    Only where all files are JSON Lines: with columns, a missing one shows in each file.
-    """
-
-    def __init__(self, kind: Kind, mapping: Mapping, files: list[_File]) -> None:
-        names = set(SCHEMAS[kind].names) - set(mapping)
-        mapped = {m.column for m in mapping.values() if m is not None and m.column is not None}
-        required = {name for name in names if not SCHEMAS[kind].field(name).nullable}
-        self.wanted = sorted(mapped | names)
-        self.missing = mapped | required
-        self._found: set[str] = set()
-        self._where = files[0].name
-        if any(file.format is not FileFormat.JSONL for file in files):
-            self.missing = set()
-
-    def see(self, keys: list[str]) -> None:
-        """Note keys of some lines."""
-        self._found.update(keys)
-        self.missing -= self._found
-
-    def check(self) -> None:
-        """Fail when a needed key never came though lines did.
-
-        Raises:
-            UserError: naming the keys, and those found.
-        """
-        if self.missing and self._found:
-            raise UserError(
-                f"{self._where}: no column {', '.join(sorted(self.missing))} in any line;"
-                f" found {', '.join(sorted(self._found))}"
-            )
-
-
 def _tell_some(what: str, of_kinds: dict[Kind, list[str]]) -> str:
     """Name the first of what there is, and count the rest."""
     names = [name for names in of_kinds.values() for name in names]
@@ -513,7 +484,7 @@ class _JsonReader:
     """Yields blocks of JSON lines, of which it takes the wanted keys as text."""
 
     def __init__(
-        self, fs: Any, file: _File, connection: Any, keys: _SeenKeys, params: Files
+        self, fs: Any, file: _File, connection: Any, keys: SeenKeys, params: Files
     ) -> None:
         self._encoding = params.encoding
         self._fs = fs
@@ -596,7 +567,7 @@ def _pointer(key: str) -> str:
 
 
 def _open_reader(
-    fs: Any, file: _File, connection: Any, keys: _SeenKeys, params: Files
+    fs: Any, file: _File, connection: Any, keys: SeenKeys, params: Files
 ) -> _ParquetReader | _CsvReader | _JsonReader:
     if file.format is FileFormat.PARQUET:
         return _ParquetReader(fs, file)
@@ -884,19 +855,6 @@ def _make_plain(column: pa.Array) -> pa.Array:
     coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
     values = [None if v is None else decode_bytes(v) for v in coded.dictionary.to_pylist()]
     return pa.array(values, pa.string()).take(coded.indices)
-
-
-def _add_refused(batch: Batch, file: _File, refused: list[_Refused]) -> Batch:
-    if not refused:
-        return batch
-    lines = quarantine(
-        file.name,
-        pa.array([r.row for r in refused], pa.int64()),
-        pa.array([r.reason for r in refused], pa.string()),
-        pa.array([_show_line(r.text) for r in refused], pa.string()),
-    )
-    both = pa.concat_tables([batch.quarantined, lines]).sort_by(ROW)
-    return replace(batch, quarantined=both, rows=batch.rows + len(refused))
 
 
 def _show_line(text: str) -> str:

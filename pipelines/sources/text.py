@@ -1,6 +1,9 @@
-"""Text of what sources store as bytes."""
+"""Text of what sources store as bytes, numbers and times."""
 
 from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
 
 
 def decode_bytes(value: bytes) -> str:
@@ -14,3 +17,17 @@ def decode_bytes(value: bytes) -> str:
     except UnicodeDecodeError:
         return value.hex()
     return value.hex() if "\0" in text else text
+
+
+def to_text(value: Any) -> str | None:
+    """Return a value as text that tells it from others; None where it is no number."""
+    if isinstance(value, bytes):
+        return decode_bytes(value)
+    if isinstance(value, float) and value.is_integer():
+        return f"{value:.0f}"  # an id
+    if isinstance(value, Decimal):
+        if value.is_nan():
+            return None
+        digits = f"{value:f}"
+        return digits.rstrip("0").rstrip(".") if "." in digits else digits
+    return str(value)

@@ -58,6 +58,7 @@ from pipelines.sources.base import (
 )
 from pipelines.sources.catalog import open_source
 from pipelines.sources.files import NOT_UTF8, NOT_UTF8_ADVICE, OPEN_QUOTE, OPEN_QUOTE_ADVICE
+from pipelines.sources.rest import EACH_ADVICE
 from pipelines.stages import fingerprint
 
 EVENTS: Final = Path("data/events")
@@ -184,7 +185,7 @@ class _Counts:
     examples: dict[str, str] = field(default_factory=dict)
     unknown_types: Counter[str] = field(default_factory=Counter)
     origins: dict[str, str] = field(default_factory=dict)  # column of the schema -> of the source
-    of_files: bool = False
+    source: Source = Source.FILES
 
     @property
     def quarantined(self) -> int:
@@ -231,7 +232,7 @@ class _Counts:
     def _advise(self, reason: str) -> str:
         advice = _ADVICE.get(reason)
         name, example = reason.split(maxsplit=1)[0], self.examples[reason]
-        if self.of_files and "not a number" in reason and _COMMA.match(example):
+        if self.source is Source.FILES and "not a number" in reason and _COMMA.match(example):
             advice = _COMMA_ADVICE
         elif "not a number" in reason and _UNIT.match(example):
             advice = "leave out currencies and units"
@@ -241,7 +242,7 @@ class _Counts:
             if _DIGITS.match(example):
                 advice = f"say in {key}.unit whether it is in s, ms or us"
         elif NESTED in reason:
-            advice = NESTED_ADVICE
+            advice = EACH_ADVICE if self.source is Source.REST else NESTED_ADVICE
         return f": {advice}" if advice else ""
 
     def explain(self) -> str:
@@ -301,9 +302,9 @@ def run(params: Params, root: Path = Path()) -> str:
     found = read_json(root / fingerprint.OUTPUT)
     source = open_source(params.ingest, root, found)
     of_files = params.ingest.source is Source.FILES
-    counts = _Counts(of_files=of_files, origins=_list_origins(params, Kind.EVENTS))
+    counts = _Counts(source=params.ingest.source, origins=_list_origins(params, Kind.EVENTS))
     of_entities = _list_origins(params, Kind.USERS) | _list_origins(params, Kind.ITEMS)
-    entity_counts = _Counts(of_files=of_files, origins=of_entities)
+    entity_counts = _Counts(source=params.ingest.source, origins=of_entities)
     with ExitStack() as stack:
         connection = _open_store(root, stack)
         with (
@@ -373,7 +374,11 @@ def run(params: Params, root: Path = Path()) -> str:
 
 def _list_origins(params: Params, kind: Kind) -> dict[str, str]:
     """Return the source columns of the columns that are mapped."""
-    sections = {Source.FILES: params.ingest.files, Source.DATABASE: params.ingest.database}
+    sections = {
+        Source.FILES: params.ingest.files,
+        Source.DATABASE: params.ingest.database,
+        Source.REST: params.ingest.rest,
+    }
     section = sections.get(params.ingest.source)
     if section is None:
         return {}
