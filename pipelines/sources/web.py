@@ -99,6 +99,8 @@ class Client:
         self._patience = patience
         self._headers = _read_headers()
         self._session = requests.Session()
+        # Redirects are this class's: the library would read their bodies whole, however large.
+        self._session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
         self._session.headers["Accept"] = "application/json"
         self._session.headers["User-Agent"] = "forecart"
         self._session.headers.update(self._headers)
