@@ -23,7 +23,7 @@ _NOT_IN_ADDRESSES: Final = re.compile(r"\?|%[0-9A-Fa-f]{2}")
 _LOGIN: Final = re.compile(r"://[^:/]*(?::.*)?@", re.DOTALL)
 _PAGE_ON_PORT: Final = re.compile(r"https?://[^/@]*:\d+/")
 _SECRETS: Final = re.compile(
-    r"([?&][^=&]*(?:pass|pwd|secret|token|key)[^=&]*=)[^&]*", re.IGNORECASE
+    r"([?&][^=&]*(?:auth|key|pass|pwd|secret|signature|token)[^=&]*=)[^&]*", re.IGNORECASE
 )
 
 # The drivers that this project installs, of the names that say none.

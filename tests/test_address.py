@@ -24,6 +24,7 @@ from pipelines.address import hide_login
             "mysql://h/db?Passwd=***&db_pwd=***&api_key=***&token=***&x=1",
         ),
         ("https://me:p/w@shop/mlflow", "https://shop/mlflow"),
+        ("https://shop/orders?auth=a&Signature=b", "https://shop/orders?auth=***&Signature=***"),
         # Nobody logs in here.
         ("http://shop:5000/team/@us", "http://shop:5000/team/@us"),
         ("https://shop/@us", "https://shop/@us"),

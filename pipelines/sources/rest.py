@@ -249,7 +249,7 @@ class _Reader:
             yield record
             return
         for row in _expand(record, self.each):
-            self._expanded = True
+            self._expanded = self._expanded or isinstance(row, dict)
             yield row
         self._expanded = self._expanded or isinstance(find_value(record, self.each), list)
 
@@ -453,7 +453,8 @@ def _expand(record: dict[str, Any], path: str) -> Iterator[Any]:
     if found is None:
         return
     if not rest and not isinstance(found, list):
-        yield record  # some write a list of one entry as the entry
+        # Some write a list of one entry as the entry. A single value is damage.
+        yield record if isinstance(found, dict) else found
         return
     for entry in found if isinstance(found, list) else [found]:
         if not rest:

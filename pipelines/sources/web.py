@@ -246,7 +246,9 @@ class Client:
             yield
         except (requests.Timeout, TimeoutError):
             raise _PassingError(f"no answer within {self._patience:g} s") from None
-        except (requests.exceptions.SSLError, DecodeError) as error:
+        except DecodeError:
+            raise UserError(f"{self.show(url)}: the answer cannot be unpacked") from None
+        except requests.exceptions.SSLError as error:
             raise UserError(f"{self.show(url)}: {_tell_cause(error)}") from None
         except (requests.ConnectionError, HTTPError) as error:
             raise _PassingError(_tell_cause(error)) from None
@@ -308,8 +310,8 @@ def _name_status(status: int) -> str:
 
 
 def _tell_cause(error: BaseException) -> str:
-    """Return what the system said of a failed connection, else what kind of failure it is."""
-    told = type(error).__name__
+    """Return what the system said of a failed connection, where it did."""
+    told = "the connection broke off, or what came is no HTTP"
     while True:
         if isinstance(error, OSError) and error.strerror:
             told = error.strerror

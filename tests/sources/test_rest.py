@@ -67,6 +67,7 @@ class Shop:
                     found(self)
                     return
                 status, headers, body = found
+                self.close_connection = "Content-Length" in headers
                 self.send_response(status)
                 for name, value in ({"Content-Length": str(len(body))} | headers).items():
                     self.send_header(name, value)
@@ -92,8 +93,9 @@ class Shop:
 
 
 @pytest.fixture(autouse=True)
-def no_login(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(HEADER_VARIABLE, raising=False)
+    monkeypatch.setenv("no_proxy", "*")
 
 
 @pytest.fixture
@@ -461,7 +463,9 @@ def test_what_is_not_used_does_not_count_as_a_change(shop: Shop) -> None:
         (reply([], 302, Location="http://[::1"), {}, "a redirect leads to what is no address"),
         (reply([], 302, Location="/events"), {}, "redirected more than 5 times"),
         (reply([], 304), {}, "answers 304 Not Modified"),
-        (reply(b"no gzip", Content_Encoding="gzip"), {}, "/events: "),
+        (reply(b"no gzip", Content_Encoding="gzip"), {}, "the answer cannot be unpacked"),
+        (reply(b"[", Content_Length="9"), {}, "the connection broke off, or what came is no HTTP"),
+        (reply([event(1)]), {"each": "ts"}, "no list at ts in any record (ingest.rest.each)"),
     ],
 )
 def test_an_answer_that_cannot_be_used_is_told_in_one_line(
@@ -506,6 +510,14 @@ def test_a_server_that_stays_broken_is_given_up(shop: Shop) -> None:
     told = f"{shop.url}/events: answers 503 Service Unavailable, after 5 tries"
     assert refuse(open_source(shop)) == told
     assert len(shop.asked) == 10
+
+
+def test_a_server_is_not_waited_for_as_long_as_it_likes(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "_LONGEST_PAUSE", 0.01)
+    shop.answer = lambda path, query: reply([], 429, Retry_After="9" * 400)
+    assert refuse(open_source(shop)).endswith("answers 429 Too Many Requests, after 5 tries")
 
 
 def test_a_server_that_is_gone_is_told(shop: Shop) -> None:
@@ -575,7 +587,6 @@ def test_a_page_is_bounded_unpacked(shop: Shop, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_login_is_sent_and_shown_nowhere(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HEADER_VARIABLE, f"Authorization: Bearer {SECRET}\nX-Shop: north\n")
-    monkeypatch.setenv("NETRC", "/dev/null")
     shop.answer = lambda path, query: reply([event(1)])
     source = open_source(shop)
     found = source.fingerprint()
@@ -588,6 +599,15 @@ def test_the_login_is_sent_and_shown_nowhere(shop: Shop, monkeypatch: pytest.Mon
     assert "/a?q=***&token=***: redirected" in line
     shop.answer = lambda path, query: reply([], 403)
     assert refuse(source).endswith("403 Forbidden; FORECART_REST_HEADER is not accepted")
+
+
+def test_logins_of_other_programs_are_not_sent(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login me password {SECRET}\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    open_source(shop).fingerprint()
+    assert "Authorization" not in shop.asked[0][1]
 
 
 @pytest.mark.parametrize("text", [SECRET, f"A b: {SECRET}", f"X: {SECRET}\x07", "X: \u20ac", "X:"])
@@ -605,7 +625,6 @@ def test_the_login_goes_to_no_other_host(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     monkeypatch.setenv(HEADER_VARIABLE, f"Authorization: Bearer {SECRET}")
-    monkeypatch.setenv("no_proxy", "*")
     other = Shop()
     try:
         for target, told in (
