@@ -157,13 +157,13 @@ class Client:
         except ValueError:
             told = f"{what} leads to what is no address: {self.show(target)}"
             raise UserError(f"{self.show(url)}: {told}") from None
+        if after[1] == before[1] and (before[0], after[0]) == ("https", "http"):
+            raise UserError(f"{self.show(url)}: {what} leads from https to http, and is not asked")
         upgraded = before[0] == "http" and after[0] == "https" and after[2] == _PORTS["https"]
         if after[1] != before[1] or (after[2] != before[2] and not upgraded):
             place = f"{after[1]}:{after[2]}" if after[1] == before[1] else after[1]
             told = f"{what} leads to another host, {self.show(place)}, which is not asked"
             raise UserError(f"{self.show(url)}: {told}")
-        if (before[0], after[0]) == ("https", "http"):
-            raise UserError(f"{self.show(url)}: {what} leads from https to http, and is not asked")
         return joined
 
     def _ask(self, url: str) -> _Reply:

@@ -651,16 +651,9 @@ def test_the_login_goes_to_no_other_host(
 
 def test_a_step_from_https_to_http_is_refused() -> None:
     client = web.Client()
-    for url, target, told in (
-        (
-            "https://shop.example/a",
-            "http://shop.example/b",
-            "leads to another host, shop.example:80",
-        ),
-        ("https://shop.example:80/a", "http://shop.example/b", "leads from https to http"),
-    ):
-        with pytest.raises(UserError, match=told):
-            client.follow(url, target, "the next page")
+    for target in ("http://shop.example/b", "http://shop.example:443/b"):
+        with pytest.raises(UserError, match="the next page leads from https to http"):
+            client.follow("https://shop.example/a", target, "the next page")
     assert client.follow("http://shop.example/a", "https://SHOP.example/b", "") == (
         "https://SHOP.example/b"
     )
