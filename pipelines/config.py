@@ -353,9 +353,17 @@ class Ingest(Section):
         return self
 
 
+class ValidateEngine(StrEnum):
+    """What Great Expectations computes with."""
+
+    PANDAS = "pandas"
+    SPARK = "spark"
+
+
 class Validate(Section):
     """The validate stage."""
 
+    engine: ValidateEngine = ValidateEngine.PANDAS
     max_row_failure_share: Share = 0.02
     max_staleness_days: Annotated[float, Field(gt=0)] | None = None
     volume_sigmas: Annotated[float, Field(gt=0)] = 6.0

@@ -6,7 +6,6 @@ that sums are exact: they depend neither on the order of the rows nor on the eng
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +16,9 @@ import pyarrow as pa
 from ibis import _
 
 from pipelines.config import Engine
-from pipelines.errors import require
 from pipelines.events import EVENT_CODES, EVENT_SCHEMA, SESSION_GAP_SECONDS, EventType
 from pipelines.io import DUCKDB_MEMORY, spill_to
+from pipelines.spark import open_spark
 
 DAY_US: Final = 86_400_000_000
 SECOND_US: Final = 1_000_000
@@ -35,11 +34,8 @@ _PURCHASE: Final = EVENT_CODES[EventType.PURCHASE]
 def connect(engine: Engine, spill: Path) -> Iterator[Any]:
     """Open an Ibis backend that computes in UTC and may spill to disk; close it at the end.
 
-    A Spark session that runs already is used and left running. Otherwise the master is what
-    Spark's own configuration says, and all local cores where it says nothing.
-
     Args:
-        engine: which.
+        engine: which; Spark is opened by ``open_spark``.
         spill: folder for what DuckDB cannot hold in memory; what is there goes.
 
     Yields:
@@ -56,27 +52,8 @@ def connect(engine: Engine, spill: Path) -> Iterator[Any]:
             finally:
                 connection.disconnect()
         return
-    require("pyspark")
-    # What is used of pandas works; the note would come dozens of times.
-    warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas")
-    from pyspark import SparkConf
-    from pyspark.sql import SparkSession
-
-    running = SparkSession.getActiveSession() is not None
-    settings = SparkConf().setAppName("forecart").set("spark.sql.session.timeZone", "UTC")
-    settings.setIfMissing("spark.master", "local[*]")
-    if str(settings.get("spark.master")).startswith("local"):
-        settings.set("spark.driver.host", "127.0.0.1").set("spark.driver.bindAddress", "127.0.0.1")
-        settings.setIfMissing("spark.ui.enabled", "false")
-        settings.setIfMissing("spark.sql.shuffle.partitions", "4")
-    settings.setIfMissing("spark.ui.showConsoleProgress", "false")
-    settings.setIfMissing("spark.log.level", "ERROR")
-    connection = ibis.pyspark.connect(SparkSession.builder.config(conf=settings).getOrCreate())
-    try:
-        yield connection
-    finally:
-        if not running:
-            connection.disconnect()
+    with open_spark() as session:
+        yield ibis.pyspark.connect(session)
 
 
 def read_parquet(connection: Any, path: Path) -> Any:

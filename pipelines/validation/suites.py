@@ -25,6 +25,7 @@ _TIME: Final = re.compile(r"\d{8}T\d{6}\.\d{6}Z")
 _REMOTE_IMAGE: Final = re.compile(r"https://great-expectations-web-assets[^\"\s]*")
 _NO_IMAGE: Final = "data:,"
 _DOCS: Final = "docs"
+_SOURCE: Final = "forecart"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,8 @@ class Outcome:
         quarantine: rows that fail are set aside.
         passed: whether it holds.
         failed_rows: how many rows do not fit; 0 or 1 for rules on the table.
-        rows: positions of these rows.
+        rows: positions of these rows, of a Spark table perhaps the first of them only.
+        complete: whether all of them are named.
         examples: the first values that do not fit.
     """
 
@@ -49,6 +51,7 @@ class Outcome:
     passed: bool
     failed_rows: int
     rows: tuple[int, ...]
+    complete: bool
     examples: tuple[str, ...]
 
     @property
@@ -102,30 +105,45 @@ class Validator:
                 },
             },
         )
-        self._source = self._context.data_sources.add_pandas("forecart")
+        self._source = self._context.data_sources.add_pandas(_SOURCE)
         self._definitions: dict[str, Any] = {}
 
-    def validate(self, suite: str, frame: pd.DataFrame, run: str) -> list[Outcome]:
+    def validate(self, suite: str, frame: Any, run: str, most_rows: int = 0) -> list[Outcome]:
         """Run one suite on one table.
 
         Args:
-            suite: file name in the expectations folder, without ending.
-            frame: the table, with a RangeIndex.
+            suite: file name in the expectations folder, without ending. It stays with the kind of
+                table that it ran on first.
+            frame: a pandas table with a RangeIndex, or a Spark table of
+                ``pipelines.validation.spark``.
             run: name of this part of the data in the pages.
+            most_rows: of a Spark table no more rows than these are fetched for a rule.
 
         Raises:
             UserError: the suite's file is damaged, or an expectation cannot be computed.
         """
-        definition = self._definitions.get(suite) or self._define(suite)
+        spark: Any = None
+        if not isinstance(frame, pd.DataFrame):
+            # Only now: it needs PySpark.
+            from pipelines.validation import spark
         run_id = self._gx.RunIdentifier(run_name=run, run_time=self._run_time)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            definition = self._definitions.get(suite) or self._define(
+                suite, on_spark=spark is not None
+            )
             result = definition.run(
                 batch_parameters={"dataframe": frame},
                 expectation_parameters=self._parameters,
-                result_format={"result_format": "COMPLETE"},
+                result_format=spark.ask(most_rows) if spark else {"result_format": "COMPLETE"},
                 run_id=run_id,
             )
+        if spark:
+            for single in result.results:
+                spark.tell_as_pandas(single.result)
+            store = self._context.validation_results_store
+            (key,) = (k for k in store.list_keys() if k.run_id == run_id)
+            store.update(key, result)
         return [self._read(suite, r) for r in result.results]
 
     def write_docs(self) -> None:
@@ -138,7 +156,7 @@ class Validator:
                 _settle_page(page.read_text(encoding="utf-8"), self._run_time), encoding="utf-8"
             )
 
-    def _define(self, name: str) -> Any:
+    def _define(self, name: str, *, on_spark: bool) -> Any:
         path = self._folder / f"{name}.json"
         suite = self._gx.ExpectationSuite(name=name)
         try:
@@ -156,12 +174,25 @@ class Validator:
                 first = str(error).strip().splitlines()[0] if str(error).strip() else "invalid"
                 kind = entry.get("type") if isinstance(entry, dict) else entry
                 raise UserError(f"{path}: expectation {kind!r}: {first}") from None
-        asset = self._source.add_dataframe_asset(name)
+        asset = self._take_source(on_spark=on_spark).add_dataframe_asset(name)
         batch = asset.add_batch_definition_whole_dataframe("all")
         self._context.suites.add(suite)
         definition = self._gx.ValidationDefinition(name=name, data=batch, suite=suite)
         self._definitions[name] = self._context.validation_definitions.add(definition)
         return self._definitions[name]
+
+    def _take_source(self, *, on_spark: bool) -> Any:
+        """Return the source of tables of one kind. Either has the same name, as pages show it."""
+        sources = self._context.data_sources
+        if (self._source.type == "spark") != on_spark:
+            sources.delete(_SOURCE)
+            # Unsorted and whole it would be kept in memory and on disk.
+            self._source = (
+                sources.add_spark(_SOURCE, persist=False)
+                if on_spark
+                else sources.add_pandas(_SOURCE)
+            )
+        return self._source
 
     def _read(self, suite: str, result: Any) -> Outcome:
         config = result.expectation_config
@@ -185,6 +216,7 @@ class Validator:
             passed=bool(result.success),
             failed_rows=failed if not result.success else 0,
             rows=rows,
+            complete=len(rows) >= int(details.get("unexpected_count") or 0),
             examples=tuple(str(e) for e in examples[:_EXAMPLES]),
         )
 
