@@ -173,7 +173,7 @@ def _read_spark(session: Any, folder: Path, partitions: Sequence[Partition]) -> 
     from pipelines.validation.spark import read_events
 
     tables = [pq.read_schema(p.path).empty_table() for p in partitions]
-    files = [(f"{p.path.parent.name}/{p.path.name}", p.rows) for p in partitions]
+    files = [(p.path, p.rows) for p in partitions]
     return read_events(session, folder, files, _join(tables).schema)
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Final
+from urllib.parse import unquote
 
 import great_expectations.expectations as gxe
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 from great_expectations.constants import MAX_RESULT_RECORDS
 from great_expectations.core.metric_domain_types import MetricDomainTypes
@@ -52,14 +55,14 @@ _PANDAS_NAMES: Final = {
 
 
 def read_events(
-    session: Any, folder: Path, files: Sequence[tuple[str, int]], schema: pa.Schema
+    session: Any, folder: Path, files: Sequence[tuple[Path, int]], schema: pa.Schema
 ) -> Any:
     """Return the events of all days as pandas would show them, with the position of each row.
 
     Args:
         session: of Spark, in UTC.
         folder: of the day partitions; workers must see it by the same path.
-        files: (``day=.../name``, rows) of each partition, in the order of the log.
+        files: each partition with its number of rows, in the order of the log.
         schema: of every partition.
 
     Returns:
@@ -79,32 +82,33 @@ def read_events(
     columns = [f.name for f in schema if f.name != "day"]
     events = reader.parquet(str(folder)).select(
         *(_drop_nan(schema.field(name)) for name in columns),
-        F.regexp_extract("_metadata.file_path", "([^/]+/[^/]+)$", 1).alias(_FILE),
+        F.col("_metadata.file_path").alias(_FILE),
         F.col("_metadata.row_index").alias(ROW),
     )
     micros = F.unix_micros("ts")
     newest = F.max_by(micros, F.when(micros.isNotNull(), F.col(ROW)))
     found = {
-        name: (rows, last)
-        for name, rows, last in events.groupBy(_FILE).agg(F.count("*"), newest).collect()
+        PurePosixPath(unquote(url)).parts[-2:]: (url, rows, last)
+        for url, rows, last in events.groupBy(_FILE).agg(F.count("*"), newest).collect()
     }
-    starts: list[tuple[str, int, int | None]] = []
+    starts: list[tuple[str, str, int, int | None]] = []
     start, before = 0, None
-    for name, rows in files:
-        there, last = found.get(name, (0, None))
+    for file, rows in files:
+        url, there, last = found.get(file.parts[-2:], ("", 0, None))
         if there != rows:
-            raise UserError(f"{folder / name}: Spark finds {there} rows of {rows}")
-        starts.append((name, start, before))
+            raise UserError(f"{file}: Spark finds {there} rows of {rows}")
+        starts.append((url, file.parent.name.removeprefix("day="), start, before))
         start += rows
         before = before if last is None else last
-    days = session.createDataFrame(starts, f"{_FILE} string, {_START} long, {_LAST} long")
+    kinds = f"{_FILE} string, day string, {_START} long, {_LAST} long"
+    days = session.createDataFrame(starts, kinds)
     rows_before = Window.partitionBy(_FILE).orderBy(ROW).rowsBetween(Window.unboundedPreceding, -1)
     return (
         events.withColumn(_BEFORE, F.last(micros, ignorenulls=True).over(rows_before))
         .join(F.broadcast(days), _FILE)
         .select(
             *columns,
-            F.regexp_extract(_FILE, "^day=([^/]+)/", 1).alias("day"),
+            "day",
             F.date_format("ts", "yyyy-MM-dd").alias("day_of_ts"),
             F.timestamp_micros(F.coalesce(_BEFORE, _LAST)).alias(_BEFORE),
             (F.col(_START) + F.col(ROW)).alias(ROW),
@@ -178,11 +182,17 @@ def ask(most_rows: int) -> dict[str, Any]:
     }
 
 
-def tell_as_pandas(result: dict[str, Any]) -> None:
-    """Make of what ``ask`` gave for one rule what COMPLETE gives for a pandas table, in place."""
+def tell_as_pandas(result: dict[str, Any], column: str) -> None:
+    """Make of what ``ask`` gave what COMPLETE gives for a pandas table, in place.
+
+    Args:
+        result: of one rule.
+        column: what it looks at; empty for a pair or the table.
+    """
     if "partial_unexpected_list" not in result:
         return
-    values = [_tell_value(v) for v in result["partial_unexpected_list"]]
+    missing = pd.NaT if column == "ts" else np.nan
+    values = [_tell_value(v, missing) for v in result["partial_unexpected_list"]]
     rows = [entry[ROW] for entry in result["partial_unexpected_index_list"]]
     common = Counter(values).most_common(_SHOWN)
     result |= {
@@ -199,6 +209,10 @@ def tell_as_pandas(result: dict[str, Any]) -> None:
     del result["unexpected_index_column_names"]
 
 
-def _tell_value(value: Any) -> Any:
+def _tell_value(value: Any, missing: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_tell_value(v, missing) for v in value)
     # Spark hands out times without their zone, in that of the process.
-    return value.astimezone(UTC) if isinstance(value, datetime) else value
+    if isinstance(value, datetime):
+        return value.astimezone(UTC)
+    return missing if value is None else value

@@ -140,7 +140,8 @@ class Validator:
             )
         if spark:
             for single in result.results:
-                spark.tell_as_pandas(single.result)
+                column = single.expectation_config.kwargs.get("column", "")
+                spark.tell_as_pandas(single.result, column)
             store = self._context.validation_results_store
             (key,) = (k for k in store.list_keys() if k.run_id == run_id)
             store.update(key, result)
@@ -186,7 +187,7 @@ class Validator:
         sources = self._context.data_sources
         if (self._source.type == "spark") != on_spark:
             sources.delete(_SOURCE)
-            # Unsorted and whole it would be kept in memory and on disk.
+            # Persisting would sort and keep the whole log; a rule reads a column or two of it.
             self._source = (
                 sources.add_spark(_SOURCE, persist=False)
                 if on_spark
