@@ -354,7 +354,7 @@ class Ingest(Section):
 
 
 class ValidateEngine(StrEnum):
-    """What Great Expectations computes with."""
+    """What Great Expectations checks the events with."""
 
     PANDAS = "pandas"
     SPARK = "spark"

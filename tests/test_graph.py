@@ -42,6 +42,7 @@ CONTRACTS = {
     "pipelines.errors": "texts for people",
     "pipelines.events": "the schema, which what is stored is written in",
     "pipelines.io": "reads and writes what it is given",
+    "pipelines.spark": "starts what computes; results are the same with and without it",
 }
 NOT_OF_A_RESULT = {
     ("pretrain", "pipelines.registry.tracking"): "of train, whose loading it shares",

@@ -36,7 +36,7 @@ DOCS = Path("reports/data_docs")
 EXPECTATIONS = Path("expectations")
 
 # Great Expectations costs about a second a table, so days are checked together up to so many
-# rows; memory stays bounded by one such part.
+# rows; memory stays bounded by one such part. Spark, which bounds its own, takes all days at once.
 ROWS_AT_ONCE: Final = 250_000
 
 # What a suite gets where freshness is not checked: Great Expectations wants a number.

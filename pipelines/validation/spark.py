@@ -1,6 +1,7 @@
-"""The event partitions as one Spark table, and what Great Expectations lacks to judge it as pandas.
+"""The event partitions as one Spark table, and what makes Great Expectations judge it as pandas.
 
-Importing this module registers with Great Expectations, for its Spark engine alone.
+Great Expectations knows its Spark engine's metrics by their names; importing this module replaces
+some of them. Those of pandas stay what they are.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _drop_nan(field: pa.Field) -> Any:
 
 
 class _ColumnTypes(TableMetricProvider):  # type: ignore[misc]
-    """Columns that the rules see; a pandas table has its row numbers outside of them."""
+    """Columns that the rules see: row numbers are none of them, as the index of pandas is none."""
 
     metric_name = "table.column_types"
     value_keys = ("include_nested",)
@@ -145,7 +146,8 @@ class _ColumnTypes(TableMetricProvider):  # type: ignore[misc]
 class _Increasing(ColumnMapMetricProvider):  # type: ignore[misc]
     """Times in the order of the log.
 
-    That of Great Expectations 1.24 counts whole days, and orders the rows by a constant.
+    That of Great Expectations 1.24 compares times by whole days, so that it passes whatever falls
+    within one, and takes the order of the rows from a sort by a constant, which is none.
     """
 
     condition_metric_name = "column_values.increasing"
@@ -162,7 +164,7 @@ class _Increasing(ColumnMapMetricProvider):  # type: ignore[misc]
 
 
 class ExpectColumnValuesToBeOfType(gxe.ExpectColumnValuesToBeOfType):  # type: ignore[misc]
-    """By the names of pandas, so that one suite does for both engines."""
+    """By the names of pandas: Great Expectations wants each engine's own, and a suite each."""
 
     def _validate_spark(self, actual_column_type: Any, expected_type: str) -> dict[str, Any]:
         spark = type(actual_column_type).__name__

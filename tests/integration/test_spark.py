@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -26,6 +27,7 @@ from tests.stages.test_validate import Row, make_rows, write_events
 
 SPARK_WANTED = "Spark needs Java: install default-jre-headless, for example by `make system`"
 ENGINES = ("pandas", "spark")
+NULLABLE = pa.schema([field.with_nullable(True) for field in EVENT_SCHEMA])
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +64,33 @@ def break_rows(rows: list[Row]) -> None:
     rows[3]["ts"] = rows[2]["ts"]
 
 
-def test_spark_sets_aside_what_pandas_sets_aside(tmp_path: Path, spark: Any) -> None:
+def break_files(folder: Path) -> None:
+    """Break what the ingest stage never writes: required columns, the order, the days."""
+    for number, path in enumerate(sorted(folder.glob("*/*.parquet"))):
+        rows = pq.ParquetFile(path).read().to_pylist()
+        if number == 3:
+            rows[4]["user_id"] = rows[5]["user_id"] = rows[5]["event_id"] = None
+            rows[6]["ts"] = None
+        if number == 4:
+            rows[0], rows[1] = rows[1], rows[0]
+        pq.write_table(pa.Table.from_pylist(rows, NULLABLE), path)
+    (folder / "day=2025-03-05").rename(folder / "day=2025-03-02")
+
+
+def soften_rules(path: Path) -> None:
+    """Let no rule stop the run, so that the report tells of all."""
+    suite = json.loads(path.read_text())
+    for rule in suite["expectations"]:
+        rule["severity"] = "warning"
+    path.write_text(json.dumps(suite))
+
+
+def test_spark_reports_and_sets_aside_what_pandas_does(tmp_path: Path, spark: Any) -> None:
     rows = make_rows(10)
     break_rows(rows)
     write_events(tmp_path, rows)
+    break_files(tmp_path / EVENTS)
+    soften_rules(tmp_path / "expectations/events.json")
     found = {}
     for engine in ENGINES:
         run(parse_params({"validate": {"engine": engine, "max_row_failure_share": 0.5}}), tmp_path)
@@ -74,59 +99,39 @@ def test_spark_sets_aside_what_pandas_sets_aside(tmp_path: Path, spark: Any) -> 
             "report": json.loads((tmp_path / "reports/validation.json").read_text()),
             "quarantine": pq.read_table(tmp_path / "data/quarantine/validate").to_pylist(),
             "valid": digest_directory(tmp_path / "data/valid"),
-            "pages": sorted(str(p.relative_to(docs)) for p in docs.rglob("*.html")),
-            "values": [
-                line
-                for page in sorted(docs.rglob("*.html"))
-                for line in page.read_text().splitlines()
-                if "unexpected" in line.lower() and "batch_data" not in line
-            ],
+            "pages": {
+                str(page.relative_to(docs)): tell_values(page.read_text())
+                for page in docs.rglob("*.html")
+            },
         }
-    assert found["pandas"]["report"]["quarantined"] == 17
+    report = found["pandas"]["report"]
+    failed = {(e["rule"], e["column"]): e["failed_rows"] for e in report["expectations"]}
+    assert failed["column_values_to_be_increasing", "ts"] == 2
+    assert failed["column_pair_values_to_be_equal", "day_of_ts"] == 9
+    assert failed["column_values_to_not_be_null", "user_id"] == 2
+    assert report["quarantined"] == 16
     assert found["spark"] == found["pandas"]
     # Not ended by the stage: it was there before.
     assert spark.range(3).count() == 3
 
 
-def rewrite(root: Path, day: str, change: Callable[[pa.Table], pa.Table]) -> None:
-    path = root / EVENTS / f"day={day}" / "part-0.parquet"
-    pq.write_table(change(pq.ParquetFile(path).read()), path)
+def tell_values(page: str) -> str:
+    """A page without what it tells of the table itself: its kind and the hash of a pandas one."""
+    page = re.sub(r"(Pandas|Spark)DataFrame", "", page)
+    return re.sub(r"<tr>(?:(?!</tr>).)*pandas_data_fingerprint.*?</tr>", "", page, flags=re.DOTALL)
 
 
-def forget_users(root: Path, _rows: list[Row]) -> None:
-    index = EVENT_SCHEMA.get_field_index("user_id")
-
-    def change(table: pa.Table) -> pa.Table:
-        ids = pa.array([None, *table["user_id"].to_pylist()[1:]])
-        return table.set_column(index, "user_id", ids)
-
-    for day in ("2025-03-03", "2025-03-04", "2025-03-05"):
-        rewrite(root, day, change)
-
-
-def turn_round(root: Path, _rows: list[Row]) -> None:
-    rewrite(root, "2025-03-04", lambda table: table.take([1, 0, *range(2, 8)]))
-
-
-@pytest.mark.parametrize(
-    ("damage", "told"),
-    [
-        (forget_users, "values_to_not_be_null of column user_id in suite events: 3 rows"),
-        (turn_round, "to_be_increasing of column ts in suite events: 1 rows.*2025-03-04 00:00:00"),
-    ],
-)
-def test_spark_stops_with_the_line_of_pandas(
-    tmp_path: Path, spark: Any, damage: Callable[[Path, list[Row]], None], told: str
-) -> None:
-    rows = make_rows(3)
-    write_events(tmp_path, rows)
-    damage(tmp_path, rows)
+def test_spark_stops_with_the_line_of_pandas(tmp_path: Path, spark: Any) -> None:
+    write_events(tmp_path, make_rows(3))
+    path = tmp_path / EVENTS / "day=2025-03-04/part-0.parquet"
+    pq.write_table(pq.ParquetFile(path).read().take([1, 0, *range(2, 8)]), path)
     lines = []
     for engine in ENGINES:
-        with pytest.raises(UserError, match=told) as error:
+        with pytest.raises(UserError) as error:
             run(parse_params({"validate": {"engine": engine}}), tmp_path)
         lines.append(str(error.value))
-    assert lines[0] == lines[1]
+    assert "column_values_to_be_increasing of column ts in suite events: 1 rows" in lines[0]
+    assert lines[1] == lines[0]
     assert not (tmp_path / "data/valid").exists()
 
 
