@@ -30,6 +30,8 @@ from pipelines.model.predictor import choose_device
 T = TypeVar("T")
 
 _RANK, _COUNT, _LOCAL = "RANK", "WORLD_SIZE", "LOCAL_RANK"  # as torchrun says them
+# Schedulers of clusters set those above for jobs of one process, too; this one is torchrun's alone.
+_LAUNCHED: Final = "TORCHELASTIC_RUN_ID"
 _LOST: Final = 3  # exit code of who lost the others
 _ELASTIC: Final = "torch.distributed.elastic"
 _SILENCE: Final = 2.0  # seconds that the leader has to tell why
@@ -139,7 +141,7 @@ def join_peers(config: Train) -> Iterator[Peers]:
     Raises:
         UserError: the batches of a step, or the GPUs, are not enough for so many.
     """
-    if _COUNT not in os.environ:
+    if not is_launched():
         yield ALONE
         return
     peers = Peers(rank=int(os.environ[_RANK]), count=int(os.environ[_COUNT]))
@@ -170,7 +172,7 @@ def join_peers(config: Train) -> Iterator[Peers]:
 
 def is_launched() -> bool:
     """Did torchrun, or ``launch``, start this process?"""
-    return _COUNT in os.environ
+    return _LAUNCHED in os.environ
 
 
 def launch(command: Sequence[str], count: int) -> int:

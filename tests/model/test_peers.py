@@ -45,6 +45,14 @@ def test_alone_nothing_is_passed_on() -> None:
     assert not is_launched()
 
 
+def test_what_a_scheduler_sets_starts_no_training_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Kubernetes and jobs of Slurm do; the process would wait for others, or fail."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with join_peers(Train()) as peers:
+        assert peers is ALONE
+    assert not is_launched()
+
+
 @pytest.mark.parametrize("batches", [[], [0], [0, 1, 2], [0, 1, 2, 3]])
 def test_each_batch_is_somebodys(batches: Sequence[int]) -> None:
     shares = [Peers(rank=rank, count=3).own(batches) for rank in range(3)]
@@ -130,7 +138,8 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 
 
 def test_gpus_that_are_not_there_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "1"}.items():
+    given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("pipelines.model.peers.choose_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr("pipelines.model.peers._die_with_parent", lambda: None)
