@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -60,6 +61,8 @@ _PRETRAIN_ITEMS: Final = 5.0  # times item_weight: what the next-event loss gain
 _STATISTICS_CUTS: Final = 20_000
 _WARM_UP: Final = 0.05  # of all steps
 _MAX_NORM: Final = 1.0
+# Machines that share a training may differ in these.
+_OF_MACHINE: Final = {"device", "threads", "processes", "compile"}
 
 
 class Fit:
@@ -282,7 +285,7 @@ class Fit:
             total = torch.zeros(3, dtype=torch.float64, device=self.device)
             steps = 0
             events = flops = 0.0
-            self._part_chance(phase, epoch, plan)
+            self._part_chance(phase, epoch, plan, (epochs, learning_rate))
             groups = list(in_groups(range(len(plan)), self.config.accumulate))
             own = [self.peers.own(group) for group in groups]
             mine = plan.take(list(chain.from_iterable(own)))
@@ -327,11 +330,15 @@ class Fit:
             on_epoch(told)
         self.network.eval()
 
-    def _part_chance(self, phase: Phase, epoch: int, plan: Epoch) -> None:
-        """See that all have drawn the same epoch, and let each drop out other units in it."""
+    def _part_chance(self, phase: Phase, epoch: int, plan: Epoch, pace: tuple[int, float]) -> None:
+        """See that all have drawn the same epoch, and let each drop out other units in it.
+
+        Their settings, too, are to be the same: by another learning rate, the weights would part.
+        """
         if self.peers.count == 1:
             return
-        self.peers.agree(plan.digest())
+        settings = f"{pace} {self.config.model_dump_json(exclude=_OF_MACHINE)}"
+        self.peers.agree(zlib.crc32(settings.encode(), plan.digest()))
         place = [self.config.seed, list(Phase).index(phase), epoch, self.peers.rank]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 

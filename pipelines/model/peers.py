@@ -104,10 +104,10 @@ class Peers:
         return bytes(held)
 
     def agree(self, digest: int) -> None:
-        """Stop unless all have drawn the same: they would wait for each other, or learn nonsense.
+        """Stop unless all are about the same: they would wait for each other, or learn nonsense.
 
         Args:
-            digest: of what was drawn, below 2 to the 62nd.
+            digest: of what was drawn and of the settings, below 2 to the 62nd.
 
         Raises:
             UserError: the leader's.
@@ -123,8 +123,9 @@ class Peers:
         if not self.leads:
             raise PeerLostError
         raise UserError(
-            "train: the processes that share the training drew different batches; all machines "
-            "need the same data/features and the same versions of what is installed"
+            "train: the processes that share the training differ in their batches or settings; all "
+            "machines need the same data/features, the same params.yaml and the same versions of "
+            "what is installed"
         )
 
 

@@ -27,6 +27,7 @@ from pipelines.features.cuts import describe_cuts, plan_cuts
 from pipelines.features.store import encode_events
 from pipelines.io import digest_directory, write_json, write_table
 from pipelines.model import fitting
+from pipelines.model.peers import launch
 from pipelines.model.predictor import WEIGHTS, Predictor
 from pipelines.model.timeline import DAY, Timeline, population
 from pipelines.model.training import train_model
@@ -481,3 +482,20 @@ def test_a_shared_training_that_is_killed_goes_on_to_the_same_weights(root: Path
     assert checkpoint.exists()
     finish(launch_stage("train", params, root))
     assert digest_directory(root / train.MODEL) == whole
+
+
+@pytest.mark.integration
+def test_other_settings_on_another_machine_are_told(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each would step by a decay of its own, and nobody notice that the weights part."""
+    for rank, decay in enumerate([0.01, 0.02]):
+        params = set_train(accumulate=2, weight_decay=decay, threads=1 + rank)
+        text = yaml.safe_dump(params.model_dump(mode="json", by_alias=True))
+        (root / f"params-{rank}.yaml").write_text(text)
+    monkeypatch.chdir(root)
+    stage = 'exec "$0" -P -m pipelines.cli pretrain --params "params-$RANK.yaml"'
+    assert launch(["sh", "-c", stage, sys.executable], 2) == 2
+    told = capfd.readouterr().err
+    assert "differ in their batches or settings; all machines need" in told
+    assert len(told.splitlines()) == 1
