@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from tempfile import TemporaryDirectory
 from typing import Final, TypeVar
 
 import torch
@@ -199,37 +200,39 @@ def launch(command: Sequence[str], count: int) -> int:
 
     for logger in [name for name in logging.root.manager.loggerDict if name.startswith(_ELASTIC)]:
         logging.getLogger(logger).setLevel(logging.CRITICAL)  # they tell what is told here
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id="forecart",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(),
-    )
     program, *arguments = command
-    try:
-        elastic_launch(config, program)(*arguments)
-    except SignalException as error:
-        if error.sigval is signal.SIGINT:
-            raise KeyboardInterrupt from None
-        return 128 + int(error.sigval)
-    except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        told = [code for code in codes if code > 0 and code != _LOST]
-        if told:
-            return told[0]
-        rank, first = error.get_first_failure()
-        if first.exitcode < 0:
-            name = signal.Signals(-first.exitcode).name
-            raise UserError(
-                f"process {rank} of {count} was ended by {name}; run it again: a training goes on "
-                "from its last finished epoch"
-            ) from None
-        return int(first.exitcode)
+    # By itself PyTorch leaves its folder of logs behind, empty ones here, with each run.
+    with TemporaryDirectory(prefix="forecart-", ignore_cleanup_errors=True) as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id="forecart",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, program)(*arguments)
+        except SignalException as error:
+            if error.sigval is signal.SIGINT:
+                raise KeyboardInterrupt from None
+            return 128 + int(error.sigval)
+        except ChildFailedError as error:
+            codes = [failure.exitcode for failure in error.failures.values()]
+            told = [code for code in codes if code > 0 and code != _LOST]
+            if told:
+                return told[0]
+            rank, first = error.get_first_failure()
+            if first.exitcode < 0:
+                name = signal.Signals(-first.exitcode).name
+                raise UserError(
+                    f"process {rank} of {count} was ended by {name}; run it again: a training goes"
+                    " on from its last finished epoch"
+                ) from None
+            return int(first.exitcode)
     return 0
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,7 +101,10 @@ def test_who_drew_something_else_is_found_and_the_leader_tells(
 
 
 @pytest.mark.integration
-def test_a_mistake_that_the_leader_finds_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_that_the_leader_finds_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = (
         "with join_peers(config) as peers:\n"
         "    if peers.leads:\n"
@@ -110,6 +114,7 @@ def test_a_mistake_that_the_leader_finds_is_told_once(capfd: pytest.CaptureFixtu
     )
     assert start(code) == 2
     assert capfd.readouterr().err == "it is I\n"
+    assert not list(tmp_path.iterdir())  # PyTorch's own logs
 
 
 @pytest.mark.integration
