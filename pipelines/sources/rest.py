@@ -460,7 +460,10 @@ def _expand(record: dict[str, Any], path: str) -> Iterator[Any]:
         if not rest:
             yield {**record, name: entry}
         elif isinstance(entry, dict):
-            yield from ({**record, name: part} for part in _expand(entry, rest))
+            for part in _expand(entry, rest):
+                yield {**record, name: part} if isinstance(part, dict) else part
+        elif entry is not None:
+            yield entry  # damage likewise
 
 
 def _list_names(value: Any, depth: int = _SHOWN_DEPTH) -> list[str]:

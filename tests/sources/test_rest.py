@@ -364,6 +364,21 @@ def test_lists_in_lists_give_a_row_for_each_entry(shop: Shop) -> None:
     assert [row["item_id"] for row in read(source)] == ["1", "2"]
 
 
+def test_what_is_no_list_on_the_way_to_an_entry_is_quarantined(shop: Shop) -> None:
+    """It would be lost, or give a purchase of nothing."""
+    parcels: list[Any] = [
+        [{"lines": [{"sku": "a"}]}, "text", None, {"lines": None}, {"lines": "text"}],
+        "none",
+        None,
+    ]
+    shop.answer = lambda path, query: reply([event(1, parcels=found) for found in parcels])
+    source = open_source(shop, each="parcels.lines", mapping={"item_id": "parcels.lines.sku"})
+    (batch,) = source.read(Kind.EVENTS)
+    assert [row["item_id"] for row in batch.table.to_pylist()] == ["a"]
+    found = [(row["row"], row["reason"]) for row in batch.quarantined.to_pylist()]
+    assert found == [(n, "not a JSON object") for n in (2, 3, 4)]
+
+
 def test_keys_may_hold_dots(shop: Shop) -> None:
     def serve(path: str, query: dict[str, str]) -> Reply:
         following = {} if query else {"@odata.nextLink": "events?page=2"}
