@@ -305,7 +305,7 @@ class _Reader:
     def _read_numbered(self, find: Callable[[Answer], list[Any]]) -> Iterator[list[Any]]:
         """Yield pages by their number, or that of their first record, until one is empty."""
         start = self.pages.first if self.pages.first is not None else self.pages.by is Paging.PAGE
-        number, last = int(start), b""
+        number, last, moved = int(start), b"", False
         while True:
             url = self._ask_for(str(number))
             try:
@@ -319,12 +319,15 @@ class _Reader:
                 return
             digest = _digest(_dump(records, self.source))
             if digest == last:
+                told = f"is {self.pages.parameter} ({self.key}.pages.parameter) right?"
+                if moved:
+                    # It may be the last one, and may be the most that the server numbers.
+                    told = f"{self.key}.pages: {{by: cursor, ...}} finds the end"
                 raise UserError(
-                    f"{self.client.show(url)}: the page is the one before again; is"
-                    f" {self.pages.parameter} ({self.key}.pages.parameter) right?"
+                    f"{self.client.show(url)}: the page is the one before again; {told}"
                 )
             yield records
-            last = digest
+            last, moved = digest, last != b""
             number += len(records) if self.pages.by is Paging.OFFSET else 1
 
     def _read_linked(self, find: Callable[[Answer], list[Any]]) -> Iterator[list[Any]]:

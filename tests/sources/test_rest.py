@@ -255,6 +255,44 @@ def test_pages_without_end_are_refused(shop: Shop, pages: dict[str, str], told: 
     assert len(shop.asked) <= 6
 
 
+@pytest.mark.parametrize("refuses", [False, True])
+def test_numbers_past_the_last_page_that_bring_no_empty_one_are_told(
+    shop: Shop, refuses: bool
+) -> None:
+    """Where the server says neither is not known: it may be all, or as many as it numbers."""
+
+    def serve(path: str, query: dict[str, str]) -> Reply:
+        page = int(query["page"])
+        return reply({}, 400) if refuses and page > 3 else reply([event(min(page, 3))])
+
+    shop.answer = serve
+    line = refuse(open_source(shop, pages={"by": "page", "parameter": "page"}))
+    told = (
+        "answers 400 Bad Request"
+        if refuses
+        else "the page is the one before again; ingest.rest.pages: {by: cursor, ...} finds the end"
+    )
+    assert line == f"{shop.url}/events?page=4: {told}"
+
+
+def serve_as_magento(shop: Shop, path: str, query: dict[str, str]) -> Reply:
+    chosen = "searchCriteria[filter_groups][0][filters][0]"
+    assert (query[f"{chosen}[field]"], query[f"{chosen}[condition_type]"]) == ("id", "gt")
+    above = int(query[f"{chosen}[value]"])
+    return reply({"items": [event(i, id=i) for i in (1, 2, 3) if i > above][:2], "total_count": 3})
+
+
+def test_a_cursor_takes_the_place_of_a_filter(shop: Shop) -> None:
+    shop.answer = lambda path, query: serve_as_magento(shop, path, query)
+    chosen = "searchCriteria[filter_groups][0][filters][0]"
+    source = open_source(
+        shop,
+        query={f"{chosen}[field]": "id", f"{chosen}[condition_type]": "gt", f"{chosen}[value]": 0},
+        pages={"by": "cursor", "path": "items.-1.id", "parameter": f"{chosen}[value]"},
+    )
+    assert users(source) == ["u1", "u2", "u3"]
+
+
 def test_users_and_items_have_endpoints_of_their_own(shop: Shop) -> None:
     def serve(path: str, query: dict[str, str]) -> Reply:
         if path == "/customers":
