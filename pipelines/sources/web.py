@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any, Final
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from pipelines.address import hide_login
 from pipelines.errors import UserError
@@ -115,7 +115,8 @@ class Client:
         for value in self._headers.values():
             for word in value.split():
                 if len(word) >= _SECRET_LENGTH:
-                    text = text.replace(word, "***")
+                    # As it is, and as it stands in an address.
+                    text = text.replace(word, "***").replace(quote(word, safe=""), "***")
         return text
 
     def fetch(self, url: str) -> Answer:

@@ -652,6 +652,9 @@ def test_the_login_is_sent_and_shown_nowhere(shop: Shop, monkeypatch: pytest.Mon
     assert "/a?q=***&token=***: redirected" in line
     shop.answer = lambda path, query: reply([], 403)
     assert refuse(source).endswith("403 Forbidden; FORECART_REST_HEADER is not accepted")
+    monkeypatch.setenv(HEADER_VARIABLE, "Authorization: Basic bm9ib2R5Om5v+/==")
+    shop.answer = lambda path, query: reply([], 302, Location="/a?q=bm9ib2R5Om5v%2B%2F%3D%3D")
+    assert "/a?q=***: redirected" in refuse(source)
 
 
 def test_logins_of_other_programs_are_not_sent(
