@@ -757,6 +757,14 @@ def test_a_mistake_in_the_settings_is_named(rest: dict[str, Any], told: str) -> 
     assert SECRET not in str(caught.value)
 
 
+def test_what_the_readme_shows_is_taken_by_dvc_as_well() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (shown,) = (part for part in text.split("```") if "source: rest" in part and "url:" in part)
+    settings = yaml.safe_load(shown.removeprefix("yaml"))
+    assert config.Params.model_validate(settings).ingest.rest.names_until
+    json.dumps(settings)  # DVC stops at a date
+
+
 def test_a_query_takes_what_yaml_gives(shop: Shop) -> None:
     text = f"""
         source: rest
