@@ -8,6 +8,8 @@ each with a training seed of its own. On the test cut, for ROC-AUC (spend: Gini)
     ahead                the lower end of the paired 95 % interval of model - lightgbm, by shop
     ahead_of_lstm        the same of model - lstm, the baseline that reads the raw events
     ece, total_ratio     beside the oracle's own, which is what chance leaves on one cut
+    total_to_oracle      predicted over the oracle's expected total, by shop: its own total_ratio
+                         is what the luck of the test windows leaves to nobody
     ece_to_oracle        the ece where the oracle's probabilities stand for what happened, which
                          leaves nothing to chance; the same of LightGBM
 
@@ -41,6 +43,15 @@ STAGES: Final = (
     "baselines",
     "evaluate",
 )
+
+_BY_SHOP: Final = {
+    "ahead",
+    "ahead_of_lstm",
+    "total_ratio",
+    "total_ratio_of_oracle",
+    "total_to_oracle",
+    "total_to_oracle_of_lightgbm",
+}
 
 
 def main() -> None:
@@ -106,15 +117,22 @@ def run_shop(settings: dict[str, Any], model: str) -> dict[str, dict[str, float]
                 "ece_to_oracle": entry["models"][model]["ece_to_oracle"],
                 "ece_to_oracle_of_lightgbm": entry["models"]["lightgbm"]["ece_to_oracle"],
             }
+        else:
+            told = {name: entry["models"][name][error]["value"] for name in (model, "lightgbm")}
+            expected = entry["models"]["oracle"][error]["value"]
+            result[target] |= {
+                "total_to_oracle": told[model] / expected,
+                "total_to_oracle_of_lightgbm": told["lightgbm"] / expected,
+            }
     return result
 
 
 def join(entries: list[dict[str, float]]) -> dict[str, Any]:
-    """Mean over shops, and every shop's lower bound."""
+    """Mean over shops; lower bounds and totals of every shop."""
     joined: dict[str, Any] = {
         name: round(float(np.mean([e[name] for e in entries])), 4) for name in entries[0]
     }
-    for name in ("ahead", "ahead_of_lstm"):
+    for name in _BY_SHOP & joined.keys():
         joined[name] = [round(e[name], 4) for e in entries]
     return joined
 
