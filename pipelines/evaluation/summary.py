@@ -54,16 +54,17 @@ def format_summary(evaluation: dict[str, Any], verdict: dict[str, Any] | None) -
     ]
     known = {_COLUMN.get(m, m) for t in targets.values() for m in t["models"]}
     models = order_models(known - _LEFT_OUT)
-    width = min(10, (_WIDTH - 19) // max(len(models), 1))
+    first = max(len(name) for name in ("target", *targets)) + 1
+    width = min(10, (_WIDTH - first - 6) // max(len(models), 1))
     heads = (f"{m[: width - 1]:>{width}}" for m in models)
-    lines.append(f"{'target':<13}{'base':>6}" + "".join(heads))
+    lines.append(f"{'target':<{first}}{'base':>6}" + "".join(heads))
     for name, target in sorted(targets.items(), key=_target_order):
         metric = main_metric(target)
         base = target["base_rate"] if target["kind"] == "binary" else None
         found = {_COLUMN.get(m, m): scores for m, scores in target["models"].items()}
         cells = [found.get(m, {}).get(metric, {}).get("value") for m in models]
         lines.append(
-            f"{name:<13.12}"
+            f"{name:<{first}}"
             + (f"{base:>6.1%}" if base is not None else f"{'':>6}")
             + "".join(f"{c:>{width}.3f}" if c is not None else f"{'-':>{width}}" for c in cells)
         )

@@ -269,6 +269,15 @@ def test_the_page_and_the_table_show_everything(compared: tuple[dict[str, Any], 
     assert max(map(len, text.splitlines())) <= 110
 
 
+def test_the_summary_names_targets_in_full(compared: tuple[dict[str, Any], Any]) -> None:
+    evaluation = copy.deepcopy(compared[0])
+    for days in (7, 365):
+        evaluation["targets"][f"remove_from_cart_{days}d"] = evaluation["targets"]["purchase_14d"]
+    lines = format_summary(evaluation, None).splitlines()
+    assert {"remove_from_cart_7d", "remove_from_cart_365d"} < {line.split(" ")[0] for line in lines}
+    assert max(map(len, lines)) <= 110
+
+
 def show(evaluation: dict[str, Any]) -> str:
     empty: dict[str, list[dict[str, Any]]] = {
         k: [] for k in ("roc", "pr", "lift", "calibration", "spend")
