@@ -34,6 +34,18 @@ EVENT_TYPES: Final[tuple[str, ...]] = tuple(EventType)
 # 0 is padding in every coded column, so that a zeroed buffer never names an event.
 EVENT_CODES: Final[dict[str, int]] = {name: code for code, name in enumerate(EVENT_TYPES, start=1)}
 
+# What people call doing it.
+VERBS: Final[dict[str, str]] = {
+    EventType.VIEW: "look at something",
+    EventType.SEARCH: "search",
+    EventType.ADD_TO_CART: "put something into the cart",
+    EventType.REMOVE_FROM_CART: "take something out of the cart",
+    EventType.WISHLIST: "wish for something",
+    EventType.PURCHASE: "buy",
+    EventType.REFUND: "return something",
+    EventType.REVIEW: "write a review",
+}
+
 TIMESTAMP: Final = pa.timestamp("us", tz="UTC")
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND: Final = timedelta(microseconds=1)

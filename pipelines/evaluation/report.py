@@ -14,6 +14,7 @@ from pipelines.evaluation.findings import describe_target, find_difference, judg
 from pipelines.evaluation.metrics import HIGHER_IS_BETTER
 from pipelines.evaluation.rivals import CANDIDATE
 from pipelines.evaluation.summary import order_models
+from pipelines.events import VERBS
 
 # At most so many curves stay readable in one chart. Those of every report come first, so that they
 # have the same colours in all.
@@ -111,13 +112,12 @@ def _describe(
 def _title(name: str) -> str:
     what, _, days = name.rpartition("_")
     words = {
-        "purchase": "Will they buy",
-        "search": "Will they search",
+        **{event: f"Will they {verb}" for event, verb in VERBS.items()},
         "churn": "Will they fall silent",
         "spend": "How much will they spend",
     }
     span = format_days(float(days.removesuffix("d")), one="day")
-    return f"{words.get(what, f'Will they {what}')} in the next {span}?"
+    return f"{words[what]} in the next {span}?"
 
 
 def format_days(days: float, one: str = "1 day") -> str:

@@ -30,6 +30,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation.charts import Line, line_chart
 from pipelines.evaluation.report import METRIC_NAMES, format_days
 from pipelines.evaluation.rivals import CANDIDATE
+from pipelines.events import VERBS
 from pipelines.io import say_count
 from pipelines.model.heads import Target
 from pipelines.registry.verdict import find_verdict
@@ -63,7 +64,6 @@ _METRICS: Final = {
     "amount": ("gini", "mae", "top_decile_capture", "total_ratio"),
 }
 _DRAWN: Final = ("champion", CANDIDATE, "lightgbm", "oracle")
-_VERBS: Final = {"purchase": "buy", "search": "search", None: "leave"}
 _NOUNS: Final = {"purchase": "buyers", "search": "searchers", None: "leavers"}
 
 _log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Pages:
             "when": lambda value: value.strftime("%Y-%m-%d %H:%M"),
             "short": lambda digest: digest.removeprefix("sha256:")[:12] if digest else "none",
             "event": name_event,
-            "verb": lambda target: _VERBS.get(target.event, str(target.event)),
+            "verb": _name_act,
         }
 
     # -- handlers ------------------------------------------------------------------------------
@@ -160,6 +160,8 @@ class Pages:
         if observed:
             points = [(0.0, 0.0), *((r["share"], r["captured"]) for r in observed)]
             lines.append(Line(name="happened", points=points))
+        noun = _NOUNS.get(target.event)
+        those = f"the {noun}" if noun else f"those who {_name_act(target)}"
         return self._render(
             "overview.html",
             board=board,
@@ -171,7 +173,8 @@ class Pages:
             binary=binary,
             target=target,
             elsewhere={t.horizon_days: t.name for t in asked},
-            noun=_NOUNS.get(target.event, f"shoppers with {target.event}"),
+            noun=noun or those,
+            those=those,
             spend=spend,
             by=by,
             kinds=list(SEGMENTS),
@@ -190,7 +193,7 @@ class Pages:
             chart=line_chart(
                 lines,
                 x_label="share of the shoppers reached",
-                y_label=f"share of the {_NOUNS.get(target.event, 'events')}",
+                y_label=f"share of {those}",
                 x_range=(0.0, 1.0),
                 y_range=(0.0, 1.0),
                 diagonal=True,
@@ -450,6 +453,11 @@ def show(root: Path, *, host: str, port: int) -> None:
 
 def _choose(value: T | None, allowed: list[T], otherwise: T) -> T:
     return value if value is not None and value in allowed else otherwise
+
+
+def _name_act(target: Target) -> str:
+    """Return what a shopper does or not; to leave is to do nothing."""
+    return VERBS.get(target.event, target.event) if target.event else "leave"
 
 
 def _by_kind(name: str, target: dict[str, Any]) -> tuple[bool, str, int]:

@@ -28,7 +28,7 @@ from pipelines.evaluation.findings import (
 from pipelines.evaluation.report import format_days, render_report
 from pipelines.evaluation.rivals import find_best_baseline
 from pipelines.evaluation.summary import format_summary, tell_next
-from pipelines.events import to_us
+from pipelines.events import EVENT_TYPES, to_us
 from pipelines.features.cuts import Split
 from pipelines.features.labels import Kind, Target
 from pipelines.features.snapshot_table import SnapshotTable
@@ -267,6 +267,16 @@ def test_the_page_and_the_table_show_everything(compared: tuple[dict[str, Any], 
     assert "purchase_14d" in text
     assert "left out: search_14d" in text
     assert max(map(len, text.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("event", EVENT_TYPES)
+def test_every_event_type_makes_a_question(
+    compared: tuple[dict[str, Any], Any], event: str
+) -> None:
+    evaluation = copy.deepcopy(compared[0])
+    evaluation["targets"] = {f"{event}_14d": evaluation["targets"]["purchase_14d"]}
+    (asked,) = re.findall(r"Will they [^<]* in the next 14 days\?", show(evaluation))
+    assert "_" not in asked
 
 
 def test_the_summary_names_targets_in_full(compared: tuple[dict[str, Any], Any]) -> None:

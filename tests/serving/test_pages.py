@@ -223,6 +223,19 @@ def test_another_horizon_keeps_the_question_where_it_has_it(root: Path) -> None:
     assert links == {"7": "churn_7d", "14": "purchase_14d"}
 
 
+def test_what_is_predicted_is_said_in_words(root: Path) -> None:
+    plan = read_json(root / "data/scores/_scores.json")
+    for target in plan["targets"]:
+        if target["name"] == "purchase_14d":
+            target["event"] = "add_to_cart"
+    write_json(root / "data/scores/_scores.json", plan)
+    page = ask(root, "/?days=14").text
+    assert "add_to_cart" not in page
+    assert "most likely to put something into the cart" in page
+    assert "Share of those who put something into the cart found" in page
+    assert "Share of the buyers found" in ask(root, "/?days=7").text
+
+
 def test_the_histogram_colours_as_many_as_are_reached(root: Path) -> None:
     page = ask(root, "/?scope=all&days=14&target=purchase_14d&share=10").text
     drawn = re.findall(
