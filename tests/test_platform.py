@@ -34,6 +34,8 @@ from pipelines.platform import (
     stop,
 )
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # In the project's folder it takes the place of Airflow, whose start takes a minute.

@@ -20,6 +20,8 @@ from pipelines.graph import Graph, load_graph
 from pipelines.processes import mend_lock
 from pipelines.runner import run, split
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parent.parent
 
 # Fails unless the other one has begun before it ends.

@@ -33,6 +33,8 @@ from pipelines.registry.tracking import EXPERIMENT
 from pipelines.tuning import PARENT_TAG, PRUNED_TAG, tune
 from tests.model.conftest import PERIODS, TARGETS, TINY, shop, vocabulary
 
+pytestmark = pytest.mark.integration
+
 __all__ = ["shop", "vocabulary"]  # fixtures
 
 TEXT = """a:

@@ -18,6 +18,8 @@ from pipelines.config import load_params
 from pipelines.errors import UserError
 from pipelines.workspace import RUNS, check_out, locate, name_run, prepare
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parent.parent
 
 

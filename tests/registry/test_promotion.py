@@ -39,6 +39,8 @@ from pipelines.registry.connection import connect
 from pipelines.registry.promotion import HISTORY_TAG
 from pipelines.registry.tracking import EXPERIMENT, PASSED_TAG, attach, track
 
+pytestmark = pytest.mark.integration
+
 DATA = "sha256:" + "d" * 64
 
 

@@ -15,6 +15,8 @@ import uvicorn
 import serving.service  # noqa: F401 - has uvicorn use these connections, as in the service
 from serving import connections
 
+pytestmark = pytest.mark.integration
+
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 ANSWER = bytes(1 << 20)
 

@@ -32,6 +32,8 @@ from pipelines.sources.rest import RestSource
 from pipelines.sources.web import HEADER_VARIABLE
 from pipelines.stages import fingerprint, ingest
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 SECRET = "hunter2-hunter2"  # noqa: S105 - nobody's
 Reply = tuple[int, dict[str, str], bytes]

@@ -462,12 +462,7 @@ def test_processes_that_share_the_steps_learn_the_same(root: Path) -> None:
 
 @pytest.mark.integration
 def test_a_shared_training_that_is_killed_goes_on_to_the_same_weights(root: Path) -> None:
-    params = set_train(accumulate=2, processes=2, epochs=4)
-    stage = launch_stage("train", params, root)
-    out, told = stage.communicate(timeout=240)
-    assert (stage.returncode, out) == (2, "")
-    assert "models/pretrained" in told
-    assert len(told.splitlines()) == 1  # by one of the two alone
+    params = set_train(accumulate=2, processes=2, epochs=3)
     pretrain.run(params, root)
     finish(launch_stage("train", params, root))
     whole = digest_directory(root / train.MODEL)
