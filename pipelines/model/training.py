@@ -93,7 +93,6 @@ def pretrain_model(
     Raises:
         UserError: there is nobody to learn from before the calibration cut.
     """
-    peers.meet()
     if not pretrain.epochs:
         return {}
     seed_everything(config)
@@ -144,7 +143,6 @@ def train_model(
     Raises:
         UserError: there is nobody to learn from before the calibration cut.
     """
-    peers.meet()
     timeline = Timeline(sequences)
     heads = Heads.for_targets(targets)
     with Grower(timeline, periods, heads, targets, config) as grower:
@@ -213,7 +211,6 @@ def assist_training(
 
     Pretrained weights and what a checkpoint holds come from the leader.
     """
-    peers.meet()
     _fit_members(Timeline(sequences), periods, targets, config, vocabulary, peers)
 
 
