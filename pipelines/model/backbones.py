@@ -131,6 +131,7 @@ class Block(nn.Module):
         self.heads = heads
         self.head_width = width // heads
         self.dropout = dropout
+        self.draw = draw_kept
         self.attention_norm = nn.LayerNorm(width, bias=False)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         # Normalised queries and keys have a bounded product; the gain lets a head be sharp.
@@ -229,11 +230,9 @@ class Block(nn.Module):
             return x + more
         if x.device.type != "cpu":
             return x + functional.dropout(more, self.dropout)
-        return torch.addcmul(x, more, draw_kept(more, self.dropout))
+        return torch.addcmul(x, more, self.draw(more, self.dropout))
 
 
-# Compiled or not, the same numbers are drawn.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def draw_kept(like: Tensor, share: float) -> Tensor:
     """Return 0 for a share of the numbers, chosen by chance, and 1 / (1 - share) for the others.
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from pipelines.config import Train
-from pipelines.model.backbones import Transformer
+from pipelines.model.backbones import Block, Transformer, draw_kept
 from pipelines.model.network import Network
 from pipelines.model.predictor import choose_device
 
@@ -86,4 +86,9 @@ def compile_backbone(network: Network, config: Train) -> Callable[..., Any] | No
         wanted = device.type == "cuda" and isinstance(network.backbone, Transformer)
     if not wanted:
         return None
+    for block in network.backbone.modules():
+        if isinstance(block, Block):
+            # Compiled or not, the same numbers are drawn. Told here, as a decorator would have
+            # every process import the compiler, a second of work, that serves or compares as well.
+            block.draw = torch.compiler.disable(draw_kept)  # type: ignore[no-untyped-call]
     return torch.compile(network.backbone, dynamic=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,27 @@ def test_saved_and_loaded_predicts_the_same(
     expected = predict(trained.shipped, shop, START + 44 * DAY)
     for name, values in predict(loaded, shop, START + 44 * DAY).items():
         np.testing.assert_array_equal(values, expected[name])
+
+
+def test_who_predicts_does_not_import_the_compiler(
+    shop: Sequences, trained: TrainedModel, tmp_path: Path
+) -> None:
+    """It would take more than a second and 70 MiB of every process that predicts."""
+    trained.save(tmp_path)
+    shop.save(tmp_path)
+    code = (
+        "import sys, numpy, pathlib\n"
+        "from pipelines.features.store import Sequences\n"
+        "from pipelines.model.predictor import Predictor\n"
+        "shop = Sequences.load(pathlib.Path())\n"
+        f"now = numpy.full(shop.users, {START + 44 * DAY})\n"
+        "Predictor.load(pathlib.Path()).predict(shop, now)\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
