@@ -416,6 +416,7 @@ class Features(Section):
 
     windows_days: Annotated[list[Positive], Field(min_length=1)] = [1, 3, 7, 14, 28, 90]
     max_vocabulary: Positive = 20_000
+    max_shoppers: Annotated[int, Field(ge=100)] | None = 100_000
     engine: Engine = Engine.DUCKDB
 
 

@@ -25,6 +25,8 @@ _C: Final = 0.1  # the inverse of the penalty on coefficients, of a sum of log l
 _ALPHA: Final = 0.05  # the penalty, of a mean deviance
 _ENOUGH: Final = 16384  # rows
 _REST: Final = 0.005  # of log odds, or of the logarithm of an amount
+_LEAST_SPREAD: Final = 1e-9
+_ROWS: Final = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +45,31 @@ class Scaling:
     @classmethod
     def of(cls, x: Floats) -> Scaling:
         """Scale by (R, F) features."""
-        known = np.ma.masked_invalid(_squash(x))  # a column that is never known has mean 0
-        spread = known.std(axis=0).filled(0.0)
-        return cls(
-            mean=known.mean(axis=0).filled(0.0),
-            scale=np.where(spread > 1e-9, spread, 1.0),
-            gaps=np.asarray(~np.isfinite(x).all(axis=0)),
-        )
+        columns = x.shape[1]
+        mean, scale, gaps = np.zeros(columns), np.ones(columns), np.zeros(columns, dtype=bool)
+        for place, column in enumerate(x.T):
+            known = np.isfinite(column)
+            gaps[place] = not known.all()
+            squashed = _squash(column[known])
+            if len(squashed):
+                mean[place] = squashed.mean()
+                spread = squashed.std()
+                scale[place] = spread if spread > _LEAST_SPREAD else 1.0
+        return cls(mean=mean, scale=scale, gaps=gaps)
 
     def apply(self, x: Floats) -> Floats:
         """Return (R, F + columns of what is missing)."""
-        scaled = np.nan_to_num((_squash(x) - self.mean) / self.scale)
-        # Beyond a few deviations a log-linear mean explodes, so extremes count as far, not more.
-        return np.hstack([np.clip(scaled, -5, 5), ~np.isfinite(x[:, self.gaps])])
+        rows, columns = x.shape
+        result = np.empty((rows, columns + int(self.gaps.sum())))
+        # Some at a time: each step on the way would be as large as the table.
+        for low in range(0, rows, _ROWS):
+            some = x[low : low + _ROWS]
+            scaled = np.nan_to_num((_squash(some) - self.mean) / self.scale)
+            into = result[low : low + _ROWS]
+            # Beyond a few deviations a log-linear mean explodes: extremes count as far, not more.
+            np.clip(scaled, -5, 5, out=into[:, :columns])
+            into[:, columns:] = ~np.isfinite(some[:, self.gaps])
+        return result
 
     def to_dict(self) -> dict[str, Any]:
         """Parameters as JSON values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,8 @@ from pipelines.io import read_json
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+
+_BATCH_ROWS: Final = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +59,6 @@ class SnapshotTable:
         schema = read_json(folder / "schema.json")
         cuts = read_json(folder / "cuts.json")["cuts"]
         path = folder / "snapshots.parquet"
-        try:
-            table = pq.read_table(path)
-        except (FileNotFoundError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path}: not readable; run the features stage ({error})") from None
         names = schema["features"]
         targets = tuple(
             Target(
@@ -71,10 +69,17 @@ class SnapshotTable:
             )
             for t in schema["targets"]
         )
+        try:
+            table = pq.read_table(
+                path, columns=["user", "cut", *(f"y_{target.name}" for target in targets)]
+            )
+            features = _read_features(path, names)
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path}: not readable; run the features stage ({error})") from None
         return cls(
             user=table["user"].to_numpy(),
             cut=table["cut"].to_numpy(),
-            features=np.column_stack([table[n].to_numpy() for n in names]),
+            features=features,
             feature_names=names,
             labels={t.name: table[f"y_{t.name}"].to_numpy() for t in targets},
             targets=targets,
@@ -119,3 +124,15 @@ class SnapshotTable:
                 **{n: np.asarray(v, dtype=np.float32) for n, v in predictions.items()},
             }
         )
+
+
+def _read_features(path: Path, names: list[str]) -> Floats:
+    """Return (R, F), read in parts: columns beside rows would take the memory twice."""
+    with pq.ParquetFile(path) as file:
+        features = np.empty((file.metadata.num_rows, len(names)))
+        low = 0
+        for batch in file.iter_batches(_BATCH_ROWS, columns=names):
+            columns = [batch.column(name).to_numpy(zero_copy_only=False) for name in names]
+            np.stack(columns, axis=1, out=features[low : low + len(batch)])
+            low += len(batch)
+    return features

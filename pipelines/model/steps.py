@@ -256,7 +256,7 @@ class Loader:
     ) -> tuple[Pieces, list[Placement]]:
         """Draw cuts, cut histories into pieces and say where each lies."""
         config = self.config
-        cuts = self.sample(close, self._count_cuts(phase), rng)
+        cuts = self.sample(close, self._count_cuts(phase, close), rng)
         users = self.timeline.sequences.users
         # A bidirectional piece has one NOW token, at its end.
         shift = None if self.bidirectional else rng.integers(config.stride, size=users)
@@ -322,14 +322,16 @@ class Loader:
         """Return the code of the item touched next from every cut on, -1 = none or unknown."""
         return self.tokenizer.items(self.timeline.next_item(cuts, np.full(len(cuts), close)))
 
-    def _count_cuts(self, phase: Phase) -> int:
+    def _count_cuts(self, phase: Phase, close: int) -> int:
         per_user = self.config.cuts_per_user
         if self.bidirectional:
             # Each cut takes a pass of its own: an epoch is to cost a few times another's only.
             per_user = math.ceil(per_user / _BIDIRECTIONAL_CUTS)
         elif phase is Phase.PRETRAIN:
             per_user = math.ceil(per_user / _PRETRAIN_CUTS)
-        return max(1, per_user * self.timeline.sequences.users)
+        # Of many who came once, so many would be most of an epoch, and say the same.
+        events = int((self.timeline.ts < close).sum())
+        return max(1, min(per_user * self.timeline.sequences.users, events))
 
     def draw(
         self, phase: Phase, rng: np.random.Generator, pieces: Pieces, placement: Placement

@@ -259,6 +259,7 @@ def _describe_data(params: Params, root: Path) -> dict[str, Any]:
         "users": len(offsets) - 1,
         "first_ts": cuts["first_ts"],
         "last_ts": cuts["last_ts"],
+        "share_of_shoppers": read_json(root / FEATURES / "schema.json")["share_of_shoppers"],
         "rows": read["rows"],
         "quarantined": read["quarantined"]["rows"] + checked["quarantined"],
         "anonymous": read["anonymous"],

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
+import ibis
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +28,7 @@ from pipelines.features.engine import (
     read_parquet,
 )
 from pipelines.features.labels import Kind, Target, build_labels, list_targets
+from pipelines.features.population import choose_share, draw_users
 from pipelines.features.sequences import write_sequences
 from pipelines.features.snapshots import build_snapshots, profile_features
 from pipelines.features.store import Sequences
@@ -85,9 +87,16 @@ def _build(params: Params, connection: Any, caches: ExitStack, root: Path, folde
     write_json(folder / "vocabulary.json", {**vocabulary, "item_id": names})
     write_json(folder / "scalers.json", fit_scalers(sequences, before_us=calibration.us))
 
+    active_days = params.population.active_within_days
+    share = choose_share(
+        sequences, cuts, active_within_days=active_days, most=params.features.max_shoppers
+    )
+    if share < 1.0:
+        drawn = ibis.memtable(pa.table({"user": draw_users(people["user_id"], share)}))
+        events = caches.enter_context(events.semi_join(drawn, "user").cache())
     wanted = list_targets(params.targets)
     snapshots = _collect_snapshots(params, events, sequences, cuts, wanted, vocabulary)
-    _check_population(snapshots, cuts, params.population.active_within_days)
+    _check_population(snapshots, cuts, active_days)
     targets, omitted = choose_targets(snapshots, cuts, wanted)
     snapshots = snapshots.drop_columns([f"y_{note['name']}" for note in omitted])
     write_table(folder / "snapshots.parquet", snapshots)
@@ -105,10 +114,13 @@ def _build(params: Params, connection: Any, caches: ExitStack, root: Path, folde
                 for t in targets
             ],
             "omitted": omitted,
-            "population_active_within_days": params.population.active_within_days,
+            "population_active_within_days": active_days,
+            "share_of_shoppers": share,
         },
     )
     notes = "".join(f"; {note['name']} left out: {note['why']}" for note in omitted)
+    if share < 1.0:
+        notes += f"; snapshots of {share:.2%} of the users, drawn by chance: features.max_shoppers"
     fewer = params.cuts.train - sum(c.split is Split.TRAIN for c in cuts)
     if fewer:
         notes += f"; {fewer} of {params.cuts.train} training cuts left out: the log is too short"

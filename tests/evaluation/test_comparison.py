@@ -41,6 +41,7 @@ DATA = {
     "users": 5,
     "first_ts": "2025-01-01T00:00:00+00:00",
     "last_ts": "2025-05-01T00:00:00+00:00",
+    "share_of_shoppers": 1.0,
     "rows": 1234,
     "quarantined": 3,
     "anonymous": 2,
@@ -263,6 +264,9 @@ def test_the_page_and_the_table_show_everything(compared: tuple[dict[str, Any], 
     assert re.search(r"on average they spent [\d.]+, before returns", page)
     assert "http" not in page.replace("http-equiv", "")
     assert render_report(evaluation, curves, settings=settings) == page
+    assert "stand for all" not in page
+    some = evaluation | {"data": DATA | {"share_of_shoppers": 0.354}}
+    assert "35 % of them" in render_report(some, curves, settings=settings)
     text = format_summary(evaluation, {"passed": False, "checks": []})
     assert "purchase_14d" in text
     assert "left out: search_14d" in text

@@ -503,6 +503,32 @@ def test_everybody_seen_is_the_population_without_a_limit(tmp_path: Path) -> Non
     assert snapshots.filter(pc.field("cut") == last).num_rows == len(offsets) - 1
 
 
+def test_of_many_shoppers_some_stand_for_all(
+    built: tuple[Path, list[Row]], params: Params, tmp_path: Path
+) -> None:
+    whole, rows = built
+    write_log(tmp_path, rows, PEOPLE)
+    few = params.features.model_copy(update={"max_shoppers": 5})
+    told = run(params.model_copy(update={"features": few}), tmp_path)
+    some = tmp_path / "data/features"
+    share = read_json(some / "schema.json")["share_of_shoppers"]
+    assert read_json(whole / "schema.json")["share_of_shoppers"] == 1.0
+    assert 0 < share < 1
+    assert f"{share:.2%} of the users" in told
+    every = pq.read_table(whole / "snapshots.parquet")
+    largest = max(row["counts"] for row in every["cut"].value_counts().to_pylist())
+    assert share == 5 / largest
+    drawn = pq.read_table(some / "snapshots.parquet")
+    users = np.unique(drawn["user"].to_numpy())
+    assert 0 < len(users) < len(np.unique(every["user"].to_numpy()))
+    # Of them, everything is as it was; and what the network reads holds everybody.
+    kept = every.filter(pc.is_in(every["user"], value_set=pa.array(users)))
+    # So few may leave a target with one outcome, which is left out.
+    for name in drawn.column_names:
+        np.testing.assert_array_equal(drawn[name], kept[name], err_msg=name)
+    assert digest_directory(some / "sequences") == digest_directory(whole / "sequences")
+
+
 def test_nobody_active_before_a_cut_is_a_clear_mistake(tmp_path: Path) -> None:
     rows = [r for r in make_log() if r["ts"] < START + 5 * DAY] + [make_log()[-1]]
     write_log(tmp_path, rows)

@@ -154,8 +154,9 @@ def test_spark_fetches_no_more_bad_rows_than_stop_the_run(tmp_path: Path, spark:
 def test_spark_gives_the_features_that_duckdb_gives(take_finished: Callable[[], Project]) -> None:
     assert shutil.which("java"), SPARK_WANTED
     project = take_finished()
-    project.change({"features": {"engine": "duckdb"}})
+    project.change({"features": {"engine": "duckdb", "max_shoppers": 200}})
     features = project.path / "data/features"
+    assert "drawn by chance" in project.run("forecart", "features").stdout
     expected = pq.read_table(features / "snapshots.parquet")
     sequences = digest_directory(features / "sequences")
 
