@@ -8,7 +8,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
-import ibis
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -91,11 +90,14 @@ def _build(params: Params, connection: Any, caches: ExitStack, root: Path, folde
     share = choose_share(
         sequences, cuts, active_within_days=active_days, most=params.features.max_shoppers
     )
+    drawn = folder / "drawn.parquet"
     if share < 1.0:
-        drawn = ibis.memtable(pa.table({"user": draw_users(people["user_id"], share)}))
-        events = caches.enter_context(events.semi_join(drawn, "user").cache())
+        write_table(drawn, pa.table({"user": draw_users(people["user_id"], share)}))
+        some = events.semi_join(read_parquet(connection, drawn), "user")
+        events = caches.enter_context(some.cache())
     wanted = list_targets(params.targets)
     snapshots = _collect_snapshots(params, events, sequences, cuts, wanted, vocabulary)
+    drawn.unlink(missing_ok=True)
     _check_population(snapshots, cuts, active_days)
     targets, omitted = choose_targets(snapshots, cuts, wanted)
     snapshots = snapshots.drop_columns([f"y_{note['name']}" for note in omitted])

@@ -527,6 +527,7 @@ def test_of_many_shoppers_some_stand_for_all(
     for name in drawn.column_names:
         np.testing.assert_array_equal(drawn[name], kept[name], err_msg=name)
     assert digest_directory(some / "sequences") == digest_directory(whole / "sequences")
+    assert {path.name for path in some.iterdir()} == {path.name for path in whole.iterdir()}
 
 
 def test_nobody_active_before_a_cut_is_a_clear_mistake(tmp_path: Path) -> None:
