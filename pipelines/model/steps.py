@@ -44,6 +44,7 @@ _NEXT_SHARE: Final = 4  # one event in so many carries the next-event loss
 _LEFT_OUT: Final = 0.15  # of the events, in bidirectional pretraining (Devlin et al. 2019)
 _ITEM_SHARE: Final = 4  # likewise one NOW token, in pretraining event, the next-item loss
 _BIDIRECTIONAL_CUTS: Final = 4
+_FREE_CUTS: Final = 1 << 18  # an epoch may have, however few events there are
 _PRETRAIN_CUTS: Final = 4  # NOW tokens only mark which histories are read
 _TOGETHER: Final = 16384  # places of the batches that are made at a time
 _LEVEL_STEP: Final = 7 * DAY  # between times whose levels are told apart
@@ -330,8 +331,8 @@ class Loader:
         elif phase is Phase.PRETRAIN:
             per_user = math.ceil(per_user / _PRETRAIN_CUTS)
         # Of many who came once, so many would be most of an epoch, and say the same.
-        events = int((self.timeline.ts < close).sum())
-        return max(1, min(per_user * self.timeline.sequences.users, events))
+        most = max(int((self.timeline.ts < close).sum()), _FREE_CUTS)
+        return max(1, min(per_user * self.timeline.sequences.users, most))
 
     def draw(
         self, phase: Phase, rng: np.random.Generator, pieces: Pieces, placement: Placement

@@ -94,6 +94,19 @@ def test_items_are_told_at_nows_and_in_pretraining_at_events(shop: Sequences, ph
     assert bool(told["bert"]) == (phase is not Phase.PRETRAIN)
 
 
+@pytest.mark.parametrize("free", [1 << 18, 5, 2000])
+def test_an_epoch_has_no_more_cuts_than_events_but_some(
+    shop: Sequences, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "_FREE_CUTS", free)
+    loader = make_loader(shop, TINY.model_copy(update={"cuts_per_user": 64}))
+    close = PERIODS.calibration
+    events = int((loader.timeline.ts < close).sum())
+    assert 5 < events < 2000 < 64 * shop.users
+    pieces, _ = loader.place(close, Phase.FIT, np.random.default_rng(5))
+    assert len(pieces.cuts) == min(64 * shop.users, max(events, free))
+
+
 def test_an_epoch_drawn_ahead_is_that_which_a_resumed_training_draws(shop: Sequences) -> None:
     rng, before = np.random.default_rng(5), torch.get_rng_state()
     loader = make_loader(shop, TINY)
