@@ -23,6 +23,8 @@ PLOTTED: Final = (
     *("logistic", "linear", "density", "recency"),
 )
 _MAX_LINES: Final = 5
+# Shares and figures below these are written with one decimal more, and with two.
+_SMALL, _TINY = 0.01, 0.001
 
 METRIC_NAMES: Final = {
     "roc_auc": "ROC-AUC",
@@ -65,7 +67,11 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["days"] = format_days
+    environment.filters |= {
+        "days": format_days,
+        "figure": format_figure,
+        "percent": format_percent,
+    }
     sections = [_describe(name, target, curves) for name, target in evaluation["targets"].items()]
     return environment.get_template("report.html").render(
         data=evaluation["data"],
@@ -123,6 +129,18 @@ def _title(name: str) -> str:
 def format_days(days: float, one: str = "1 day") -> str:
     """Say how many days, and ``one`` of a single one."""
     return one if days == 1 else f"{days:g} days"
+
+
+def format_figure(value: float) -> str:
+    """Write a figure with three decimals; of rare events, with four."""
+    return f"{value:.4f}" if 0 < abs(value) < _SMALL else f"{value:.3f}"
+
+
+def format_percent(share: float) -> str:
+    """Write a share in percent, with more decimals where next to nobody, or everybody, is meant."""
+    rest = min(share, 1.0 - share)
+    decimals = 1 if rest <= 0 or rest >= _SMALL else 2 if rest >= _TINY else 3
+    return f"{100 * share:.{decimals}f} %"
 
 
 def _best(target: dict[str, Any], models: Sequence[str], metric: str) -> str | None:

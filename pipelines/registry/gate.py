@@ -192,7 +192,7 @@ def _check_calibration(
         limit=policy.max_ece,
         why="the candidate's calibration was not measured"
         if ece is None
-        else f"predicted and observed shares differ by {ece:.3f} on average (ECE); "
+        else f"predicted and observed shares differ by {ece:.4f} on average (ECE); "
         f"{policy.max_ece:g} is allowed",
     )
     if champion is None or candidate == champion:
@@ -206,7 +206,7 @@ def _check_calibration(
         limit=limit,
         why="the champion was not scored on this data, so calibration cannot be compared"
         if before is None
-        else f"the champion's ECE is {before:.3f}; {policy.ece_tolerance:g} more is allowed",
+        else f"the champion's ECE is {before:.4f}; {policy.ece_tolerance:g} more is allowed",
     )
 
 

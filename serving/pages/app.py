@@ -28,7 +28,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipelines.config import PARAMS_FILE, TargetsConfig, load_params
 from pipelines.errors import UserError
 from pipelines.evaluation.charts import Line, line_chart
-from pipelines.evaluation.report import METRIC_NAMES, format_days
+from pipelines.evaluation.report import (
+    METRIC_NAMES,
+    format_days,
+    format_figure,
+    format_percent,
+)
 from pipelines.evaluation.rivals import CANDIDATE
 from pipelines.events import VERBS
 from pipelines.io import say_count
@@ -109,7 +114,8 @@ class Pages:
             "days": format_days,
             "count": lambda value: f"{value:,.0f}",
             "of": say_count,
-            "percent": lambda value: f"{100 * value:.1f} %",
+            "figure": format_figure,
+            "percent": format_percent,
             "money": lambda value: f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}",
             "when": lambda value: value.strftime("%Y-%m-%d %H:%M"),
             "short": lambda digest: digest.removeprefix("sha256:")[:12] if digest else "none",

@@ -25,7 +25,12 @@ from pipelines.evaluation.findings import (
     gap_closed,
     judge,
 )
-from pipelines.evaluation.report import format_days, render_report
+from pipelines.evaluation.report import (
+    format_days,
+    format_figure,
+    format_percent,
+    render_report,
+)
 from pipelines.evaluation.rivals import find_best_baseline
 from pipelines.evaluation.summary import format_summary, tell_next
 from pipelines.events import EVENT_TYPES, to_us
@@ -351,3 +356,26 @@ def test_confusion_rows_count_every_test_row(compared: tuple[dict[str, Any], Any
 def test_a_single_day_is_no_days() -> None:
     assert [format_days(days) for days in (1, 7, 0.5)] == ["1 day", "7 days", "0.5 days"]
     assert format_days(1, one="day") == "day"
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [
+        (0.0, "0.0 %"),
+        (0.0002, "0.020 %"),
+        (0.0022, "0.22 %"),
+        (0.3835, "38.4 %"),
+        (0.9978, "99.78 %"),
+        (1.0, "100.0 %"),
+    ],
+)
+def test_rare_events_are_not_rounded_away(share: float, told: str) -> None:
+    assert format_percent(share) == told
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(0.0, "0.000"), (0.0084, "0.0084"), (-0.0013, "-0.0013"), (0.854, "0.854"), (12.5, "12.500")],
+)
+def test_small_figures_have_a_decimal_more(value: float, told: str) -> None:
+    assert format_figure(value) == told

@@ -225,10 +225,10 @@ def test_calibration_is_told_as_it_was_measured() -> None:
     evaluation = make_evaluation(champion=0.0)
     told = {c["name"]: c for c in judge(evaluation, champion=CHAMPION)["checks"]}
     assert (told["calibration"]["value"], told["calibration"]["limit"]) == (0.02, 0.05)
-    assert "differ by 0.020 on average (ECE); 0.05 is allowed" in told["calibration"]["why"]
+    assert "differ by 0.0200 on average (ECE); 0.05 is allowed" in told["calibration"]["why"]
     against = told["calibration_against_champion"]
     assert (against["value"], against["limit"]) == (0.02, pytest.approx(0.03))
-    assert against["why"] == "the champion's ECE is 0.020; 0.01 more is allowed"
+    assert against["why"] == "the champion's ECE is 0.0200; 0.01 more is allowed"
     models = evaluation["targets"]["purchase_14d"]["models"]
     del models["ensemble"]["ece"], models["champion"]["ece"]
     verdict = judge(evaluation, champion=CHAMPION)
