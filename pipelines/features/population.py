@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from pipelines.features.cuts import Cut
 from pipelines.features.engine import DAY_US
 from pipelines.features.store import Sequences
 
-_DIGEST_BYTES = 8
+_DIGEST_BYTES: Final = 8
 
 
 def choose_share(

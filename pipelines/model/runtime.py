@@ -88,7 +88,7 @@ def compile_backbone(network: Network, config: Train) -> Callable[..., Any] | No
         return None
     for block in network.backbone.modules():
         if isinstance(block, Block):
-            # Compiled or not, the same numbers are drawn. Told here, as a decorator would have
-            # every process import the compiler, a second of work, that serves or compares as well.
+            # Compiled or not, the same numbers are drawn. A decorator would have every process that
+            # predicts import the compiler, which takes more than a second and 70 MiB.
             block.draw = torch.compiler.disable(draw_kept)  # type: ignore[no-untyped-call]
     return torch.compile(network.backbone, dynamic=True)

@@ -271,7 +271,7 @@ def test_the_page_and_the_table_show_everything(compared: tuple[dict[str, Any], 
     assert render_report(evaluation, curves, settings=settings) == page
     assert "stand for all" not in page
     some = evaluation | {"data": DATA | {"share_of_shoppers": 0.354}}
-    assert "35 % of them" in render_report(some, curves, settings=settings)
+    assert "35.4 % of them" in render_report(some, curves, settings=settings)
     text = format_summary(evaluation, {"passed": False, "checks": []})
     assert "purchase_14d" in text
     assert "left out: search_14d" in text
