@@ -166,6 +166,7 @@ class Pages:
         if observed:
             points = [(0.0, 0.0), *((r["share"], r["captured"]) for r in observed)]
             lines.append(Line(name="happened", points=points))
+        counts, end = board.histogram(target.name)
         noun = _NOUNS.get(target.event)
         those = f"the {noun}" if noun else f"those who {_name_act(target)}"
         return self._render(
@@ -193,7 +194,8 @@ class Pages:
             total=total,
             profit=None if profit is None else float(profit[share]),
             lowest=float(reach.lowest[share]),
-            bars=_bars(board.histogram(target.name), int(reach.contacted[share])),
+            bars=_bars(counts, end, int(reach.contacted[share])),
+            ticks=[end * part / 4 for part in range(5)],
             observed=bool(observed),
             doubt=find_doubt(self.root, board.plan["model"]),
             chart=line_chart(
@@ -208,7 +210,7 @@ class Pages:
                 {
                     "contacted": reach.contacted.tolist(),
                     "hits": [round(v, 3) for v in reach.hits.tolist()],
-                    "lowest": [round(v, 5) for v in reach.lowest.tolist()],
+                    "lowest": [format_percent(v) for v in reach.lowest.tolist()],
                 }
             ),
         )
@@ -502,11 +504,12 @@ def _amount(request: Request, name: str) -> float | None:
     return value if 0 <= value < 1e9 else None
 
 
-def _bars(counts: Any, contacted: int) -> list[dict[str, Any]]:
+def _bars(counts: Any, end: float, contacted: int) -> list[dict[str, Any]]:
     """Lay a histogram out on a 100 x 40 canvas.
 
     Args:
-        counts: shoppers in BINS equal parts of [0, 1].
+        counts: shoppers in BINS equal parts of [0, end].
+        end: the highest score of the canvas.
         contacted: how many are reached, those with the highest scores first.
 
     Returns:
@@ -527,8 +530,8 @@ def _bars(counts: Any, contacted: int) -> list[dict[str, Any]]:
                 "width": 100 / BINS - 0.6,
                 "height": height,
                 "reached": height * reached / n,
-                "low": i / BINS,
-                "high": (i + 1) / BINS,
+                "low": end * i / BINS,
+                "high": end * (i + 1) / BINS,
                 "n": n,
             }
         )

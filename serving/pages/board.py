@@ -26,6 +26,7 @@ Doubles = NDArray[np.float64]
 # The slider's steps: shares of the shoppers in percent.
 STEPS: Final = 100
 BINS: Final = 20
+_ROUND: Final = tuple(number / 10**digits for digits in range(5) for number in (1, 0.5, 0.2))
 
 LIGHT_EVENTS: Final = 5
 NEW_DAYS: Final = 28
@@ -122,9 +123,16 @@ class Board:
         lowest = np.concatenate([[1.0], ranked])[contacted]
         return Reach(contacted=contacted, hits=total[contacted], lowest=lowest)
 
-    def histogram(self, name: str) -> NDArray[np.int64]:
-        """Count shoppers in BINS equal parts of [0, 1]."""
-        return np.histogram(self.values(name), bins=BINS, range=(0.0, 1.0))[0]
+    def histogram(self, name: str) -> tuple[NDArray[np.int64], float]:
+        """Count shoppers in BINS equal parts of what lies between 0 and a round score.
+
+        Returns:
+            int64 (BINS,), and the round score, which nobody is above.
+        """
+        values = self.values(name)
+        highest = values.max(initial=0.0)
+        end = min((score for score in _ROUND if score >= highest), default=1.0)
+        return np.histogram(values, bins=BINS, range=(0.0, end))[0], end
 
     def segments(self, by: str) -> list[Segment]:
         """Sum every target over the segments of a kind (a key of SEGMENTS), the largest first."""

@@ -239,22 +239,38 @@ def test_what_is_predicted_is_said_in_words(root: Path) -> None:
 def test_the_histogram_colours_as_many_as_are_reached(root: Path) -> None:
     page = ask(root, "/?scope=all&days=14&target=purchase_14d&share=10").text
     drawn = re.findall(
-        r"<title>(\d+) to (\d+) %: (\d+) shoppers?</title>.*?"
+        r"<title>([\d.]+) to ([\d.]+) %: (\d+) shoppers?</title>.*?"
         r'height="([\d.]+)" class="bar"/>.*?height="([\d.]+)" class="bar reached" data-n="(\d+)"',
         page,
         re.DOTALL,
     )
     scores = Board.load(root).values("purchase_14d")
-    counts, _ = np.histogram(scores, bins=20, range=(0, 1))
-    assert {int(low): int(n) for low, _, n, *_ in drawn} == {
-        5 * i: n for i, n in enumerate(counts.tolist()) if n
-    }
+    end = float(re.findall(r'class="end">([\d.]+) %', page)[0]) / 100
+    assert end / 2.5 < scores.max() <= end
+    counts, _ = np.histogram(scores, bins=20, range=(0, end))
+    some = np.flatnonzero(counts)
+    assert [int(n) for _, _, n, *_ in drawn] == counts[some].tolist()
+    assert [float(low) for low, *_ in drawn] == pytest.approx(100 * end * some / 20)
     reached = [int(n) * float(part) / float(whole) for _, _, _, whole, part, n in drawn]
     assert sum(reached) == pytest.approx(20, abs=0.5)
     cut = np.sort(scores)[-20]
     for (low, high, n, *_), part in zip(drawn, reached, strict=True):
-        inside = (scores >= cut) & (scores >= int(low) / 100) & (scores < int(high) / 100)
+        inside = (scores >= cut) & (scores >= float(low) / 100) & (scores < float(high) / 100)
         assert part == pytest.approx(inside.sum(), abs=0.3), n
+
+
+@pytest.mark.parametrize(
+    ("scores", "end"),
+    [([0.0003, 0.0031], 0.005), ([0.2, 0.1], 0.2), ([0.51], 1.0), ([1.0], 1.0), ([0.0], 0.00002)],
+)
+def test_the_histogram_ends_at_a_round_score(
+    root: Path, scores: list[float], end: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = Board.load(root)
+    monkeypatch.setattr(board, "values", lambda name: np.array(scores))
+    counts, found = board.histogram("purchase_14d")
+    assert found == pytest.approx(end)
+    assert counts.sum() == len(scores)
 
 
 def test_what_shows_as_zero_neither_raises_nor_lowers() -> None:

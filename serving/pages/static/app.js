@@ -29,7 +29,7 @@ function start(form) {
     field("misses").textContent = count.format(reach.contacted[k] - reach.hits[k]);
     field("profit").textContent = known() ? (Math.abs(gain) < 100 ? small : count).format(gain) : "–";
     best.hidden = !known();
-    field("lowest").textContent = (100 * reach.lowest[k]).toFixed(1) + " %";
+    field("lowest").textContent = reach.lowest[k];
     const link = new URL(field("download").href);
     link.searchParams.set("share", k);
     field("download").href = link;
