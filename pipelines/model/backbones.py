@@ -131,7 +131,7 @@ class Block(nn.Module):
         self.heads = heads
         self.head_width = width // heads
         self.dropout = dropout
-        self.draw = draw_kept
+        self.draw = draw_kept  # another where the backbone is compiled: see compile_backbone
         self.attention_norm = nn.LayerNorm(width, bias=False)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         # Normalised queries and keys have a bounded product; the gain lets a head be sharp.
